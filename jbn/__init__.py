@@ -1,0 +1,12 @@
+"""Batch normalization for JAX: exact statistics, one derivative, state in and state out."""
+
+from ._forward import Params as Params
+from ._forward import State as State
+from ._forward import batch_norm as batch_norm
+from ._forward import bn_forward as bn_forward
+from ._forward import bn_init as bn_init
+from ._forward import moments as moments
+from ._moments import Moments as Moments
+from ._moments import merge as merge
+
+__version__ = "0.1.0"

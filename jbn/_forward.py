@@ -1,0 +1,340 @@
+"""The rooms joined: ``bn_init``, ``bn_forward``, and the stateless ``batch_norm`` and ``moments``."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from . import _layout as layouts
+from . import _running as running
+from ._axes import sync_over
+from ._moments import Moments, Rows, pilot_of, statistics
+from ._normalize import Activation, Operands, Recipe, normalize, open_activation
+
+AxisName = Hashable | Sequence[Hashable]
+Axis = int | Sequence[int]
+Groups = Sequence[Sequence[int]]
+StateT = TypeVar("StateT")
+
+
+class Params(NamedTuple):
+    """What is learned, per feature; either may be absent."""
+
+    scale: Array | None  # (features,), γ
+    bias: Array | None  # (features,), β
+
+
+class State(NamedTuple):
+    """What is remembered, per feature."""
+
+    mean: Array  # (features,), float32 or wider
+    var: Array  # (features,), biased unless trained with unbiased=True
+
+
+def bn_init(
+    num_features: int | tuple[int, ...],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, State]:
+    r"""Return the parameters and the state of a new layer: :math:`\gamma = 1, \beta = 0, \mu = 0, \sigma^2 = 1`.
+
+    Args:
+        num_features: the size of the feature axis, or of each feature axis in ascending order.
+        use_scale: whether there is a scale.
+        use_bias: whether there is a bias.
+        dtype: dtype of the parameters; statistics are at least float32.
+
+    Returns:
+        ``Params(scale, bias)`` and ``State(mean, var)``. Plain dictionaries with these keys, such as the leaves of a
+        Flax checkpoint, serve as well.
+
+    >>> import jbn
+    >>> params, state = jbn.bn_init(4)
+    >>> state.var.shape
+    (4,)
+    """
+    shape = (num_features,) if isinstance(num_features, int | np.integer) else tuple(num_features)
+    kind = layouts.check_dtype(dtype, jnp.zeros(()))
+    wide = layouts.compute_dtype(kind)
+    params = Params(jnp.ones(shape, kind) if use_scale else None, jnp.zeros(shape, kind) if use_bias else None)
+    return params, State(jnp.zeros(shape, wide), jnp.ones(shape, wide))
+
+
+def bn_forward(
+    params: Any,
+    state: StateT,
+    x: ArrayLike,
+    train: bool,
+    *,
+    axis: Axis = -1,
+    momentum: ArrayLike = 0.99,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+    unbiased: bool = False,
+) -> tuple[Array, StateT]:
+    r"""Normalize x per feature, by the statistics of the batch or by running ones, and return the new state.
+
+    .. math::
+        y = f\left(\gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \text{residual}\right), \qquad
+        \mu = \mathrm{E}[x],\ \sigma^2 = \mathrm{E}[(x - \mu)^2]
+
+    With ``train=True`` the moments are those of all valid positions of the batch, over every shard of ``axis_name``,
+    and the state moves: :math:`\text{new} = \text{old} + (1 - \text{momentum})(\text{batch} - \text{old})`. With
+    ``train=False`` they are those of the state, which is returned as it is; nothing is shared and no axis need be
+    bound.
+
+    Args:
+        params: ``Params`` or a mapping with ``scale`` and ``bias``, each of the shape of the features, either or both
+            absent.
+        state: ``State`` or a mapping with ``mean`` and ``var``, of the shape of the features.
+        x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
+        train: whether to use the statistics of the batch; a Python bool, known when tracing.
+        axis: the axis or axes of the features; parameters have their sizes in ascending order.
+        momentum: weight of the old value, 0 to 1, a number or a traced scalar (PyTorch's is one minus it).
+        epsilon: ε > 0, added to the variance.
+        mask: bool, of the rank of x, each dimension 1 or that of x; only positions where it is true are counted, the
+            others give 0, and nothing in them reaches an output, a gradient or the state.
+        axis_name: name or names of axes of ``jax.shard_map``, ``jax.pmap`` or ``jax.vmap`` whose shards form one
+            batch. Under ``jax.jit`` a sharded batch is one batch without it.
+        axis_index_groups: groups of indices of that axis; each group is a batch of its own.
+        activation: f, a function of one array such as ``jax.nn.relu``, applied in the dtype of the arithmetic and
+            recomputed in the backward pass. Pass the same function object at every call: a new lambda compiles anew.
+        residual: an array of the shape of x, added before the activation.
+        dtype: dtype of y, that of x unless given.
+        unbiased: let the running variance be n/(n - 1) times the biased one, as in PyTorch.
+
+    Returns:
+        y, of the shape of x, and a state of the type, shapes and dtypes of the one given. No gradient flows through
+        the new state. A feature whose batch statistics are not finite, or come from fewer than two rows, keeps its
+        old ones.
+
+    Raises:
+        ValueError: for shapes, ranges and names that do not fit, and for one value per feature in training.
+        TypeError: for dtypes and kinds that do not fit.
+
+    >>> import jax, jbn
+    >>> x = jax.random.normal(jax.random.key(0), (32, 8, 8, 4)) + 100
+    >>> params, state = jbn.bn_init(4)
+    >>> y, state = jbn.bn_forward(params, state, x, True, activation=jax.nn.relu)
+    >>> bool(abs(state.mean - 1.0).max() < 0.01)  # 0.99 · 0 + 0.01 · 100
+    True
+
+    Source: S. Ioffe, C. Szegedy, "Batch Normalization", 2015, algorithms 1 and 2. Elsewhere: Flax and Haiku take the
+    variance as E[x²] - E[x]², which has no digits left where the mean is 10⁴ standard deviations; Flax normalizes
+    masked positions, averages shards with equal weights and returns float32 for bfloat16 x.
+    """
+    train = layouts.check_flag("train", train)
+    old = _entries("state", state, ("mean", "var"), required=True)
+    recipe, mask, operands = _read(
+        x, *_entries("params", params, ("scale", "bias")), mask, residual, axis, epsilon, activation, dtype
+    )
+    for name, value in zip(("state.mean", "state.var"), old, strict=True):
+        layouts.check_vector(name, value, recipe.layout)
+    weight = layouts.check_momentum(momentum)
+    if not train:
+        return _evaluate(recipe, mask, operands, *old), state
+    sync = sync_over(axis_name, axis_index_groups)
+    layouts.check_rows(recipe.layout, sync.size())
+    rows = Rows(recipe.layout, sync, recipe.epsilon)
+    y, mean, var = _train(rows, recipe, unbiased, mask, operands, *old, weight)
+    return y, _replace(state, mean=mean, var=var)
+
+
+def batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, Moments]:
+    r"""Normalize x per feature by the statistics of the batch, and return these too; nothing is remembered.
+
+    .. math:: y = f(\gamma\,(x - \mathrm{E}[x])\,(\mathrm{Var}[x] + \epsilon)^{-1/2} + \beta + \text{residual})
+
+    Args:
+        x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
+        scale: γ, of the shape of the features, or None for 1.
+        bias: β, of the shape of the features, or None for 0.
+        axis: as in ``bn_forward``, like all that follow.
+        epsilon: ε > 0, added to the variance.
+        mask: bool, True where x is valid.
+        axis_name: name or names of axes whose shards form one batch.
+        axis_index_groups: groups of indices of that axis.
+        activation: f, applied last.
+        residual: an array of the shape of x, added before the activation.
+        dtype: dtype of y, that of x unless given.
+
+    Returns:
+        y, of the shape of x, and its ``Moments``, differentiable like y. One value per feature gives the bias.
+
+    Raises:
+        ValueError: for shapes, ranges and names that do not fit.
+        TypeError: for dtypes and kinds that do not fit.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> y, moments = jbn.batch_norm(jnp.array([[1.0], [3.0]]))
+    >>> moments.mean.item(), moments.var.item()
+    (2.0, 1.0)
+
+    Source: Ioffe and Szegedy 2015, algorithm 1.
+    """
+    recipe, mask, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype)
+    rows = Rows(recipe.layout, sync_over(axis_name, axis_index_groups), recipe.epsilon)
+    return _normalized(rows, recipe, mask, operands)
+
+
+def moments(
+    x: ArrayLike,
+    *,
+    axis: Axis = -1,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+) -> Moments:
+    r"""Return count, mean and biased variance per feature, to the rounding error of the dtype of the arithmetic.
+
+    .. math:: \mu = \mathrm{E}[x], \quad \sigma^2 = \mathrm{E}[(x - \mu)^2]
+
+    Args:
+        x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
+        axis: the axis or axes of the features.
+        mask: bool, of the rank of x, each dimension 1 or that of x; only positions where it is true are counted.
+        axis_name: name or names of axes whose shards form one batch.
+        axis_index_groups: groups of indices of that axis.
+
+    Returns:
+        ``Moments``, at least float32, differentiable in x. No valid rows give ``Moments.empty``.
+
+    Raises:
+        ValueError: for shapes and names that do not fit.
+        TypeError: for dtypes that do not fit.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> jbn.moments(jnp.array([[10001.0], [10003.0]])).var.item()
+    1.0
+
+    Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance", 1983: shifted data.
+    """
+    recipe, mask, operands = _read(x, None, None, mask, None, axis, _TINY, None, None)
+    return _moments(Rows(recipe.layout, sync_over(axis_name, axis_index_groups), 0.0), mask, operands.x)
+
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+# One compiled call each, so that an eager step costs one dispatch and the second call traces nothing.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _train(
+    rows: Rows,
+    recipe: Recipe,
+    unbiased: bool,
+    mask: Array | None,
+    operands: Operands,
+    mean: Array,
+    var: Array,
+    weight: ArrayLike,
+) -> tuple[Array, Array, Array]:
+    wide = layouts.compute_dtype(operands.x.dtype, recipe.dtype)
+    batch = statistics(rows, operands.x, mask, pilot_of(mean, wide))
+    y = normalize(recipe, mask, operands._replace(moments=batch))
+    new = running.exponential(mean.astype(wide), var.astype(wide), batch, jnp.asarray(weight, wide), unbiased)
+    return y, new[0].astype(mean.dtype), new[1].astype(var.dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def _evaluate(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
+    wide = layouts.compute_dtype(operands.x.dtype, recipe.dtype)
+    mean = mean.astype(wide)
+    known = Moments(jnp.zeros((), wide), mean, jnp.zeros_like(mean), var.astype(wide))
+    return normalize(recipe, mask, operands._replace(moments=known))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _normalized(rows: Rows, recipe: Recipe, mask: Array | None, operands: Operands) -> tuple[Array, Moments]:
+    wide = layouts.compute_dtype(operands.x.dtype, recipe.dtype)
+    batch = statistics(rows, operands.x, mask, jnp.zeros(rows.layout.features, wide))
+    return normalize(recipe, mask, operands._replace(moments=batch)), batch
+
+
+@partial(jax.jit, static_argnums=0)
+def _moments(rows: Rows, mask: Array | None, x: Array) -> Moments:
+    return statistics(rows, x, mask, jnp.zeros(rows.layout.features, layouts.compute_dtype(x.dtype)))
+
+
+def _read(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    mask: ArrayLike | None,
+    residual: ArrayLike | None,
+    axis: Axis,
+    epsilon: float,
+    activation: Activation | None,
+    dtype: DTypeLike | None,
+) -> tuple[Recipe, Array | None, Operands]:
+    """Check every array against x; the moments of the operands are still to come."""
+    x, scale, bias, mask, residual = map(_array, (x, scale, bias, mask, residual))
+    layout = layouts.layout_of(x, axis)
+    layouts.check_vector("scale", scale, layout)
+    layouts.check_vector("bias", bias, layout)
+    layouts.check_mask(mask, layout)
+    layouts.check_residual(residual, layout)
+    out = layouts.check_dtype(dtype, x)
+    z = jax.ShapeDtypeStruct(layout.shape, layouts.compute_dtype(x.dtype, out))
+    activation, slopes = open_activation(activation, z)
+    recipe = Recipe(layout, layouts.check_epsilon(epsilon), activation, out)
+    return recipe, mask, Operands(x, None, scale, bias, residual, slopes)
+
+
+def _array(value: ArrayLike | None) -> Any:
+    return value if value is None or isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def _entries(name: str, tree: Any, fields: tuple[str, ...], required: bool = False) -> tuple[Any, ...]:
+    """Read the fields of a NamedTuple or a mapping; what is absent is None."""
+    if isinstance(tree, Mapping):
+        found = dict(tree)
+    elif hasattr(tree, "_asdict"):
+        found = tree._asdict()
+    elif tree is None and not required:
+        found = {}
+    else:
+        raise TypeError(
+            f"{name} is of type {type(tree).__name__}; expected jbn.{name.capitalize()} or a mapping with "
+            f"{' and '.join(fields)}."
+        )
+    unknown = sorted(set(found) - set(fields))
+    missing = [field for field in fields if found.get(field) is None] if required else []
+    if unknown or missing:
+        raise ValueError(
+            f"{name} has the entries {sorted(found)}; expected {' and '.join(fields)}"
+            + (f", and {' and '.join(missing)} is missing" if missing else "")
+            + ". Pass the leaves of this layer alone, with these names."
+        )
+    return tuple(_array(found.get(field)) for field in fields)
+
+
+def _replace(state: StateT, **fields: Array) -> StateT:
+    """Return a state of the same type with new arrays."""
+    if isinstance(state, Mapping):
+        return type(state)({**state, **fields})  # type: ignore[call-arg]
+    return state._replace(**fields)  # type: ignore[attr-defined, no-any-return]

@@ -1,0 +1,188 @@
+"""Where the features are: axis, mask and parameter shapes; every shape and dtype error of the library."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class Layout(NamedTuple):
+    """The shape of x and the axes of its features; the other axes are rows, over which statistics are taken."""
+
+    shape: tuple[int, ...]
+    axis: tuple[int, ...]  # ascending, not negative
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The axes that statistics reduce."""
+        return tuple(i for i in range(len(self.shape)) if i not in self.axis)
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The shape of scale, bias, mean and var."""
+        return tuple(self.shape[i] for i in self.axis)
+
+    @property
+    def count(self) -> int:
+        """The number of values per feature."""
+        return math.prod(self.shape[i] for i in self.rows)
+
+    def spread(self, vector: Array) -> Array:
+        """Give a per-feature vector the rank of x."""
+        return jnp.expand_dims(vector, self.rows)
+
+    def sum(self, values: Array) -> Array:
+        """Sum over the rows, in two steps: XLA's CPU loops add one row after the other, and the error of a sum
+        grows with the number of its terms.
+        """
+        first, rest = self.rows[:1], self.rows[1:]
+        if not rest:
+            return values.sum(first)
+        # XLA would merge the two sums into one again.
+        partial = lax.optimization_barrier(values.sum(rest, keepdims=True))
+        return partial.sum(self.rows)
+
+    def valid(self, mask: Array) -> Array:
+        """Count the valid rows, for all features together or, if the mask tells features apart, for each one."""
+        repeats = math.prod(self.shape[i] for i in self.rows if mask.shape[i] == 1)
+        count = mask.sum(self.rows, dtype=jnp.int32) * repeats
+        return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, self.features)
+
+
+def layout_of(x: Array | np.ndarray[Any, Any], axis: int | Sequence[int]) -> Layout:
+    """Read where the features of ``x`` are."""
+    if x.dtype.name not in FLOATS:
+        fix = {
+            "c": "normalize real and imaginary part as two features (flax.linen.BatchNorm itself takes complex x)",
+            "b": "a boolean array is passed as mask=, or cast with x.astype(jnp.float32)",
+        }.get(x.dtype.kind, "cast it first, for instance x.astype(jnp.float32)")
+        raise TypeError(f"x has dtype {x.dtype.name} (shape {x.shape}); expected {', '.join(FLOATS)}: {fix}.")
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    rank = len(x.shape)
+    if rank == 0:
+        raise ValueError("x is a scalar; expected at least one axis, that of the features.")
+    for one in axes:
+        if not isinstance(one, int | np.integer) or isinstance(one, bool):
+            raise TypeError(f"axis is {axis!r}; expected an integer or a tuple of integers, the axes of the features.")
+        if not -rank <= one < rank:
+            raise ValueError(f"axis {one} is out of range for x of shape {x.shape}; expected -{rank} to {rank - 1}.")
+    positive = tuple(sorted({int(one) % rank for one in axes}))
+    if len(positive) != len(axes) or not axes:
+        raise ValueError(f"axis is {axis!r}; expected one or several different axes of x, of shape {x.shape}.")
+    return Layout(tuple(x.shape), positive)
+
+
+def check_vector(name: str, value: Array | None, layout: Layout) -> None:
+    """Refuse a scale, bias, mean or var that does not belong to the features of x."""
+    if value is None:
+        return
+    if value.dtype.name not in FLOATS:
+        raise TypeError(f"{name} has dtype {value.dtype.name}; expected {', '.join(FLOATS)}.")
+    if tuple(value.shape) != layout.features:
+        where = layout.axis[0] if len(layout.axis) == 1 else layout.axis
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but x of shape {layout.shape} has features of shape "
+            f"{layout.features} on axis {where}. Pass axis= if the features lie elsewhere, or make params and state "
+            f"with bn_init({layout.features[0] if len(layout.features) == 1 else layout.features})."
+        )
+
+
+def check_mask(mask: Array | None, layout: Layout) -> None:
+    """Refuse a mask that is not boolean or does not fit x."""
+    if mask is None:
+        return
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"mask has dtype {mask.dtype.name}; expected bool, True where x is valid: try mask > 0.")
+    if len(mask.shape) != len(layout.shape):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, x has shape {layout.shape}; expected the same rank, each dimension "
+            "1 or that of x: a mask of rows (N,) is passed as mask.reshape(N, 1, ...)."
+        )
+    if any(m not in (1, n) for m, n in zip(mask.shape, layout.shape, strict=True)):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, x has shape {layout.shape}; expected each dimension to be 1 or that "
+            "of x."
+        )
+
+
+def check_residual(residual: Array | None, layout: Layout) -> None:
+    """Refuse a residual that cannot be added to x as it is."""
+    if residual is None:
+        return
+    if residual.dtype.name not in FLOATS:
+        raise TypeError(f"residual has dtype {residual.dtype.name}; expected {', '.join(FLOATS)}.")
+    if tuple(residual.shape) != layout.shape:
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}; expected that of x, {layout.shape}: broadcast it first."
+        )
+
+
+def check_rows(layout: Layout, shards: int) -> None:
+    """Refuse to train on one value per channel: its variance is zero and the output is the bias, whatever x is."""
+    if layout.count * shards == 1:
+        raise ValueError(
+            f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
+            f"{shards} shard{'s' * (shards > 1)}), so its variance is zero. Expected at least two: use a larger batch, "
+            "train=False for a single example, or axis_name= to share statistics."
+        )
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Refuse anything but ``True`` and ``False``."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} is a traced value ({value.aval}); expected a Python bool, known when tracing: mark it static, "
+            f"jax.jit(step, static_argnums=...) or static_argnames={name!r}."
+        )
+    raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected True or False.")
+
+
+def check_epsilon(epsilon: object) -> float:
+    """Refuse an epsilon that is not a positive number."""
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float | np.floating | np.integer):
+        raise TypeError(f"epsilon is {epsilon!r}; expected a Python number above 0, known when tracing.")
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon is {epsilon}; expected a number above 0, for instance 1e-5.")
+    return float(epsilon)
+
+
+def check_momentum(momentum: ArrayLike) -> ArrayLike:
+    """Refuse a momentum outside [0, 1] where it is known; return the weight of the new value, 1 - momentum."""
+    if isinstance(momentum, int | float | np.number):
+        if not 0 <= momentum <= 1:
+            raise ValueError(
+                f"momentum is {momentum}; expected 0 to 1, the weight of the old value (PyTorch's momentum is one "
+                "minus it)."
+            )
+        return 1.0 - float(momentum)
+    if jnp.shape(momentum) != () or jnp.result_type(momentum).name not in FLOATS:
+        raise ValueError(
+            f"momentum has shape {jnp.shape(momentum)} and dtype {jnp.result_type(momentum).name}; expected one "
+            "floating-point number from 0 to 1."
+        )
+    return lax.sub(jnp.ones((), jnp.result_type(momentum)), momentum)
+
+
+def check_dtype(dtype: DTypeLike | None, x: Array) -> np.dtype[Any]:
+    """Return the dtype of the output, that of ``x`` unless another is asked for."""
+    chosen = x.dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    if chosen.name not in FLOATS:
+        raise TypeError(f"dtype is {chosen.name}; expected {', '.join(FLOATS)}.")
+    return np.dtype(chosen)
+
+
+def compute_dtype(*dtypes: DTypeLike) -> np.dtype[Any]:
+    """Return the dtype of statistics and arithmetic: the widest of ``dtypes`` and float32."""
+    widest = np.dtype(np.float32)
+    for dtype in dtypes:
+        widest = np.dtype(jnp.promote_types(widest, dtype))
+    return widest

@@ -1,0 +1,113 @@
+"""Normalization by given moments, with scale, bias, residual and activation in one derivative rule."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from ._axes import vary_as
+from ._layout import Layout
+from ._moments import Moments
+
+Activation: TypeAlias = Callable[[Array], Array]
+
+
+class Recipe(NamedTuple):
+    """What is known when tracing: where the features are, ε, the activation and the dtype of y."""
+
+    layout: Layout
+    epsilon: float
+    activation: Callable[..., Array] | None
+    dtype: np.dtype[Any]
+
+
+class Operands(NamedTuple):
+    """What y is differentiable in; an absent scale is 1, an absent bias or residual is 0."""
+
+    x: Array
+    moments: Moments
+    scale: Array | None  # (features,)
+    bias: Array | None  # (features,)
+    residual: Array | None  # the shape of x
+    slopes: tuple[Array, ...]  # the values that the activation closes over
+
+
+# With c = x - μ, r = (σ² + ε)^-½ and a = γ r, per channel, and f the activation:
+#
+#     z = c a + β + residual                                 y = f(z)
+#     dz = a dx + c u + w + d(residual)                      dy = f'(z) dz
+#     u = da = r dγ - ½ a r² dσ²                             w = dβ - a dμ
+#
+# because dr = -½ r³ dσ². It holds for batch statistics, whose dμ and dσ² are those of ``statistics``, and for running
+# ones. The rule is linear in the tangents, and JAX transposes it: as u and w are vectors, the transpose is two sums,
+# Σ g c and Σ g, and one element-wise pass, with g the cotangent of z.
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def normalize(recipe: Recipe, mask: Array | None, operands: Operands) -> Array:
+    """Return f((x - μ)·γ/√(σ² + ε) + β + residual) in the recipe's dtype, and 0 where the mask is false."""
+    z, _ = _affine(recipe, mask, operands)
+    y = z if recipe.activation is None else recipe.activation(z, *operands.slopes)
+    return (y if mask is None else jnp.where(mask, y, 0)).astype(recipe.dtype)
+
+
+def _affine(recipe: Recipe, mask: Array | None, operands: Operands) -> tuple[Array, Array]:
+    """Return z and c."""
+    x, m, scale, bias, residual, _ = operands
+    dtype, spread = m.var.dtype, recipe.layout.spread
+    # The mean is subtracted before anything is multiplied: x·a + (β - μ·a) would lose the digits that x and μ share.
+    centred = (x.astype(dtype) - spread(m.pilot)) - spread(m.offset)
+    residual = None if residual is None else residual.astype(dtype)
+    if mask is not None:  # here and not only at the end: the activation must not see NaN, whose slope is NaN too
+        centred = jnp.where(mask, centred, 0)
+        residual = None if residual is None else jnp.where(mask, residual, 0)
+    a = lax.rsqrt(m.var + recipe.epsilon)
+    z = centred * spread(a if scale is None else a * scale.astype(dtype))
+    z = z if bias is None else z + spread(bias.astype(dtype))
+    return (z if residual is None else z + residual), centred
+
+
+@normalize.defjvp
+def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    @partial(jax.checkpoint, prevent_cse=False)
+    def tangent(mask: Array | None, operands: Operands, d: Operands) -> Array:
+        x, m, scale, bias, residual, slopes = operands
+        dtype, spread = m.var.dtype, recipe.layout.spread
+        r = lax.rsqrt(m.var + recipe.epsilon)
+        a = r if scale is None else r * scale.astype(dtype)
+        u = -0.5 * a * r * r * d.moments.var
+        u = u if d.scale is None else u + r * d.scale.astype(dtype)
+        w = -a * (d.moments.pilot + d.moments.offset)
+        w = w if d.bias is None else w + d.bias.astype(dtype)
+        u, w = vary_as(jnp.stack([u, w]), x)  # together, so that their transpose is one collective
+        z, centred = _affine(recipe, mask, operands)
+        dz = spread(a) * d.x.astype(dtype) + centred * spread(u) + spread(w)
+        dz = dz if d.residual is None else dz + d.residual.astype(dtype)
+        if recipe.activation is not None:
+            _, dz = jax.jvp(recipe.activation, (z, *slopes), (dz, *d.slopes))
+        return (dz if mask is None else jnp.where(mask, dz, 0)).astype(recipe.dtype)
+
+    mask, operands = primals
+    return normalize(recipe, *primals), tangent(mask, operands, tangents[1])
+
+
+def open_activation(activation: Activation | None, z: jax.ShapeDtypeStruct) -> tuple[Any, tuple[Array, ...]]:
+    """Turn the traced values that an activation closes over, such as a learned slope, into arguments of it."""
+    if activation is None:
+        return None, ()
+    if not callable(activation):
+        raise TypeError(f"activation is {activation!r}; expected a function of one array, for instance jax.nn.relu.")
+    if _is_closed(activation, z):
+        return activation, ()
+    opened, slopes = jax.closure_convert(activation, z)
+    return opened, tuple(slopes)
+
+
+@lru_cache(maxsize=1024)
+def _is_closed(activation: Activation, z: jax.ShapeDtypeStruct) -> bool:
+    y = jax.eval_shape(activation, z)
+    if getattr(y, "shape", None) != z.shape or not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(f"activation returns {y} for {z}; expected one floating-point array of the same shape.")
+    return not jax.closure_convert(activation, z)[1]
