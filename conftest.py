@@ -1,0 +1,22 @@
+"""Settings for every test and doctest: eight simulated devices, no silent broadcasting, a fixed hypothesis profile."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, print_blob=True)
+hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture
+def x64():
+    """Run a test with float64 switched on."""
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        yield

@@ -1,0 +1,1 @@
+"""Tests of jbn, a file a property."""
