@@ -182,7 +182,4 @@ def check_dtype(dtype: DTypeLike | None, x: Array) -> np.dtype[Any]:
 
 def compute_dtype(*dtypes: DTypeLike) -> np.dtype[Any]:
     """Return the dtype of statistics and arithmetic: the widest of ``dtypes`` and float32."""
-    widest = np.dtype(np.float32)
-    for dtype in dtypes:
-        widest = np.dtype(jnp.promote_types(widest, dtype))
-    return widest
+    return np.dtype(np.float64 if any(jnp.dtype(dtype) == np.float64 for dtype in dtypes) else np.float32)

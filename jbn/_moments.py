@@ -125,7 +125,8 @@ def statistics(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moment
         *sums, count = rows.sync.total(*rows.sums(x, mask, pilot), valid)
     once = _moments(count, vary_as(pilot, *sums), *sums)
     finite = jnp.isfinite(once.offset)
-    far = finite & ~(once.offset**2 <= _FAR * (once.var + rows.epsilon))
+    near = jnp.isfinite(once.var) & (once.offset**2 <= _FAR * (once.var + rows.epsilon))
+    far = finite & ~near
 
     def again() -> Moments:
         # Without the barrier XLA finds both branches cheap and always runs them.

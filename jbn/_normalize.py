@@ -1,6 +1,6 @@
 """Normalization by given moments, with scale, bias, residual and activation in one derivative rule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import jaxpr_as_fun
 
 from ._axes import vary_as
-from ._layout import Layout
+from ._layout import FLOATS, Layout
 from ._moments import Moments
 
 Activation: TypeAlias = Callable[[Array], Array]
@@ -94,20 +95,29 @@ def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, 
 
 
 def open_activation(activation: Activation | None, z: jax.ShapeDtypeStruct) -> tuple[Any, tuple[Array, ...]]:
-    """Turn the traced values that an activation closes over, such as a learned slope, into arguments of it."""
+    """Turn the values that an activation closes over, such as a learned slope, into arguments of it."""
     if activation is None:
         return None, ()
     if not callable(activation):
         raise TypeError(f"activation is {activation!r}; expected a function of one array, for instance jax.nn.relu.")
-    if _is_closed(activation, z):
+    if isinstance(activation, Hashable) and _is_closed(activation, z):
         return activation, ()
-    opened, slopes = jax.closure_convert(activation, z)
-    return opened, tuple(slopes)
+    program = _program(activation, z)
+    return (lambda z, *slopes: jaxpr_as_fun(program.replace(consts=slopes))(z)[0]), tuple(program.consts)
 
 
+def _program(activation: Activation, z: jax.ShapeDtypeStruct) -> Any:
+    program = jax.make_jaxpr(activation)(z)
+    returned = [f"{y.dtype.name}{list(y.shape)}" for y in program.out_avals]
+    if len(returned) != 1 or returned[0].partition("[")[0] not in FLOATS or program.out_avals[0].shape != z.shape:
+        raise ValueError(
+            f"activation returns {', '.join(returned) or 'nothing'} for {z.dtype.name}{list(z.shape)}; expected one "
+            "floating-point array of the same shape."
+        )
+    return program
+
+
+# Remembered, so that an eager call does not trace the activation again; only yes or no, so that no tracer is kept.
 @lru_cache(maxsize=1024)
 def _is_closed(activation: Activation, z: jax.ShapeDtypeStruct) -> bool:
-    y = jax.eval_shape(activation, z)
-    if getattr(y, "shape", None) != z.shape or not jnp.issubdtype(y.dtype, jnp.floating):
-        raise ValueError(f"activation returns {y} for {z}; expected one floating-point array of the same shape.")
-    return not jax.closure_convert(activation, z)[1]
+    return not _program(activation, z).consts

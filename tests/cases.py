@@ -1,0 +1,132 @@
+"""One table of cases, and the doors through which each of them is run."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import jbn
+import jbn.linen
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...]
+    axis: int | tuple[int, ...] = -1
+    dtype: str = "float32"
+    mask: tuple[int, ...] | None = None  # its shape
+    activation: Any = None
+    residual: bool = False
+    use_scale: bool = True
+    use_bias: bool = True
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return tuple(sorted(i % len(self.shape) for i in np.atleast_1d(self.axis)))
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        return tuple(self.shape[i] for i in self.axes)
+
+    @property
+    def rows(self) -> int:
+        return int(np.prod(self.shape)) // int(np.prod(self.features))
+
+    def __str__(self) -> str:
+        changed = [
+            f"{k}={getattr(v, '__name__', v)}"
+            for k, v in self._asdict().items()
+            if k != "shape" and v != Case._field_defaults[k]
+        ]
+        return " ".join([str(self.shape), *changed])
+
+
+CASES = [
+    Case((64, 5)),
+    Case((7, 3), use_scale=False),
+    Case((7, 3), use_bias=False),
+    Case((9, 2), use_scale=False, use_bias=False, momentum=0.0),
+    Case((4, 6, 5, 3), activation=jax.nn.relu),
+    Case((4, 6, 5, 3), activation=jax.nn.relu, residual=True, epsilon=1e-3),
+    Case((4, 3, 6, 5), axis=1, activation=jax.nn.silu, residual=True),
+    Case((5, 4, 3), axis=-2, momentum=1.0),
+    Case((5, 4, 3), axis=0),
+    Case((2, 3, 4, 5), axis=(1, 3)),
+    Case((2, 3, 4, 5), axis=(-1, 1), mask=(2, 1, 4, 1)),
+    Case((2, 3, 2, 2, 3, 4), activation=jax.nn.silu),
+    Case((12, 4), mask=(12, 1)),
+    Case((12, 4), mask=(12, 4), activation=jax.nn.relu, residual=True),
+    Case((12, 4), mask=(1, 4)),
+    Case((3, 7, 4), mask=(3, 7, 1), residual=True),
+    Case((3, 4, 7), axis=1, mask=(1, 1, 7), activation=jax.nn.silu),
+    *(Case((16, 6, 4), dtype=dtype) for dtype in ("float16", "bfloat16", "float64")),
+    *(
+        Case((16, 6, 4), dtype=dtype, mask=(16, 6, 1), activation=jax.nn.relu, residual=True)
+        for dtype in ("float16", "bfloat16", "float64")
+    ),
+]
+
+
+class Data(NamedTuple):
+    x: Any
+    scale: Any
+    bias: Any
+    mean: Any
+    var: Any
+    mask: Any
+    residual: Any
+
+
+def data(case: Case, seed: int = 0) -> Data:
+    """Draw arrays for a case; x and residual in its dtype, the rest in float32."""
+    rng = np.random.default_rng([seed, *case.shape])
+
+    def normal(*shape, dtype="float32"):
+        return rng.standard_normal(shape).astype(jax.numpy.dtype(dtype))
+
+    mask = None if case.mask is None else rng.random(case.mask) < 0.7
+    return Data(
+        (2 * normal(*case.shape) + 3).astype(jax.numpy.dtype(case.dtype)),
+        normal(*case.features) + 2 if case.use_scale else None,
+        normal(*case.features) if case.use_bias else None,
+        normal(*case.features) + 3,
+        np.abs(normal(*case.features)) + 1,
+        mask,
+        normal(*case.shape, dtype=case.dtype) if case.residual else None,
+    )
+
+
+def by_function(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
+    params = {k: v for k, v in (("scale", d.scale), ("bias", d.bias)) if v is not None}
+    return jbn.bn_forward(
+        params, {"mean": d.mean, "var": d.var}, d.x, train, axis=case.axis, momentum=case.momentum,
+        epsilon=case.epsilon, mask=d.mask, activation=case.activation, residual=d.residual, **options,
+    )  # fmt: skip
+
+
+def by_linen(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
+    layer = jbn.linen.BatchNorm(not train, activation=case.activation, **linen_options(case), **options)
+    y, new = layer.apply(linen_variables(d), d.x, mask=d.mask, residual=d.residual, mutable=["batch_stats"])
+    return y, new["batch_stats"]
+
+
+def by_flax(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Run the peer; what it lacks, the activation and the residual, is added in float32 after it."""
+    layer = nn.BatchNorm(not train, **linen_options(case), **options)
+    y, new = layer.apply(linen_variables(d), d.x, mask=d.mask, mutable=["batch_stats"])
+    y = y if d.residual is None else y + d.residual
+    return y if case.activation is None else case.activation(y), new["batch_stats"]
+
+
+def linen_options(case: Case) -> dict[str, Any]:
+    return {name: getattr(case, name) for name in ("axis", "momentum", "epsilon", "use_scale", "use_bias")}
+
+
+def linen_variables(d: Data) -> dict[str, Any]:
+    params = {k: v for k, v in (("scale", d.scale), ("bias", d.bias)) if v is not None}
+    return {"params": params, "batch_stats": {"mean": d.mean, "var": d.var}}
+
+
+DOORS = {"function": by_function, "linen": by_linen}

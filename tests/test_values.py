@@ -1,0 +1,77 @@
+"""Every case through every door: outputs, new statistics and gradients against float64."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests import oracle
+from tests.cases import CASES, DOORS, Case, data
+
+run = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+over = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _wide(request):
+    if request.node.callspec.params["case"].dtype == "float64":
+        request.getfixturevalue("x64")
+
+
+def expect(case: Case, d, train: bool, g=None):
+    options = {"axis": case.axis, "epsilon": case.epsilon, "mask": d.mask, "activation": case.activation,
+               "residual": d.residual, "stats": None if train else (d.mean, d.var)}  # fmt: skip
+    if g is None:
+        return oracle.forward(d.x, d.scale, d.bias, **options)
+    return oracle.gradients(g, d.x, d.scale, d.bias, **options)
+
+
+@run
+@over
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_output_and_state(case, door, train):
+    d = data(case)
+    want = expect(case, d, train)
+    y, state = door(case, d, train)
+    assert y.dtype == case.dtype
+    size = np.abs(want.y).max()
+    np.testing.assert_allclose(oracle.wide(y), want.y, rtol=0, atol=oracle.tolerance(case.dtype, case.rows, size))
+    for name, old, batch in (("mean", d.mean, want.mean), ("var", d.var, want.var)):
+        assert state[name].dtype == np.float32
+        new = np.where(want.count > 1, oracle.wide(old) + (1 - case.momentum) * (batch - oracle.wide(old)), old)
+        np.testing.assert_allclose(
+            oracle.wide(state[name]), new if train else old, rtol=0, atol=oracle.tolerance("float32", case.rows, 10)
+        )
+
+
+@run
+@over
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_gradients(case, door, train):
+    d = data(case)
+    g = np.random.default_rng(1).standard_normal(case.shape).astype(jax.numpy.dtype(case.dtype))
+    want = expect(case, d, train, g)
+    names = [name for name in ("x", "scale", "bias", "residual") if getattr(d, name) is not None]
+
+    def f(*values):
+        return door(case, d._replace(**dict(zip(names, values, strict=True))), train)[0]
+
+    _, pull = jax.vjp(f, *(getattr(d, name) for name in names))
+    for name, got in zip(names, pull(g), strict=True):
+        dtype = case.dtype if name in ("x", "residual") else "float32"
+        # The cotangent and the output are rounded to the case's dtype, so sums of them have its error too.
+        size = np.abs(want[name]).max() + np.abs(want["x"]).max()
+        assert got.dtype == dtype
+        np.testing.assert_allclose(
+            oracle.wide(got), want[name], rtol=0, atol=oracle.tolerance(dtype, case.rows, 2 * size), err_msg=name
+        )
+
+
+@run
+@over
+def test_jit_changes_nothing_but_rounding(case, door):
+    d = data(case)
+    eager, jitted = door(case, d, True), jax.jit(lambda d: door(case, d, True))(d)
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+        assert a.dtype == b.dtype
+        size = np.abs(oracle.wide(a)).max()
+        np.testing.assert_allclose(oracle.wide(a), oracle.wide(b), rtol=0, atol=oracle.tolerance(a.dtype, case.rows, size))
