@@ -52,7 +52,7 @@ def merge(a: Moments, b: Moments) -> Moments:
         b: moments of the second set, with features of the same shape.
 
     Returns:
-        The moments of both. Commutative; associative up to rounding; ``Moments.empty`` is neutral.
+        The moments of both: commutative and associative up to rounding, with ``Moments.empty`` as neutral element.
 
     >>> import jax.numpy as jnp, jbn
     >>> x = jnp.arange(12.0).reshape(6, 2)

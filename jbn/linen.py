@@ -88,7 +88,7 @@ class BatchNorm(nn.Module):
         Args:
             x: float array with the features on ``axis``.
             use_running_average: whether to use the statistics in ``batch_stats``.
-            mask: bool, of the rank of x, each dimension 1 or that of x, True where x is valid; elsewhere y is 0.
+            mask: bool, broadcast to x as NumPy does, True where x is valid; elsewhere y is 0.
             residual: an array of the shape of x, added before the activation.
 
         Returns:
@@ -102,6 +102,9 @@ class BatchNorm(nn.Module):
                 "derivative rule cannot create variables: call the module on the output of BatchNorm instead."
             )
         x = jnp.asarray(x)
+        if mask is not None:  # Flax takes any mask that broadcasts to x, of numbers too
+            mask = jnp.asarray(mask, dtype=bool)
+            mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
         shape = layout_of(x, self.axis).features
         self._require_statistics()
         stored = jnp.float32 if self.force_float32_reductions else self.param_dtype

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.compilers import TARGETS, Collective, Program, compile, mesh, missing
+from benchmarks.compilers import TARGETS, Collective, Program, _follow, compile, mesh, missing
 
 
 def target(name):
@@ -42,7 +42,7 @@ def sharded(over, shape, *axes):
 
 def refine(x, shift):
     # The barrier keeps the GPU compiler from running both branches and selecting.
-    return jnp.square(x - lax.optimization_barrier(shift)).sum(ROWS)
+    return x.sum(ROWS) - lax.optimization_barrier(shift)
 
 
 def keep(x, shift):
@@ -269,10 +269,11 @@ ENTRY %main (j: {index}, y: f32[1000]) -> f32[1000] {{
 def test_conditional_in_a_called_computation(index, operands, branches):
     program = Program(CONDITIONAL.format(index=index, operands=operands, branches=branches))
     assert program.conditionals == 1
-    # The tuple is a pointer.
-    assert program.bytes() == 8
-    # The all-reduce and the negation: 4000 bytes in and out of each.
-    assert program.bytes(branch=1) == 16000 + 8
+    # The all-reduce and the negation read and write 4000 bytes each; the tuple is a pointer.
+    assert program.bytes() == pytest.approx(0, abs=8)
+    assert program.bytes(branch=1) == pytest.approx(16000, abs=8)
+    assert "call(%q), to_apply=%keep" in _follow(program.text, 0)
+    assert "call(%t), to_apply=%sweep" in _follow(program.text, 1)
     assert program.collectives == []
     assert program.guarded_collectives == [Collective("all-reduce", 4000)]
 
@@ -344,14 +345,15 @@ def test_a_closed_over_array_lives_elsewhere():
     assert program.arguments == 4 * 4 * 8
 
 
-@pytest.mark.parametrize("on", [target("tpu-v5e"), target("gpu-h200")])
+@pytest.mark.parametrize("on", [target("cpu"), target("tpu-v5e"), target("gpu-h200")])
 def test_beside_another_process(on):
-    """A second process, with no environment variable set, compiles while this one holds the compiler."""
+    """A second process with one CPU device and nothing set compiles for four while this one compiles."""
     mesh(on, data=1)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TPU_", "ALLOW_"))}
     code = (
-        "import jax; from benchmarks.compilers import compile; x = jax.ShapeDtypeStruct((4, 4), 'float32');"
-        f"print(compile(lambda x: 2 * x, x, on={on!r}).bytes(), jax.default_backend())"
+        "import jax; from benchmarks.compilers import compile, mesh;"
+        "x = jax.ShapeDtypeStruct((4, 4), 'float32');"
+        f"print(compile(lambda x: 2 * x, x, on=mesh({on!r}, data=4)).bytes(), jax.default_backend())"
     )
     root = pathlib.Path(__file__).parent.parent
     done = subprocess.run(

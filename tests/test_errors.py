@@ -1,0 +1,240 @@
+"""Every misuse is an error at trace time that names the argument, what arrived, what was expected and the fix."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+from jbn.linen import BatchNorm
+
+X = np.zeros((8, 4), np.float32)
+PARAMS, STATE = jbn.bn_init(4)
+
+
+def train(x=X, params=PARAMS, state=STATE, flag=True, **options):
+    return jbn.bn_forward(params, state, x, flag, **options)
+
+
+ERRORS = {
+    "channel count, params": (
+        lambda: train(params=jbn.bn_init(8)[0]),
+        ValueError,
+        ["scale has shape (8,)", "x of shape (8, 4)", "features of shape (4,) on axis 1", "axis=", "bn_init(4)"],
+    ),
+    "channel count, bias": (lambda: train(params={"bias": np.zeros(3)}), ValueError, ["bias has shape (3,)", "(4,)"]),
+    "channel count, state": (
+        lambda: train(state=jbn.bn_init(2)[1]),
+        ValueError,
+        ["state.mean has shape (2,)", "(4,)", "bn_init(4)"],
+    ),
+    "channel count, tuple of axes": (
+        lambda: train(x=np.zeros((2, 3, 4)), axis=(1, 2)),
+        ValueError,
+        ["scale has shape (4,)", "features of shape (3, 4) on axis (1, 2)", "bn_init((3, 4))"],
+    ),
+    "mask shape": (
+        lambda: train(mask=np.ones((7, 1), bool)),
+        ValueError,
+        ["mask has shape (7, 1)", "x has shape (8, 4)", "1 or that of x"],
+    ),
+    "mask rank": (
+        lambda: train(mask=np.ones(8, bool)),
+        ValueError,
+        ["mask has shape (8,)", "same rank", "mask.reshape(N, 1, ...)"],
+    ),
+    "mask dtype": (
+        lambda: train(mask=np.ones((8, 1), np.int32)),
+        TypeError,
+        ["mask has dtype int32", "expected bool", "mask > 0"],
+    ),
+    "integer x": (
+        lambda: train(x=np.zeros((8, 4), np.int32)),
+        TypeError,
+        ["x has dtype int32", "float32", "x.astype(jnp.float32)"],
+    ),
+    "boolean x": (lambda: train(x=np.zeros((8, 4), bool)), TypeError, ["x has dtype bool", "mask="]),
+    "complex x": (
+        lambda: train(x=np.zeros((8, 4), np.complex64)),
+        TypeError,
+        ["x has dtype complex64", "flax.linen.BatchNorm"],
+    ),
+    "scalar x": (lambda: train(x=np.float32(1)), ValueError, ["x is a scalar"]),
+    "train missing": (lambda: jbn.bn_forward(PARAMS, STATE, X), TypeError, ["bn_forward()", "missing", "'train'"]),
+    "train traced": (
+        lambda: jax.jit(lambda flag: train(flag=flag))(True),
+        TypeError,
+        ["train is a traced value", "bool[]", "static_argnums"],
+    ),
+    "train of another kind": (lambda: train(flag=1), TypeError, ["train is 1 of type int", "True or False"]),
+    "train None": (lambda: train(flag=None), TypeError, ["train is None of type NoneType"]),
+    "axis out of range": (lambda: train(axis=2), ValueError, ["axis 2", "shape (8, 4)", "-2 to 1"]),
+    "axis twice": (lambda: train(axis=(1, -1)), ValueError, ["axis is (1, -1)", "different axes"]),
+    "axis empty": (lambda: train(axis=()), ValueError, ["axis is ()"]),
+    "axis of another kind": (lambda: train(axis=1.0), TypeError, ["axis is 1.0", "integer"]),
+    "one value per channel": (
+        lambda: train(x=X[:1]),
+        ValueError,
+        ["x of shape (1, 4)", "one value per channel", "1 shard)", "larger batch", "train=False", "axis_name="],
+    ),
+    "one value per channel, rank one": (lambda: train(x=X[0]), ValueError, ["x of shape (4,)", "one value"]),
+    "momentum above one": (lambda: train(momentum=1.1), ValueError, ["momentum is 1.1", "0 to 1", "PyTorch"]),
+    "momentum below zero": (lambda: train(momentum=-0.1), ValueError, ["momentum is -0.1", "0 to 1"]),
+    "momentum not a number": (lambda: train(momentum=float("nan")), ValueError, ["momentum is nan", "0 to 1"]),
+    "momentum vector": (lambda: train(momentum=np.ones(4)), ValueError, ["momentum has shape (4,)", "one"]),
+    "epsilon zero": (lambda: train(epsilon=0), ValueError, ["epsilon is 0", "above 0", "1e-5"]),
+    "epsilon negative": (lambda: train(epsilon=-1e-5), ValueError, ["epsilon is -1e-05"]),
+    "epsilon of another kind": (lambda: train(epsilon=None), TypeError, ["epsilon is None", "number above 0"]),
+    "axis name unbound": (
+        lambda: train(axis_name="data"),
+        ValueError,
+        ["axis_name 'data' is not bound", "no name is bound here", "jax.shard_map", "jax.jit"],
+    ),
+    "axis name misspelled": (
+        lambda: jax.vmap(lambda x: train(x=x, axis_name="date"), axis_name="data")(np.stack([X, X])),
+        ValueError,
+        ["axis_name 'date' is not bound", "'data'"],
+    ),
+    "one of several axis names": (
+        lambda: jax.vmap(lambda x: train(x=x, axis_name=("data", "model")), axis_name="data")(np.stack([X, X])),
+        ValueError,
+        ["axis_name 'model' is not bound"],
+    ),
+    "groups without a name": (
+        lambda: train(axis_index_groups=[[0, 1]]),
+        ValueError,
+        ["axis_index_groups needs axis_name"],
+    ),
+    "residual shape": (lambda: train(residual=X[:1]), ValueError, ["residual has shape (1, 4)", "(8, 4)"]),
+    "residual dtype": (lambda: train(residual=X.astype(int)), TypeError, ["residual has dtype int"]),
+    "activation not a function": (lambda: train(activation="relu"), TypeError, ["activation is 'relu'", "jax.nn.relu"]),
+    "activation of another shape": (
+        lambda: train(activation=jnp.sum),
+        ValueError,
+        ["activation returns float32[]", "float32[8, 4]", "same shape"],
+    ),
+    "activation of another kind": (lambda: train(activation=lambda z: z > 0), ValueError, ["returns bool[8, 4]"]),
+    "dtype": (lambda: train(dtype=np.int32), TypeError, ["dtype is int32", "bfloat16"]),
+    "state of another kind": (lambda: train(state=(0, 1)), TypeError, ["state is of type tuple", "jbn.State"]),
+    "state missing": (lambda: train(state=None), TypeError, ["state is of type NoneType"]),
+    "state without var": (
+        lambda: train(state={"mean": np.zeros(4)}),
+        ValueError,
+        ["state has the entries ['mean']", "var is missing"],
+    ),
+    "params of another library": (
+        lambda: train(params={"weight": np.ones(4), "bias": np.ones(4)}),
+        ValueError,
+        ["params has the entries ['bias', 'weight']", "scale and bias"],
+    ),
+    "params of another kind": (lambda: train(params=[1, 2]), TypeError, ["params is of type list"]),
+    "params integer": (lambda: train(params={"scale": np.ones(4, int)}), TypeError, ["scale has dtype int"]),
+    "moments of integers": (lambda: jbn.moments(np.zeros((8, 4), int)), TypeError, ["x has dtype int"]),
+    "bn_init dtype": (lambda: jbn.bn_init(4, dtype=int), TypeError, ["dtype is int"]),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "words"), ERRORS.values(), ids=ERRORS)
+def test_message(call, kind, words):
+    with pytest.raises(kind) as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("train", [True, np.True_, False, np.False_])
+def test_train_may_be_a_numpy_bool(train):
+    jbn.bn_forward(PARAMS, STATE, X, train)
+
+
+def test_errors_come_when_tracing():
+    with pytest.raises(ValueError, match="one value per channel"):
+        jax.eval_shape(lambda x: train(x=x), jax.ShapeDtypeStruct((1, 4), jnp.float32))
+
+
+def test_zero_rows_are_no_error():
+    y, state = train(x=X[:0])
+    assert y.shape == (0, 4)
+    np.testing.assert_array_equal(state.mean, STATE.mean)
+    np.testing.assert_array_equal(state.var, STATE.var)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jbn.moments(X[:0])))
+
+
+def test_one_row_a_shard_is_no_error_where_shards_share():
+    y = jax.vmap(lambda x: train(x=x, axis_name="batch")[0], axis_name="batch")(np.eye(4, dtype=np.float32))
+    np.testing.assert_allclose(y, train(x=np.eye(4, dtype=np.float32))[0], atol=1e-6)
+
+
+def test_evaluation_needs_neither_axis_nor_rows():
+    train(x=X[:1], flag=False, axis_name="data")
+
+
+def test_a_traced_momentum_outside_its_range_is_not_looked_at():
+    jax.jit(lambda m: train(momentum=m))(1.5)
+
+
+LINEN = {
+    "statistics not passed": (
+        lambda: BatchNorm(False).apply({"params": PARAMS._asdict()}, X, mutable=["batch_stats"]),
+        ValueError,
+        "batch_stats is mutable but holds no statistics.*model.apply",
+    ),
+    "statistics not passed, inside a model": (
+        lambda: nn.Sequential([nn.Dense(4), BatchNorm(False)]).apply(
+            {"params": {"layers_0": {"kernel": np.eye(4), "bias": np.zeros(4)}, "layers_1": PARAMS._asdict()}},
+            X,
+            mutable=["batch_stats"],
+        ),
+        ValueError,
+        "no statistics for layers_1",
+    ),
+    "statistics not passed, without parameters": (
+        lambda: BatchNorm(False, use_scale=False, use_bias=False).apply({}, X, mutable=["batch_stats"]),
+        ValueError,
+        "holds no statistics",
+    ),
+    "activation is a module": (
+        lambda: BatchNorm(False, activation=nn.PReLU()).init(jax.random.key(0), X),
+        TypeError,
+        "activation is the module PReLU",
+    ),
+    "one value per channel": (
+        lambda: BatchNorm(False).apply(
+            {"params": PARAMS._asdict(), "batch_stats": STATE._asdict()}, X[:1], mutable=["batch_stats"]
+        ),
+        ValueError,
+        re.escape("x of shape (1, 4) has one value per channel"),
+    ),
+    "wrong channel count": (
+        lambda: BatchNorm(True).apply({"params": PARAMS._asdict(), "batch_stats": jbn.bn_init(8)[1]._asdict()}, X),
+        ValueError,
+        re.escape("state.mean has shape (8,)"),
+    ),
+    "flag at neither place": (lambda: BatchNorm().init(jax.random.key(0), X), ValueError, "use_running_average"),
+    "flag at both places": (
+        lambda: BatchNorm(True).init(jax.random.key(0), X, use_running_average=True),
+        ValueError,
+        "use_running_average",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "words"), LINEN.values(), ids=LINEN)
+def test_linen_message(call, kind, words):
+    with pytest.raises(kind, match=words):
+        call()
+
+
+def test_linen_initializes_with_one_value_per_channel_and_without_an_axis():
+    layer = BatchNorm(False, axis_name="data")
+    y, variables = layer.init_with_output(jax.random.key(0), X[:1] + 3)
+    assert not y.any()
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(4))
+
+
+def test_linen_may_be_initialized_through_apply():
+    _, variables = BatchNorm(False).apply({}, X, mutable=True, rngs={"params": jax.random.key(0)})
+    assert set(variables) == {"params", "batch_stats"}

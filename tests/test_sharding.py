@@ -1,0 +1,221 @@
+"""Statistics of shards: the same values, states and gradients as one device with all valid rows."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jbn
+from tests import oracle
+
+SHARDS, ROWS, C = 4, 6, 5
+EPSILON = 1e-5
+
+
+def mesh(shape=(SHARDS,), names=("data",), kind=AxisType.Auto):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+class Setting:
+    """One batch, whose shards differ much in mean; some rows are masked, one shard entirely."""
+
+    def __init__(self, mean=0.0, masked=False, warm=False):
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((SHARDS, ROWS, C)) + np.arange(SHARDS)[:, None, None] + mean
+        self.x = x.reshape(-1, C).astype(np.float32)
+        self.g = rng.standard_normal(self.x.shape).astype(np.float32)
+        self.scale, self.bias = (rng.uniform(0.5, 1.5, C).astype(np.float32) for _ in range(2))
+        self.mask = None
+        if masked:
+            valid = rng.random((SHARDS, ROWS, 1)) < 0.6
+            valid[0, 0], valid[2] = True, False
+            self.mask = valid.reshape(-1, 1)
+            self.x = np.where(self.mask, self.x, np.nan).astype(np.float32)
+        want = oracle.forward(self.x, self.scale, self.bias, mask=self.mask)
+        old = (want.mean + 0.1, want.var) if warm else (np.zeros(C), np.ones(C))
+        self.state = jbn.State(*(jnp.asarray(v, jnp.float32) for v in old))
+        self.want = want
+        self.grads = oracle.gradients(self.g, self.x, self.scale, self.bias, mask=self.mask)
+        self.bound = 1e-5 if mean else 1e-6
+
+    def step(self, x, mask, g, scale, bias, state, axis_name):
+        """Return y, the new state and the gradients of this shard's Σ g·y."""
+
+        def loss(x, scale, bias):
+            params = jbn.Params(scale, bias)
+            y, new = jbn.bn_forward(params, state, x, True, mask=mask, momentum=0.0, axis_name=axis_name)
+            return (y * g).sum(), (y, new)
+
+        grads, (y, new) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+        return y, new, grads
+
+    def check(self, y, new, dx, dscale, dbias):
+        def near(got, want, name):
+            assert np.abs(oracle.wide(got) - want).max() <= self.bound * max(1, np.abs(want).max()), name
+
+        near(y, self.want.y, "y")
+        near(new.mean, self.want.mean, "mean")
+        near(new.var, self.want.var, "var")
+        for name, got in (("x", dx), ("scale", dscale), ("bias", dbias)):
+            near(got, self.grads[name], name)
+
+
+SETTINGS = [
+    pytest.param({"mean": mean, "masked": masked, "warm": warm}, id=f"mean={mean:g} masked={masked} warm={warm}")
+    for mean in (0.0, 1e4)
+    for masked in (False, True)
+    for warm in (False, True)
+]
+settings = pytest.mark.parametrize("setting", SETTINGS)
+
+
+@settings
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2), (1, 4)], ids=str)
+def test_jit_over_a_sharded_batch(setting, kind, shape):
+    s = Setting(**setting)
+    m = mesh(shape, ("data", "more"), kind)
+    with jax.set_mesh(m):
+
+        def put(a):
+            return None if a is None else jax.device_put(a, NamedSharding(m, P(("data", "more"))))
+
+        f = jax.jit(partial(s.step, axis_name=None))
+        y, new, (dx, dscale, dbias) = f(put(s.x), put(s.mask), put(s.g), s.scale, s.bias, s.state)
+    s.check(y, new, dx, dscale, dbias)
+
+
+@settings
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("names", [("data",), ("data", "more")], ids=str)
+def test_shard_map_with_the_gradient_outside(setting, check_vma, names):
+    s = Setting(**setting)
+    m = mesh((4,) if len(names) == 1 else (2, 2), names)
+    rows, whole = P(names), P()
+
+    def forward(x, mask, scale, bias):
+        params, name = jbn.Params(scale, bias), names if len(names) > 1 else names[0]
+        return jbn.bn_forward(params, s.state, x, True, mask=mask, momentum=0.0, axis_name=name)
+
+    f = jax.shard_map(forward, mesh=m, in_specs=(rows, rows, whole, whole), out_specs=(rows, whole), check_vma=check_vma)
+
+    @jax.jit
+    def step(x, scale, bias):
+        def loss(x, scale, bias):
+            y, new = f(x, s.mask, scale, bias)
+            return (y * s.g).sum(), (y, new)
+
+        grads, (y, new) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+        return y, new, *grads
+
+    s.check(*step(s.x, s.scale, s.bias))
+
+
+@settings
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_with_the_gradient_inside(setting, check_vma):
+    s = Setting(**setting)
+    rows, whole = P("data"), P()
+
+    def step(x, mask, g, scale, bias, state):
+        y, new, (dx, dscale, dbias) = s.step(x, mask, g, scale, bias, state, "data")
+        if not check_vma:  # as everywhere in such a shard_map, gradients of what is shared are summed by hand
+            dscale, dbias = jax.lax.psum((dscale, dbias), "data")
+        return y, new, dx, dscale, dbias
+
+    f = jax.shard_map(
+        step, mesh=mesh(), in_specs=(rows, rows, rows, whole, whole, whole),
+        out_specs=(rows, whole, rows, whole, whole), check_vma=check_vma,
+    )  # fmt: skip
+    s.check(*jax.jit(f)(s.x, s.mask, s.g, s.scale, s.bias, s.state))
+
+
+@settings
+@pytest.mark.parametrize("transform", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
+def test_vmap_and_pmap_with_an_axis_name(setting, transform):
+    s = Setting(**setting)
+    split = lambda a: None if a is None else a.reshape(SHARDS, ROWS, -1)  # noqa: E731
+
+    def step(x, mask, g):
+        return s.step(x, mask, g, s.scale, s.bias, s.state, "data")
+
+    y, new, (dx, dscale, dbias) = transform(step, axis_name="data")(split(s.x), split(s.mask), split(s.g))
+    for a in jax.tree.leaves(new):
+        assert (np.asarray(a) == np.asarray(a)[0]).all()
+    s.check(
+        y.reshape(-1, C), jax.tree.map(lambda a: a[0], new), dx.reshape(-1, C), dscale.sum(0), dbias.sum(0)
+    )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_every_shard_empty(check_vma):
+    s = Setting(masked=True)
+    none = np.zeros_like(s.mask)
+
+    def forward(x, mask):
+        return jbn.bn_forward(None, s.state, x, True, mask=mask, axis_name="data")
+
+    f = jax.shard_map(forward, mesh=mesh(), in_specs=P("data"), out_specs=(P("data"), P()), check_vma=check_vma)
+    y, new = jax.jit(f)(s.x, none)
+    assert not y.any()
+    np.testing.assert_array_equal(new.mean, s.state.mean)
+    np.testing.assert_array_equal(new.var, s.state.var)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_evaluation_in_shard_map(check_vma):
+    s = Setting(warm=True)
+    f = jax.shard_map(
+        lambda x: jbn.bn_forward(jbn.Params(s.scale, s.bias), s.state, x, False, axis_name="data")[0],
+        mesh=mesh(), in_specs=P("data"), out_specs=P("data"), check_vma=check_vma,
+    )  # fmt: skip
+    want = oracle.forward(s.x, s.scale, s.bias, stats=s.state)
+    np.testing.assert_allclose(f(s.x), want.y, atol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_statistics_of_each_shard_alone(check_vma):
+    """Without an axis name every shard is a batch of its own."""
+    s = Setting(mean=1e4)
+    f = jax.shard_map(
+        lambda x: jbn.batch_norm(x)[0], mesh=mesh(), in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
+    )
+    want = np.concatenate([oracle.forward(part).y for part in s.x.reshape(SHARDS, ROWS, C)])
+    np.testing.assert_allclose(jax.jit(f)(s.x), want, atol=1e-5)
+    dx = jax.jit(jax.grad(lambda x: (f(x) * s.g).sum()))(s.x)
+    parts = zip(s.g.reshape(SHARDS, ROWS, C), s.x.reshape(SHARDS, ROWS, C), strict=True)
+    np.testing.assert_allclose(dx, np.concatenate([oracle.gradients(g, x)["x"] for g, x in parts]), atol=1e-4)
+
+
+def test_groups_of_shards_in_pmap():
+    s = Setting()
+    parts = s.x.reshape(SHARDS, ROWS, C)
+    y = jax.pmap(
+        lambda x: jbn.batch_norm(x, axis_name="data", axis_index_groups=[[0, 2], [1, 3]])[0], axis_name="data"
+    )(parts)
+    for group in ([0, 2], [1, 3]):
+        want = oracle.forward(np.concatenate(parts[group])).y
+        np.testing.assert_allclose(np.concatenate(y[np.array(group)]), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_second_derivatives_across_shards(masked):
+    s = Setting(masked=masked)
+    split = lambda a: None if a is None else a.reshape(SHARDS, ROWS, -1)  # noqa: E731
+
+    def one(x):
+        return jbn.batch_norm(x, mask=s.mask)[0]
+
+    def many(x):
+        f = jax.vmap(lambda x, mask: jbn.batch_norm(x, mask=mask, axis_name="data")[0], axis_name="data")
+        return f(split(x), split(s.mask)).reshape(-1, C)
+
+    def second(f):
+        return jax.grad(lambda x: (jax.grad(lambda x: (f(x) ** 3 * s.g).sum())(x) ** 2).sum())(jnp.nan_to_num(s.x))
+
+    want = second(one)
+    np.testing.assert_allclose(second(many), want, rtol=0, atol=1e-5 * np.abs(want).max())
