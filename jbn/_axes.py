@@ -88,4 +88,6 @@ def vary_as(value: Array, *others: Array) -> Array:
     if not missing:
         return value
     names = tuple(sorted(missing, key=str))
-    return lax.pcast(value, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(value, names)
+    if hasattr(lax, "pcast"):  # jax >= 0.8.2
+        return lax.pcast(value, names, to="varying")
+    return lax.pvary(value, names)  # type: ignore[attr-defined]

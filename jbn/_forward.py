@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _layout as layouts
 from . import _running as running
 from ._axes import sync_over
+from ._layout import Layout
 from ._moments import Moments, Rows, pilot_of, statistics
 from ._normalize import Activation, Operands, Recipe, normalize, open_activation
 
@@ -59,6 +60,7 @@ def bn_init(
     >>> params, state = jbn.bn_init(4)
     >>> state.var.shape
     (4,)
+
     """
     shape = (num_features,) if isinstance(num_features, int | np.integer) else tuple(num_features)
     kind = layouts.check_dtype(dtype, jnp.zeros(()))
@@ -134,21 +136,21 @@ def bn_forward(
     Source: S. Ioffe, C. Szegedy, "Batch Normalization", 2015, algorithms 1 and 2. Elsewhere: Flax and Haiku take the
     variance as E[x²] - E[x]², which has no digits left where the mean is 10⁴ standard deviations; Flax normalizes
     masked positions, averages shards with equal weights and returns float32 for bfloat16 x.
+
     """
     train = layouts.check_flag("train", train)
     old = _entries("state", state, ("mean", "var"), required=True)
-    recipe, mask, operands = _read(
-        x, *_entries("params", params, ("scale", "bias")), mask, residual, axis, epsilon, activation, dtype
-    )
+    scale, bias = _entries("params", params, ("scale", "bias"))
+    recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype)
     for name, value in zip(("state.mean", "state.var"), old, strict=True):
         layouts.check_vector(name, value, recipe.layout)
     weight = layouts.check_momentum(momentum)
     if not train:
-        return _evaluate(recipe, mask, operands, *old), state
+        return _evaluate(recipe, valid, operands, *old), state
     sync = sync_over(axis_name, axis_index_groups)
     layouts.check_rows(recipe.layout, sync.size())
     rows = Rows(recipe.layout, sync, recipe.epsilon)
-    y, mean, var = _train(rows, recipe, unbiased, mask, operands, *old, weight)
+    y, mean, var = _train(rows, recipe, unbiased, valid, operands, *old, weight)
     return y, _replace(state, mean=mean, var=var)
 
 
@@ -196,10 +198,11 @@ def batch_norm(
     (2.0, 1.0)
 
     Source: Ioffe and Szegedy 2015, algorithm 1.
+
     """
-    recipe, mask, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype)
+    recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype)
     rows = Rows(recipe.layout, sync_over(axis_name, axis_index_groups), recipe.epsilon)
-    return _normalized(rows, recipe, mask, operands)
+    return _normalized(rows, recipe, valid, operands)
 
 
 def moments(
@@ -233,12 +236,10 @@ def moments(
     1.0
 
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance", 1983: shifted data.
+
     """
-    recipe, mask, operands = _read(x, None, None, mask, None, axis, _TINY, None, None)
-    return _moments(Rows(recipe.layout, sync_over(axis_name, axis_index_groups), 0.0), mask, operands.x)
-
-
-_TINY = float(np.finfo(np.float32).tiny)
+    layout, values, valid = _rows(x, axis, mask)
+    return _moments(Rows(layout, sync_over(axis_name, axis_index_groups), 0.0), valid, values)
 
 
 # One compiled call each, so that an eager step costs one dispatch and the second call traces nothing.
@@ -253,26 +254,24 @@ def _train(
     var: Array,
     weight: ArrayLike,
 ) -> tuple[Array, Array, Array]:
-    wide = layouts.compute_dtype(operands.x.dtype, recipe.dtype)
+    wide = recipe.wide
     batch = statistics(rows, operands.x, mask, pilot_of(mean, wide))
-    y = normalize(recipe, mask, operands._replace(moments=batch))
     new = running.exponential(mean.astype(wide), var.astype(wide), batch, jnp.asarray(weight, wide), unbiased)
+    y = normalize(recipe, mask, batch, operands)
     return y, new[0].astype(mean.dtype), new[1].astype(var.dtype)
 
 
 @partial(jax.jit, static_argnums=0)
 def _evaluate(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
-    wide = layouts.compute_dtype(operands.x.dtype, recipe.dtype)
-    mean = mean.astype(wide)
-    known = Moments(jnp.zeros((), wide), mean, jnp.zeros_like(mean), var.astype(wide))
-    return normalize(recipe, mask, operands._replace(moments=known))
+    mean = mean.astype(recipe.wide)
+    known = Moments(jnp.zeros((), recipe.wide), mean, jnp.zeros_like(mean), var.astype(recipe.wide))
+    return normalize(recipe, mask, known, operands)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _normalized(rows: Rows, recipe: Recipe, mask: Array | None, operands: Operands) -> tuple[Array, Moments]:
-    wide = layouts.compute_dtype(operands.x.dtype, recipe.dtype)
-    batch = statistics(rows, operands.x, mask, jnp.zeros(rows.layout.features, wide))
-    return normalize(recipe, mask, operands._replace(moments=batch)), batch
+    batch = statistics(rows, operands.x, mask, jnp.zeros(rows.layout.features, recipe.wide))
+    return normalize(recipe, mask, batch, operands), batch
 
 
 @partial(jax.jit, static_argnums=0)
@@ -291,18 +290,26 @@ def _read(
     activation: Activation | None,
     dtype: DTypeLike | None,
 ) -> tuple[Recipe, Array | None, Operands]:
-    """Check every array against x; the moments of the operands are still to come."""
-    x, scale, bias, mask, residual = map(_array, (x, scale, bias, mask, residual))
-    layout = layouts.layout_of(x, axis)
-    layouts.check_vector("scale", scale, layout)
-    layouts.check_vector("bias", bias, layout)
-    layouts.check_mask(mask, layout)
-    layouts.check_residual(residual, layout)
-    out = layouts.check_dtype(dtype, x)
-    z = jax.ShapeDtypeStruct(layout.shape, layouts.compute_dtype(x.dtype, out))
-    activation, slopes = open_activation(activation, z)
-    recipe = Recipe(layout, layouts.check_epsilon(epsilon), activation, out)
-    return recipe, mask, Operands(x, None, scale, bias, residual, slopes)
+    """Check everything against x."""
+    layout, values, valid = _rows(x, axis, mask)
+    operands = Operands(
+        values,
+        layouts.check_vector("scale", _array(scale), layout),
+        layouts.check_vector("bias", _array(bias), layout),
+        layouts.check_residual(_array(residual), layout),
+        (),
+    )
+    out = layouts.check_dtype(dtype, values)
+    wide = layouts.compute_dtype(values.dtype, out)
+    opened, slopes = open_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide))
+    recipe = Recipe(layout, layouts.check_epsilon(epsilon), opened, out, wide)
+    return recipe, valid, operands._replace(slopes=slopes)
+
+
+def _rows(x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> tuple[Layout, Array, Array | None]:
+    values = _array(x)
+    layout = layouts.layout_of(values, axis)
+    return layout, values, layouts.check_mask(_array(mask), layout)
 
 
 def _array(value: ArrayLike | None) -> Any:

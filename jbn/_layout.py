@@ -30,7 +30,7 @@ class Layout(NamedTuple):
         return tuple(self.shape[i] for i in self.axis)
 
     @property
-    def count(self) -> int:
+    def values(self) -> int:
         """The number of values per feature."""
         return math.prod(self.shape[i] for i in self.rows)
 
@@ -39,13 +39,12 @@ class Layout(NamedTuple):
         return jnp.expand_dims(vector, self.rows)
 
     def sum(self, values: Array) -> Array:
-        """Sum over the rows, in two steps: XLA's CPU loops add one row after the other, and the error of a sum
-        grows with the number of its terms.
-        """
+        """Sum over the rows, in two steps."""
+        # XLA's CPU loops may add one row after the other, and the error of a sum grows with the number of its terms.
         first, rest = self.rows[:1], self.rows[1:]
         if not rest:
             return values.sum(first)
-        # XLA would merge the two sums into one again.
+        # Without the barrier XLA would make one sum of the two.
         partial = lax.optimization_barrier(values.sum(rest, keepdims=True))
         return partial.sum(self.rows)
 
@@ -79,10 +78,10 @@ def layout_of(x: Array | np.ndarray[Any, Any], axis: int | Sequence[int]) -> Lay
     return Layout(tuple(x.shape), positive)
 
 
-def check_vector(name: str, value: Array | None, layout: Layout) -> None:
+def check_vector(name: str, value: Array | None, layout: Layout) -> Array | None:
     """Refuse a scale, bias, mean or var that does not belong to the features of x."""
     if value is None:
-        return
+        return None
     if value.dtype.name not in FLOATS:
         raise TypeError(f"{name} has dtype {value.dtype.name}; expected {', '.join(FLOATS)}.")
     if tuple(value.shape) != layout.features:
@@ -92,12 +91,13 @@ def check_vector(name: str, value: Array | None, layout: Layout) -> None:
             f"{layout.features} on axis {where}. Pass axis= if the features lie elsewhere, or make params and state "
             f"with bn_init({layout.features[0] if len(layout.features) == 1 else layout.features})."
         )
+    return value
 
 
-def check_mask(mask: Array | None, layout: Layout) -> None:
+def check_mask(mask: Array | None, layout: Layout) -> Array | None:
     """Refuse a mask that is not boolean or does not fit x."""
     if mask is None:
-        return
+        return None
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask has dtype {mask.dtype.name}; expected bool, True where x is valid: try mask > 0.")
     if len(mask.shape) != len(layout.shape):
@@ -110,23 +110,25 @@ def check_mask(mask: Array | None, layout: Layout) -> None:
             f"mask has shape {tuple(mask.shape)}, x has shape {layout.shape}; expected each dimension to be 1 or that "
             "of x."
         )
+    return mask
 
 
-def check_residual(residual: Array | None, layout: Layout) -> None:
+def check_residual(residual: Array | None, layout: Layout) -> Array | None:
     """Refuse a residual that cannot be added to x as it is."""
     if residual is None:
-        return
+        return None
     if residual.dtype.name not in FLOATS:
         raise TypeError(f"residual has dtype {residual.dtype.name}; expected {', '.join(FLOATS)}.")
     if tuple(residual.shape) != layout.shape:
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}; expected that of x, {layout.shape}: broadcast it first."
         )
+    return residual
 
 
 def check_rows(layout: Layout, shards: int) -> None:
     """Refuse to train on one value per channel: its variance is zero and the output is the bias, whatever x is."""
-    if layout.count * shards == 1:
+    if layout.values * shards == 1:
         raise ValueError(
             f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
             f"{shards} shard{'s' * (shards > 1)}), so its variance is zero. Expected at least two: use a larger batch, "

@@ -22,7 +22,7 @@ class Moments(NamedTuple):
     (3,)
     """
 
-    count: Array  # () or, where a mask tells features apart, (features,); float32 or float64, ≥ 0
+    count: Array  # type: ignore[assignment]  # () or, where a mask tells features apart, (features,); float32 or float64, ≥ 0
     pilot: Array  # (features,), the same dtype; carries no gradient
     offset: Array  # (features,)
     var: Array  # (features,), ≥ 0, divided by count
@@ -62,6 +62,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979, eq. 2.1. Other libraries average the means of shards with equal weights.
+
     """
     count = a.count + b.count
     share_a, share_b = (part / jnp.maximum(count, 1) for part in (a.count, b.count))
@@ -118,12 +119,12 @@ def pilot_of(mean: Array, dtype: np.dtype[Any]) -> Array:
 def statistics(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moments:
     """Return the moments of the valid rows: one sweep around the pilot, and one more around the mean if it was far."""
     if mask is None:
-        count = jnp.asarray(rows.layout.count * rows.sync.size(), pilot.dtype)
-        sums = rows.sync.total(*rows.sums(x, mask, pilot))
+        count = jnp.asarray(rows.layout.values * rows.sync.size(), pilot.dtype)
+        first, second = rows.sync.total(*rows.sums(x, mask, pilot))
     else:
         valid = rows.layout.valid(mask).astype(pilot.dtype)
-        *sums, count = rows.sync.total(*rows.sums(x, mask, pilot), valid)
-    once = _moments(count, vary_as(pilot, *sums), *sums)
+        first, second, count = rows.sync.total(*rows.sums(x, mask, pilot), valid)
+    once = _moments(count, vary_as(pilot, first), first, second)
     finite = jnp.isfinite(once.offset)
     near = jnp.isfinite(once.var) & (once.offset**2 <= _FAR * (once.var + rows.epsilon))
     far = finite & ~near

@@ -18,19 +18,19 @@ Activation: TypeAlias = Callable[[Array], Array]
 
 
 class Recipe(NamedTuple):
-    """What is known when tracing: where the features are, ε, the activation and the dtype of y."""
+    """What is known when tracing: where the features are, ε, the activation, the dtypes of y and of arithmetic."""
 
     layout: Layout
     epsilon: float
     activation: Callable[..., Array] | None
     dtype: np.dtype[Any]
+    wide: np.dtype[Any]
 
 
 class Operands(NamedTuple):
-    """What y is differentiable in; an absent scale is 1, an absent bias or residual is 0."""
+    """What y is made of, beside the moments; an absent scale is 1, an absent bias or residual is 0."""
 
     x: Array
-    moments: Moments
     scale: Array | None  # (features,)
     bias: Array | None  # (features,)
     residual: Array | None  # the shape of x
@@ -47,17 +47,17 @@ class Operands(NamedTuple):
 # ones. The rule is linear in the tangents, and JAX transposes it: as u and w are vectors, the transpose is two sums,
 # Σ g c and Σ g, and one element-wise pass, with g the cotangent of z.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def normalize(recipe: Recipe, mask: Array | None, operands: Operands) -> Array:
+def normalize(recipe: Recipe, mask: Array | None, m: Moments, operands: Operands) -> Array:
     """Return f((x - μ)·γ/√(σ² + ε) + β + residual) in the recipe's dtype, and 0 where the mask is false."""
-    z, _ = _affine(recipe, mask, operands)
+    z, _ = _affine(recipe, mask, m, operands)
     y = z if recipe.activation is None else recipe.activation(z, *operands.slopes)
     return (y if mask is None else jnp.where(mask, y, 0)).astype(recipe.dtype)
 
 
-def _affine(recipe: Recipe, mask: Array | None, operands: Operands) -> tuple[Array, Array]:
+def _affine(recipe: Recipe, mask: Array | None, m: Moments, operands: Operands) -> tuple[Array, Array]:
     """Return z and c."""
-    x, m, scale, bias, residual, _ = operands
-    dtype, spread = m.var.dtype, recipe.layout.spread
+    x, scale, bias, residual, _ = operands
+    dtype, spread = recipe.wide, recipe.layout.spread
     # The mean is subtracted before anything is multiplied: x·a + (β - μ·a) would lose the digits that x and μ share.
     centred = (x.astype(dtype) - spread(m.pilot)) - spread(m.offset)
     residual = None if residual is None else residual.astype(dtype)
@@ -73,25 +73,24 @@ def _affine(recipe: Recipe, mask: Array | None, operands: Operands) -> tuple[Arr
 @normalize.defjvp
 def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, Array]:
     @partial(jax.checkpoint, prevent_cse=False)
-    def tangent(mask: Array | None, operands: Operands, d: Operands) -> Array:
-        x, m, scale, bias, residual, slopes = operands
-        dtype, spread = m.var.dtype, recipe.layout.spread
+    def tangent(mask: Array | None, m: Moments, operands: Operands, dm: Moments, d: Operands) -> Array:
+        x, scale, _, _, slopes = operands
+        dtype, spread = recipe.wide, recipe.layout.spread
         r = lax.rsqrt(m.var + recipe.epsilon)
         a = r if scale is None else r * scale.astype(dtype)
-        u = -0.5 * a * r * r * d.moments.var
+        u = -0.5 * a * r * r * dm.var
         u = u if d.scale is None else u + r * d.scale.astype(dtype)
-        w = -a * (d.moments.pilot + d.moments.offset)
+        w = -a * (dm.pilot + dm.offset)
         w = w if d.bias is None else w + d.bias.astype(dtype)
         u, w = vary_as(jnp.stack([u, w]), x)  # together, so that their transpose is one collective
-        z, centred = _affine(recipe, mask, operands)
+        z, centred = _affine(recipe, mask, m, operands)
         dz = spread(a) * d.x.astype(dtype) + centred * spread(u) + spread(w)
         dz = dz if d.residual is None else dz + d.residual.astype(dtype)
         if recipe.activation is not None:
             _, dz = jax.jvp(recipe.activation, (z, *slopes), (dz, *d.slopes))
         return (dz if mask is None else jnp.where(mask, dz, 0)).astype(recipe.dtype)
 
-    mask, operands = primals
-    return normalize(recipe, *primals), tangent(mask, operands, tangents[1])
+    return normalize(recipe, *primals), tangent(*primals, *tangents[1:])
 
 
 def open_activation(activation: Activation | None, z: jax.ShapeDtypeStruct) -> tuple[Any, tuple[Array, ...]]:

@@ -90,7 +90,9 @@ def gradients(
     if stats is not None:
         mean, var = map(wide, stats)
     c, z, a, spread, valid = _affine(x, scale, bias, axis, epsilon, mask, residual, mean, var)
-    rows = tuple(i for i, n in enumerate(spread(mean).shape) if n == 1 and i not in {j % c.ndim for j in np.atleast_1d(axis)})
+    rows = tuple(
+        i for i, n in enumerate(spread(mean).shape) if n == 1 and i not in {j % c.ndim for j in np.atleast_1d(axis)}
+    )
     dz = np.where(valid, wide(g) * ACTIVATIONS[activation][1](z), 0)
     r = 1 / np.sqrt(var + epsilon)
     sum_g, sum_gc = dz.sum(rows), (dz * c).sum(rows)

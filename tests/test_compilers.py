@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.compilers import TARGETS, Collective, Program, _follow, compile, mesh, missing
@@ -221,8 +221,7 @@ def test_temporaries_and_peak(on):
 @every_target
 def test_donated_argument_is_held_once(on):
     kept, given = (
-        compile(jax.jit(lambda x: 2 * x, donate_argnums=donated), X, on=on).peak / X.size / 4
-        for donated in [(), (0,)]
+        compile(jax.jit(lambda x: 2 * x, donate_argnums=donated), X, on=on).peak / X.size / 4 for donated in [(), (0,)]
     )
     assert (kept, given) == pytest.approx((2, 1), abs=0.01)
 
@@ -333,8 +332,14 @@ def test_unknown_target():
         compile(relu, X, on="gpu-b200")
 
 
+def test_mesh():
+    over = mesh("cpu", data=4, model=2, explicit=True)
+    assert (dict(over.shape), over.axis_types) == ({"data": 4, "model": 2}, (AxisType.Explicit,) * 2)
+    assert mesh("cpu", data=4).axis_types == (AxisType.Auto,)
+
+
 def test_argument_of_another_mesh():
-    with pytest.raises(ValueError, match="not over the mesh compiled for"):
+    with pytest.raises(ValueError, match="not over Mesh"):
         compile(relu, sharded(mesh("cpu", data=2), (8, 8), "data"), on=mesh("cpu", data=4))
 
 

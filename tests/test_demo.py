@@ -88,12 +88,10 @@ def finished(tmp_path_factory):
 def diverged(tmp_path_factory):
     out = tmp_path_factory.mktemp("diverged")
     train_step.clear_cache()
-    result = demo("--model", "dense", "--steps", 7, "--learning-rate", "1e30", "--out", out)
+    result = demo("--model", "dense", "--steps", 7, "--batch-size", 400, "--learning-rate", "1e30", "--out", out)
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
-    return SimpleNamespace(
-        text=text, results=strict_json(out / "results.json"), compilations=train_step._cache_size()
-    )
+    return SimpleNamespace(text=text, results=strict_json(out / "results.json"), compilations=train_step._cache_size())
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +137,7 @@ def test_results_say_what_happened(finished):
 
 def test_preactivations_start_normalized(finished):
     networks = strict_json(finished[0] / "results.json")["networks"]
-    first = {
-        n["batch_norm"]: [p[0] for p in n["history"]["preactivation_percentiles"].values()] for n in networks
-    }
+    first = {n["batch_norm"]: [p[0] for p in n["history"]["preactivation_percentiles"].values()] for n in networks}
     # Units of mean 0 and variance 1 each; without batch norm they are as small as weights and images.
     assert np.ptp(first[True]) > 1.5 * np.ptp(first[False])
     assert abs(first[True][2]) < 0.2
@@ -163,10 +159,7 @@ def test_killed_and_interrupted_run_ends_the_same_to_the_bit(finished, tmp_path)
 
     stopped = python("-c", STOPPING, 60, interrupt, "demo", "--out", out, "--resume")
     assert (stopped.returncode, stopped.stderr) == (130, "")
-    assert (
-        f"conv with batch norm: stopped at step 59 of {STEPS}; the last checkpoint holds step 50."
-        in stopped.stdout
-    )
+    assert f"conv with batch norm: stopped at step 59 of {STEPS}; the last checkpoint holds step 50." in stopped.stdout
     command = stopped.stdout.splitlines()[-1].strip()
     assert command == f"jbn demo --out '{out}' --resume"
 
@@ -277,9 +270,7 @@ def test_without_the_extra_the_command_says_what_to_install(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from jbn.__main__ import main; main()"
     result = python("-c", code, "demo", "--out", os.devnull)
     assert result.returncode == 2
-    assert result.stderr == (
-        f'jbn: the command line needs {missing}, which is not installed: pip install "jbn[lab]"\n'
-    )
+    assert result.stderr == (f'jbn: the command line needs {missing}, which is not installed: pip install "jbn[lab]"\n')
 
 
 def test_importing_the_library_does_not_import_the_lab():
@@ -349,7 +340,9 @@ def test_evaluation_uses_the_running_statistics(data):
     network = MODELS["dense"].network(batch_norm=True)
     state = initial_state(network, 0.1, np.uint32(0), data.training.images[:2])
     for step in range(20):
-        state, _ = train_step(network, 0.1, state, *batch(data.training, 0, step, 128))
+        before = state
+        state, _ = train_step(network, 0.1, before, *batch(data.training, 0, step, 128))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # donated
     images, labels = data.validation.images[:4], data.validation.labels[:4]
     together = evaluate(network, state, images, labels)[1]
     alone = [evaluate(network, state, images[i : i + 1], labels[i : i + 1])[1] for i in range(4)]

@@ -13,11 +13,12 @@ ALL = ["float16", "bfloat16", "float32", "float64"]
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("shift", range(4))
 @pytest.mark.parametrize("state_dtype", ALL)
-@pytest.mark.parametrize("param_dtype", ALL)
 @pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("out", [None, "bfloat16", "float64"])
-def test_every_combination_under_strict_promotion(dtype, param_dtype, state_dtype, out, train):
+def test_every_pair_under_strict_promotion(dtype, state_dtype, shift, train):
+    param_dtype = ALL[(ALL.index(dtype) + ALL.index(state_dtype) + shift) % 4]
+    out = [None, "bfloat16", "float64"][shift % 3]
     x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 3)) + 2, dtype)
     params = {"scale": jnp.ones(3, param_dtype), "bias": jnp.zeros(3, param_dtype)}
     state = {"mean": jnp.zeros(3, state_dtype), "var": jnp.ones(3, state_dtype)}
@@ -38,7 +39,7 @@ def test_every_combination_under_strict_promotion(dtype, param_dtype, state_dtyp
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_low_precision_x_has_float32_statistics(dtype):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4096, 3)) + 30, dtype)
-    count, mean, var = oracle.moments(x)
+    _, mean, var = oracle.moments(x)
     m = jbn.moments(x)
     assert m.var.dtype == jnp.float32
     np.testing.assert_allclose(m.mean, mean, rtol=1e-6)

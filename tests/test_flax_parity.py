@@ -54,7 +54,7 @@ def test_the_call_is_flax_s_with_new_arguments_last():
         {"scale_init": nn.initializers.normal(), "bias_init": nn.initializers.uniform()},
         {"use_fast_variance": False, "dtype": jnp.bfloat16},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options) or "defaults",
 )
 def test_the_variables_are_flax_s(options):
     x = jnp.ones((2, 3, 4))
@@ -73,9 +73,16 @@ def test_the_output_of_initialization_is_flax_s():
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-def close(mine, theirs, case: Case, size: float, valid=True, atol: float = 0.0):
-    bound = oracle.tolerance(case.dtype, case.rows, 4 * size) + atol
-    np.testing.assert_allclose(np.where(valid, oracle.wide(mine), 0), np.where(valid, oracle.wide(theirs), 0), rtol=0, atol=bound)
+def close(mine, theirs, case: Case, size: float, valid=True, dtype=None):
+    bound = oracle.tolerance(dtype or case.dtype, case.rows, 4 * size)
+    np.testing.assert_allclose(
+        np.where(valid, oracle.wide(mine), 0), np.where(valid, oracle.wide(theirs), 0), rtol=0, atol=bound
+    )
+
+
+def precision(case: Case, train: bool) -> str:
+    """Evaluating float64 x, Flax takes the root of σ² + ε in the float32 of the state, and so has no more digits."""
+    return "float32" if case.dtype == "float64" and not train else case.dtype
 
 
 @over
@@ -84,7 +91,7 @@ def test_outputs_and_statistics(case, train):
     d = data(case)
     valid = np.ones(case.shape, bool) if d.mask is None else np.broadcast_to(d.mask, case.shape)
     (y, new), (z, old) = by_linen(case, d, train), by_flax(case, d, train, dtype=jnp.dtype(case.dtype))
-    close(y, z, case, np.abs(oracle.wide(y)).max(), valid)
+    close(y, z, case, np.abs(oracle.wide(y)).max(), valid, precision(case, train))
     for name in ("mean", "var"):
         # Flax's float64 x makes the state float64, and E[x²] - E[x]² loses some ulps of E[x²].
         np.testing.assert_allclose(oracle.wide(new[name]), oracle.wide(old[name]), rtol=1e-5, atol=1e-5)
@@ -109,7 +116,7 @@ def test_gradients(case, train):
     size = max(np.abs(oracle.wide(a)).max() for a in theirs)
     for name, a, b in zip(names, mine, theirs, strict=True):
         assert a.dtype == b.dtype
-        close(a, b, case, size, valid if name in ("x", "residual") else True)
+        close(a, b, case, size, valid if name in ("x", "residual") else True, precision(case, train))
 
 
 def test_a_flax_checkpoint_goes_on_unchanged():

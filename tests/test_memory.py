@@ -24,7 +24,9 @@ def forward(x, *, train=True, **options):
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.silu, jax.nn.gelu], ids=["none", "relu", "silu", "gelu"])
+@pytest.mark.parametrize(
+    "activation", [None, jax.nn.relu, jax.nn.silu, jax.nn.gelu], ids=["none", "relu", "silu", "gelu"]
+)
 def test_x_alone(wrap, train, activation):
     assert kept(wrap(lambda x: forward(x, train=train, activation=activation)), X) <= 1.02
 

@@ -11,9 +11,9 @@ import jbn
 from tests import oracle
 
 batches = st.builds(
-    lambda rows, mean, spread, seed: (
-        np.random.default_rng(seed).standard_normal((rows, 3)) * spread + mean
-    ).astype(np.float32),
+    lambda rows, mean, spread, seed: (np.random.default_rng(seed).standard_normal((rows, 3)) * spread + mean).astype(
+        np.float32
+    ),
     rows=st.integers(0, 40),
     mean=st.sampled_from([0.0, -3.0, 77.7, 1e4]),
     spread=st.sampled_from([0.1, 1.0, 5.0]),

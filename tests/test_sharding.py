@@ -101,7 +101,9 @@ def test_shard_map_with_the_gradient_outside(setting, check_vma, names):
         params, name = jbn.Params(scale, bias), names if len(names) > 1 else names[0]
         return jbn.bn_forward(params, s.state, x, True, mask=mask, momentum=0.0, axis_name=name)
 
-    f = jax.shard_map(forward, mesh=m, in_specs=(rows, rows, whole, whole), out_specs=(rows, whole), check_vma=check_vma)
+    f = jax.shard_map(
+        forward, mesh=m, in_specs=(rows, rows, whole, whole), out_specs=(rows, whole), check_vma=check_vma
+    )
 
     @jax.jit
     def step(x, scale, bias):
@@ -146,9 +148,7 @@ def test_vmap_and_pmap_with_an_axis_name(setting, transform):
     y, new, (dx, dscale, dbias) = transform(step, axis_name="data")(split(s.x), split(s.mask), split(s.g))
     for a in jax.tree.leaves(new):
         assert (np.asarray(a) == np.asarray(a)[0]).all()
-    s.check(
-        y.reshape(-1, C), jax.tree.map(lambda a: a[0], new), dx.reshape(-1, C), dscale.sum(0), dbias.sum(0)
-    )
+    s.check(y.reshape(-1, C), jax.tree.map(lambda a: a[0], new), dx.reshape(-1, C), dscale.sum(0), dbias.sum(0))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -74,4 +74,6 @@ def test_jit_changes_nothing_but_rounding(case, door):
     for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
         assert a.dtype == b.dtype
         size = np.abs(oracle.wide(a)).max()
-        np.testing.assert_allclose(oracle.wide(a), oracle.wide(b), rtol=0, atol=oracle.tolerance(a.dtype, case.rows, size))
+        np.testing.assert_allclose(
+            oracle.wide(a), oracle.wide(b), rtol=0, atol=oracle.tolerance(a.dtype, case.rows, size)
+        )

@@ -1,0 +1,1 @@
+"""Measurements of jbn and of its rivals; none of it is installed with the library."""

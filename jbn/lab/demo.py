@@ -1,0 +1,133 @@
+"""`jbn demo`: train the two textbook networks with and without batch normalization, and show what it did."""
+
+import shlex
+from collections.abc import Callable, Collection
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from jbn.lab import run_directory
+from jbn.lab.data import TEST_SIZE, TRAINING_SIZE, VALIDATION_SIZE, Digits, digits, enlarged
+from jbn.lab.figures import draw_demo
+from jbn.lab.models import MODELS
+from jbn.lab.report import add_bar, finding, progress_bars, show_step, table_of
+from jbn.lab.results import network_results, versions
+from jbn.lab.run_directory import OptionError, Options
+from jbn.lab.training import Interrupted, train
+
+
+class Variant(NamedTuple):
+    """One network of a run: a model with or without batch norm."""
+
+    model: str
+    batch_norm: bool
+
+    @property
+    def title(self) -> str:
+        """The name that people read."""
+        return f"{self.model} {'with' if self.batch_norm else 'without'} batch norm"
+
+    @property
+    def directory(self) -> str:
+        """The name of its folder of checkpoints."""
+        return f"{self.model}-{'with' if self.batch_norm else 'without'}-batch-norm"
+
+
+def run(options: Options, out: Path, *, resume: bool, chosen: Collection[str], console: Console) -> None:
+    """Train what `options` ask for and write checkpoints, results.json and figure.png to `out`.
+
+    With `resume`, go on with the run in `out`; the options that the user chose must be the same as there.
+    """
+    options = _checked(options)
+    if resume:
+        options = run_directory.resume(out, options, chosen)
+    else:
+        run_directory.start(out, options)
+    try:
+        networks = _train_all(options, out / run_directory.CHECKPOINTS, console)
+        _write(options, networks, out)
+    except KeyboardInterrupt:
+        console.print(f"Go on with:\n  {resume_command(out)}", soft_wrap=True)
+        raise
+    console.print(table_of(networks))
+    for model in options.model:
+        console.print(finding(*(network for network in networks if network["model"] == model)))
+    for name in (run_directory.FIGURE, run_directory.RESULTS):
+        console.print(f"Wrote {out / name}", soft_wrap=True)
+
+
+def resume_command(out: Path) -> str:
+    """Return the command that goes on with the run in `out`."""
+    return shlex.join(["jbn", "demo", "--out", str(out), "--resume"])
+
+
+def _write(options: Options, networks: list[dict[str, Any]], out: Path) -> None:
+    content = {
+        "options": asdict(options),
+        "versions": versions(),
+        "device": jax.devices()[0].device_kind,
+        "images": {"training": TRAINING_SIZE, "validation": VALIDATION_SIZE, "test": TEST_SIZE},
+        "networks": networks,
+    }
+    run_directory.write_json(out / run_directory.RESULTS, content)
+    how = f"stochastic gradient descent, batches of {options.batch_size}, seed {options.seed}"
+    title = f"Handwritten digits, {how}"
+    run_directory.write_atomically(out / run_directory.FIGURE, lambda path: draw_demo(networks, title, path))
+
+
+def _checked(options: Options) -> Options:
+    for name in options.model:
+        if name not in (*MODELS, "all"):
+            raise OptionError("--model", f"got {name!r}, expected {', '.join(MODELS)} or all")
+    if options.batch_size > TRAINING_SIZE:
+        raise OptionError(
+            "--batch-size",
+            f"got {options.batch_size}, expected at most {TRAINING_SIZE}, the number of training images",
+        )
+    chosen = MODELS if "all" in options.model else [name for name in MODELS if name in options.model]
+    return replace(options, model=tuple(chosen))
+
+
+def _train_all(options: Options, checkpoints: Path, console: Console) -> list[dict[str, Any]]:
+    variants = [Variant(model, batch_norm) for model in options.model for batch_norm in (False, True)]
+    small = digits(options.seed)
+    networks = []
+    with progress_bars(console) as progress:
+        tasks = [add_bar(progress, variant.title, options.steps) for variant in variants]
+        for variant, task in zip(variants, tasks, strict=True):
+            data = enlarged(small) if MODELS[variant.model].enlarged else small
+            report = partial(show_step, progress, task)
+            try:
+                networks.append(_train_one(variant, options, data, checkpoints, report))
+            except Interrupted as stop:
+                where = f"step {stop.step} of {options.steps}; the last checkpoint holds step {stop.saved}"
+                console.print(f"{variant.title}: stopped at {where}.")
+                raise
+    return networks
+
+
+def _train_one(
+    variant: Variant, options: Options, data: Digits, checkpoints: Path, report: Callable[..., None]
+) -> dict[str, Any]:
+    model = MODELS[variant.model]
+    learning_rate = model.learning_rate if options.learning_rate is None else options.learning_rate
+    network = model.network(batch_norm=variant.batch_norm)
+    trained = train(
+        network,
+        data,
+        checkpoints / variant.directory,
+        learning_rate=learning_rate,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        report=report,
+    )
+    return {
+        "model": variant.model,
+        "batch_norm": variant.batch_norm,
+        "learning_rate": learning_rate,
+    } | network_results(network, trained, data.test)
