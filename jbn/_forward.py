@@ -24,14 +24,14 @@ StateT = TypeVar("StateT")
 
 
 class Params(NamedTuple):
-    """What is learned, per feature; either may be absent."""
+    """What a layer learns, per feature; either may be absent: ``Params(scale, bias)``."""
 
     scale: Array | None  # (features,), γ
     bias: Array | None  # (features,), β
 
 
 class State(NamedTuple):
-    """What is remembered, per feature."""
+    """What a layer remembers, per feature: ``State(mean, var)``."""
 
     mean: Array  # (features,), float32 or wider
     var: Array  # (features,), biased unless trained with unbiased=True

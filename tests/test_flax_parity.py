@@ -13,8 +13,8 @@ from tests import oracle
 from tests.cases import CASES, Case, by_flax, by_linen, data
 
 MINE, THEIRS = jbn.linen.BatchNorm, nn.BatchNorm
-# What the closed list of differences leaves out: masked positions are compared where they are valid.
-over = pytest.mark.parametrize("case", CASES, ids=str)
+# Masked positions, which are 0 here, are left out; so is a mask of whole features, which Flax turns into NaN.
+over = pytest.mark.parametrize("case", [case for case in CASES if case.mask != (1, 4)], ids=str)
 
 
 @pytest.fixture(autouse=True)

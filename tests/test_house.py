@@ -1,0 +1,128 @@
+"""The structure of the package, and what the README says about it."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import jbn
+from benchmarks import flax_differences
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PICTURE = re.search(r"```\njbn/\n(.*?)```", README, re.DOTALL)[1]  # type: ignore[index]
+ROOMS = [line.split()[0] for line in PICTURE.splitlines() if line.startswith("  ")]
+
+
+def imported(path: Path) -> set[str]:
+    """Return the rooms of jbn and the other packages that a file imports, at its top or later."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level or module.split(".")[0] == "jbn":
+                inside = module.removeprefix("jbn").lstrip(".")
+                names |= {inside.split(".")[0]} if inside else {alias.name for alias in node.names}
+            else:
+                names.add(module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_the_picture_shows_every_room():
+    present = {path.name + "/" * path.is_dir() for path in (ROOT / "jbn").iterdir()}
+    assert set(ROOMS) == present - {"py.typed", "__pycache__/"}
+
+
+def test_imports_point_upwards():
+    order = [room.removesuffix(".py").removesuffix("/") for room in ROOMS[1:]]
+    for below, room in enumerate(order):
+        files = (ROOT / "jbn" / room).glob("*.py") if room == "lab" else [ROOT / "jbn" / f"{room}.py"]
+        for file in files:
+            ours = imported(file) & set(order) - {"lab"} if room == "lab" else imported(file) & set(order)
+            assert all(order.index(name) < below for name in ours), (file, ours)
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room.startswith("_") and room != "__main__.py"])
+def test_the_core_imports_jax_and_numpy_only(room):
+    allowed = {"jax", "numpy", *sys.stdlib_module_names}
+    names = {name.split(".")[0] for name in imported(ROOT / "jbn" / room)}
+    assert not {name for name in names if name not in allowed and f"{name}.py" not in ROOMS} - set(dir(jbn))
+
+
+def test_importing_jbn_imports_no_extra():
+    code = "import sys, jbn; print(sorted({'flax', 'optax', 'matplotlib', 'rich', 'jbn.lab'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_no_file_is_long():
+    for folder in ("jbn", "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 420, path
+
+
+def test_every_public_name_is_documented():
+    for name in [name for name in dir(jbn) if not name.startswith("_") and getattr(jbn, name) is not None]:
+        public = getattr(jbn, name)
+        if getattr(public, "__module__", "").startswith("jbn"):
+            assert len(public.__doc__ or "") > 40, name
+
+
+def test_the_examples_of_the_readme_run(capsys):
+    scope: dict[str, object] = {}
+    for block in BLOCKS:
+        exec(block, scope)
+    assert len(BLOCKS[0].strip().splitlines()) <= 13
+    assert capsys.readouterr().out.startswith("2048.0 ")
+    assert scope["whole"].count == 32 * 8 * 8  # type: ignore[attr-defined]
+
+
+def test_the_readme_has_two_commands():
+    commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert [command.count("\n") for command in commands] == [1, 1]
+
+
+# What jbn does in the table of the README, and what Flax does there: a prefix of the figure.
+EXPECTED = {
+    "largest error of y": (r"[1-9]e-07", r"1e\+03"),
+    "largest masked output": ("0.0", "[1-9]"),
+    "NaN in masked rows": ("finite", "NaN"),
+    "y of bfloat16 x": ("bfloat16", "float32"),
+    "a float32 state": ("float32", "float64"),
+    "gradient through": ("no", "yes"),
+    "complex x": ("TypeError", "complex64"),
+    "integer x": ("TypeError", "float32"),
+    "boolean x": ("TypeError", "float32"),
+    "running statistics after a NaN": ("kept", "NaN"),
+    "one value per channel": ("ValueError", "y = 0"),
+    "`epsilon=0`": ("ValueError", "accepted"),
+    "`momentum=1.5`": ("ValueError", "accepted"),
+    "`use_fast_variance=False`": ("no effect", "changes y"),
+    "training without passing": ("ValueError", "restarts"),
+}
+
+
+@pytest.mark.parametrize("difference", flax_differences.DIFFERENCES, ids=lambda d: d.item)
+def test_what_differs_from_flax(difference):
+    import flax.linen as nn
+
+    import jbn.linen
+
+    (ours, theirs), *more = (want for item, want in EXPECTED.items() if difference.item.startswith(item))
+    assert not more
+    with jax.numpy_rank_promotion("allow"):
+        found = difference.look(jbn.linen.BatchNorm), difference.look(nn.BatchNorm)
+    assert re.match(ours, found[0]), found
+    assert re.match(theirs, found[1]), found
+    assert f"| {difference.item} |" in README
+
+
+def test_the_list_of_differences_is_closed():
+    assert len(EXPECTED) == len(flax_differences.DIFFERENCES)
