@@ -11,6 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+if jax.__version_info__ < (0, 8):
+    raise ImportError(
+        f"jbn needs jax 0.8 or newer; this is jax {jax.__version__}. Upgrade it with jaxlib, and with libtpu or the "
+        "CUDA plugin: pip install -U jax."
+    )
+
 
 class Sync(NamedTuple):
     """The shards that share statistics: those along ``names``, or the groups of them that ``groups`` lists."""

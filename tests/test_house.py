@@ -62,6 +62,12 @@ def test_importing_jbn_imports_no_extra():
     assert out.stdout.strip() == "[]"
 
 
+def test_an_old_jax_is_refused_by_name():
+    code = "import jax; jax.__version_info__ = (0, 7, 2); jax.__version__ = '0.7.2'; import jbn"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "ImportError: jbn needs jax 0.8 or newer; this is jax 0.7.2" in out.stderr
+
+
 def test_no_file_is_long():
     for folder in ("jbn", "tests", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -1,0 +1,181 @@
+"""How often the second sweep is taken, and what its guard costs where it is not: ``python -m benchmarks.guard``.
+
+The guard of ``jbn._moments.statistics`` fires in a layer and step where the pilot, the running mean, is so far from the
+mean of the batch that digits would be lost. Writes ``benchmarks/results/guard.json``.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from rich.console import Console
+from rich.table import Table
+
+import jbn
+from jbn import _moments
+from jbn._axes import Sync
+from jbn._layout import layout_of
+from jbn.lab.data import batch, digits
+from jbn.lab.models import MODELS
+from jbn.linen import BatchNorm
+
+RESULTS = Path(__file__).parent / "results" / "guard.json"
+
+
+class ResNet(nn.Module):
+    """Three residual blocks of 16, 32 and 64 features on images (n, 8, 8, 1)."""
+
+    momentum: float
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Return logits (n, 10)."""
+
+        def norm(**options: Any) -> BatchNorm:
+            return BatchNorm(use_running_average=not train, momentum=self.momentum, **options)
+
+        x = norm(activation=nn.relu)(nn.Conv(16, (3, 3), use_bias=False)(x))
+        for features in (16, 32, 64):
+            y = norm(activation=nn.relu)(nn.Conv(features, (3, 3), use_bias=False)(x))
+            y = nn.Conv(features, (3, 3), use_bias=False)(y)
+            x = x if x.shape == y.shape else norm()(nn.Conv(features, (1, 1), use_bias=False)(x))
+            x = norm(activation=nn.relu)(y, residual=x)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+def fires(x: Array, mean: Array, epsilon: float) -> Array:
+    """Return whether the guard fires for a batch and a running mean."""
+    rows = _moments.Rows(layout_of(x, -1), Sync(), epsilon)
+    pilot = _moments.pilot_of(mean, np.dtype(np.float32))
+    return (_moments.statistics(rows, x, None, pilot).pilot != pilot).any()
+
+
+def watched(model: nn.Module, variables: Any, images: Array) -> tuple[Any, Any, list[Array]]:
+    """Return logits, new statistics and whether the guard fires, for each layer."""
+    fired = []
+
+    def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        if isinstance(layer, BatchNorm):
+            fired.append(fires(args[0], layer.get_variable("batch_stats", "mean"), layer.epsilon))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    return logits, new["batch_stats"], fired
+
+
+def share(model: nn.Module, steps: int) -> np.ndarray:
+    """Train on digits for some steps and return (steps, layers): whether the guard fired."""
+    data = digits(0).training
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    variables = model.init(jax.random.key(0), data.images[:2], train=True)
+    params, stats = variables["params"], variables["batch_stats"]
+    moving = optimizer.init(params)
+
+    @jax.jit
+    def step(params: Any, stats: Any, moving: Any, images: Array, labels: Array) -> Any:
+        def loss(params: Any) -> Any:
+            logits, new, fired = watched(model, {"params": params, "batch_stats": stats}, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (new, jnp.stack(fired))
+
+        grads, (new, fired) = jax.grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(grads, moving)
+        return optax.apply_updates(params, updates), new, state, fired
+
+    history = []
+    for i in range(steps):
+        params, stats, moving, fired = step(params, stats, moving, *batch(data, 0, i, 128))
+        history.append(np.asarray(fired))
+    return np.array(history)
+
+
+def closes_after(value: float, momentum: float) -> int | None:
+    """Return the number of updates after which a constant channel no longer fires, from a fresh state."""
+    x = jnp.full((256, 1), value)
+    state = jbn.bn_init(1)[1]
+    last = 0
+    for i in range(4000):
+        last = i + 1 if fires(x, state.mean, 1e-5) else last
+        _, state = jbn.bn_forward(None, state, x, True, momentum=momentum)
+    return None if last == 4000 else last
+
+
+def cost(repeats: int) -> np.ndarray:
+    """Return the ratios of the time of forward and backward with the guard to that without, f32 32×56×56×64."""
+    x = jax.random.normal(jax.random.key(0), (32, 56, 56, 64))
+    params, state = jbn.bn_init(64)
+
+    def build() -> Callable[[], Any]:
+        def loss(x: Array, params: Any) -> tuple[Array, Any]:
+            y, new = jbn.bn_forward(params, state, x, True)
+            return (y * y).sum(), new
+
+        jax.clear_caches()
+        compiled = jax.jit(jax.grad(loss, (0, 1), has_aux=True)).lower(x, params).compile()
+        return lambda: jax.block_until_ready(compiled(x, params))
+
+    guarded = build()
+    with mock.patch.object(_moments.lax, "cond", lambda _, again, once: once()):
+        free = build()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), guarded(), free())
+
+    def seconds(call: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+
+    return np.array([seconds(guarded) / seconds(free) for _ in range(repeats)])
+
+
+def main() -> None:
+    """Print and write the tables."""
+    parser = argparse.ArgumentParser(description="How often the second sweep is taken, and what its guard costs.")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=60)
+    options = parser.parse_args()
+    dense, conv = (MODELS[name].network(batch_norm=True) for name in ("dense", "conv"))
+    networks = {
+        "dense of the demo": dense,
+        "conv of the demo": conv,
+        "ResNet, momentum 0.9": ResNet(0.9),
+        "ResNet, momentum 0.99": ResNet(0.99),
+    }
+    shares = {}
+    table = Table("network", "layers", "first 100 steps", "later steps", title="Share of layer-steps that sweep twice")
+    for name, model in networks.items():
+        fired = share(model, options.steps)
+        shares[name] = {"first 100": float(fired[:100].mean()), "later": float(fired[100:].mean())}
+        table.add_row(name, str(fired.shape[1]), f"{fired[:100].mean():.1%}", f"{fired[100:].mean():.2%}")
+    constants = {
+        f"{value:g}, momentum {momentum}": closes_after(value, momentum)
+        for momentum in (0.9, 0.99)
+        for value in (0.1, 1.0, 100.0, 1e4, 1e6)
+    }
+    ratios = np.percentile(cost(options.repeats), [25, 50, 75])
+    console = Console()
+    console.print(table)
+    console.print("A constant channel, from a fresh state: the last update that fires.", constants)
+    console.print(
+        f"Time of forward and backward with the guard / without: {ratios[1]:.3f} ({ratios[0]:.3f}-{ratios[2]:.3f})"
+    )
+    content = {
+        "share": shares,
+        "constant channel: last update that fires": constants,
+        "cost quartiles": ratios.tolist(),
+    }
+    RESULTS.write_text(json.dumps({"jax": jax.__version__, **content}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
