@@ -105,6 +105,21 @@ def _one_value(layer: type[nn.Module]) -> str:
     return _or_error(lambda: f"y = {_train(layer, _x(rows=1))[0][0, 0]:.0f}, var moves towards 0")
 
 
+def _few_rows(rows: int) -> Callable[[type[nn.Module]], str]:
+    def look(layer: type[nn.Module]) -> str:
+        _, new = _train(layer, _x(3.0), mask=jnp.arange(4096)[:, None] < rows)
+        mean, var = (new["batch_stats"][name] for name in ("mean", "var"))
+        if jnp.isnan(mean).any():
+            return "NaN"
+        return "kept" if (mean == 0).all() and (var == 1).all() else f"var moves to {var[0]:.2f}"
+
+    return look
+
+
+def _traced_epsilon(layer: type[nn.Module]) -> str:
+    return _or_error(lambda: "accepted" if jax.jit(lambda e: _train(layer, _x(), epsilon=e)[0])(1e-5).any() else "")
+
+
 def _option(**options: Any) -> Callable[[type[nn.Module]], str]:
     return lambda layer: _or_error(lambda: "accepted" if _train(layer, _x(), **options) else "")
 
@@ -130,8 +145,11 @@ DIFFERENCES = [
     Difference("integer x", _kind(jnp.int32)),
     Difference("boolean x", _kind(jnp.bool_)),
     Difference("running statistics after a NaN in the batch", _not_finite),
+    Difference("running statistics after one valid row in the mask", _few_rows(1)),
+    Difference("running statistics after no valid row in the mask", _few_rows(0)),
     Difference("one value per channel in training", _one_value),
     Difference("`epsilon=0`", _option(epsilon=0.0)),
+    Difference("`epsilon` traced", _traced_epsilon),
     Difference("`momentum=1.5`", _option(momentum=1.5)),
     Difference("`use_fast_variance=False` at mean/std = 10³", _slow_variance),
     Difference("training without passing `batch_stats`", _no_statistics),

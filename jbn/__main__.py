@@ -1,5 +1,6 @@
 """The command line: `jbn`, or `python -m jbn`."""
 
+import os
 import sys
 
 
@@ -20,6 +21,13 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:
+            # After Ctrl-C a thread of JAX may still compile, and crash an interpreter that is being taken down.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
+        raise
 
 
 if __name__ == "__main__":

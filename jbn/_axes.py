@@ -3,12 +3,12 @@
 JAX moved these spellings between 0.8 and 0.12, so they stand in this file and nowhere else.
 """
 
-import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 if jax.__version_info__ < (0, 8):
@@ -36,15 +36,13 @@ class Sync(NamedTuple):
             return parts
         flat = jnp.concatenate([part.ravel() for part in parts])
         flat = lax.psum(flat, self.names, axis_index_groups=self.groups)
-        pieces = jnp.split(flat, list(_offsets(math.prod(part.shape) for part in parts)))
+        pieces = jnp.split(flat, np.cumsum([part.size for part in parts])[:-1])
         return tuple(piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True))
 
-
-def _offsets(sizes: Iterable[int]) -> Iterable[int]:
-    total = 0
-    for size in list(sizes)[:-1]:
-        total += size
-        yield total
+    def common(self, value: Array) -> Array:
+        """Return one value for all shards, their mean, where it is known to differ between them."""
+        names = tuple(name for name in self.names if name in _varying(value))
+        return lax.pmean(value, names, axis_index_groups=self.groups) if names else value
 
 
 def sync_over(
@@ -57,6 +55,8 @@ def sync_over(
             raise ValueError("axis_index_groups needs axis_name, the axis whose indices are grouped; it is None.")
         return Sync()
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if not names:
+        raise ValueError(f"axis_name is {axis_name!r}; expected one name or several, or None for no axis.")
     for name in names:
         try:
             lax.axis_size(name)

@@ -1,12 +1,12 @@
 """The rooms joined: ``bn_init``, ``bn_forward``, and the stateless ``batch_norm`` and ``moments``."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -60,10 +60,9 @@ def bn_init(
     >>> params, state = jbn.bn_init(4)
     >>> state.var.shape
     (4,)
-
     """
-    shape = (num_features,) if isinstance(num_features, int | np.integer) else tuple(num_features)
-    kind = layouts.check_dtype(dtype, jnp.zeros(()))
+    shape = layouts.feature_shape(num_features)
+    kind = layouts.output_dtype(dtype, jnp.zeros(()))
     wide = layouts.compute_dtype(kind)
     params = Params(jnp.ones(shape, kind) if use_scale else None, jnp.zeros(shape, kind) if use_bias else None)
     return params, State(jnp.zeros(shape, wide), jnp.ones(shape, wide))
@@ -94,8 +93,7 @@ def bn_forward(
 
     With ``train=True`` the moments are those of all valid positions of the batch, over every shard of ``axis_name``,
     and the state moves: :math:`\text{new} = \text{old} + (1 - \text{momentum})(\text{batch} - \text{old})`. With
-    ``train=False`` they are those of the state, which is returned as it is; nothing is shared and no axis need be
-    bound.
+    ``train=False`` they are those of the state, which is returned as it is.
 
     Args:
         params: ``Params`` or a mapping with ``scale`` and ``bias``, each of the shape of the features, either or both
@@ -103,16 +101,20 @@ def bn_forward(
         state: ``State`` or a mapping with ``mean`` and ``var``, of the shape of the features.
         x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
         train: whether to use the statistics of the batch; a Python bool, known when tracing.
-        axis: the axis or axes of the features; parameters have their sizes in ascending order.
+        axis: the axis or axes of the features, the last unless given; parameters have their sizes in ascending order.
         momentum: weight of the old value, 0 to 1, a number or a traced scalar (PyTorch's is one minus it).
         epsilon: ε > 0, added to the variance.
         mask: bool, of the rank of x, each dimension 1 or that of x; only positions where it is true are counted, the
-            others give 0, and nothing in them reaches an output, a gradient or the state.
+            others give 0, and nothing in them reaches an output, a gradient or the state. For sequences x (N, T, C)
+            of known lengths: ``(jnp.arange(T) < lengths[:, None])[..., None]``.
         axis_name: name or names of axes of ``jax.shard_map``, ``jax.pmap`` or ``jax.vmap`` whose shards form one
-            batch. Under ``jax.jit`` a sharded batch is one batch without it.
-        axis_index_groups: groups of indices of that axis; each group is a batch of its own.
+            batch; ignored with ``train=False``. All of them must hold the same state. Under ``jax.jit`` a sharded
+            batch is one batch without it.
+        axis_index_groups: groups of indices of that axis; each group is a batch of its own. Under ``jax.pmap`` and
+            ``jax.shard_map(..., check_vma=False)`` only.
         activation: f, a function of one array such as ``jax.nn.relu``, applied in the dtype of the arithmetic and
-            recomputed in the backward pass. Pass the same function object at every call: a new lambda compiles anew.
+            recomputed in the backward pass. Arrays that it closes over, such as a learned slope, are differentiated
+            too. Eager calls compile anew for a new function object and for one that holds arrays.
         residual: an array of the shape of x, added before the activation.
         dtype: dtype of y, that of x unless given.
         unbiased: let the running variance be n/(n - 1) times the biased one, as in PyTorch.
@@ -136,15 +138,14 @@ def bn_forward(
     Source: S. Ioffe, C. Szegedy, "Batch Normalization", 2015, algorithms 1 and 2. Elsewhere: Flax and Haiku take the
     variance as E[x²] - E[x]², which has no digits left where the mean is 10⁴ standard deviations; Flax normalizes
     masked positions, averages shards with equal weights and returns float32 for bfloat16 x.
-
     """
     train = layouts.check_flag("train", train)
     old = _entries("state", state, ("mean", "var"), required=True)
     scale, bias = _entries("params", params, ("scale", "bias"))
-    recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype)
+    recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype, *old)
     for name, value in zip(("state.mean", "state.var"), old, strict=True):
         layouts.check_vector(name, value, recipe.layout)
-    weight = layouts.check_momentum(momentum)
+    weight = layouts.new_weight(momentum)
     if not train:
         return _evaluate(recipe, valid, operands, *old), state
     sync = sync_over(axis_name, axis_index_groups)
@@ -186,7 +187,8 @@ def batch_norm(
         dtype: dtype of y, that of x unless given.
 
     Returns:
-        y, of the shape of x, and its ``Moments``, differentiable like y. One value per feature gives the bias.
+        y, of the shape of x, and its ``Moments``, differentiable like y. One value per feature gives the bias: without
+        a state there is nothing that it could spoil.
 
     Raises:
         ValueError: for shapes, ranges and names that do not fit.
@@ -198,7 +200,6 @@ def batch_norm(
     (2.0, 1.0)
 
     Source: Ioffe and Szegedy 2015, algorithm 1.
-
     """
     recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype)
     rows = Rows(recipe.layout, sync_over(axis_name, axis_index_groups), recipe.epsilon)
@@ -236,10 +237,9 @@ def moments(
     1.0
 
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance", 1983: shifted data.
-
     """
-    layout, values, valid = _rows(x, axis, mask)
-    return _moments(Rows(layout, sync_over(axis_name, axis_index_groups), 0.0), valid, values)
+    layout, values, valid = _read_rows(x, axis, mask)
+    return _moments_of(Rows(layout, sync_over(axis_name, axis_index_groups), 0.0), valid, values)
 
 
 # One compiled call each, so that an eager step costs one dispatch and the second call traces nothing.
@@ -275,7 +275,7 @@ def _normalized(rows: Rows, recipe: Recipe, mask: Array | None, operands: Operan
 
 
 @partial(jax.jit, static_argnums=0)
-def _moments(rows: Rows, mask: Array | None, x: Array) -> Moments:
+def _moments_of(rows: Rows, mask: Array | None, x: Array) -> Moments:
     return statistics(rows, x, mask, jnp.zeros(rows.layout.features, layouts.compute_dtype(x.dtype)))
 
 
@@ -289,31 +289,29 @@ def _read(
     epsilon: float,
     activation: Activation | None,
     dtype: DTypeLike | None,
+    *state: Array,
 ) -> tuple[Recipe, Array | None, Operands]:
     """Check everything against x."""
-    layout, values, valid = _rows(x, axis, mask)
+    layout, values, valid = _read_rows(x, axis, mask)
     operands = Operands(
         values,
-        layouts.check_vector("scale", _array(scale), layout),
-        layouts.check_vector("bias", _array(bias), layout),
-        layouts.check_residual(_array(residual), layout),
+        layouts.check_vector("scale", layouts.as_array("scale", scale), layout),
+        layouts.check_vector("bias", layouts.as_array("bias", bias), layout),
+        layouts.check_residual(layouts.as_array("residual", residual), layout),
         (),
     )
-    out = layouts.check_dtype(dtype, values)
+    out = layouts.output_dtype(dtype, values)
     wide = layouts.compute_dtype(values.dtype, out)
-    opened, slopes = open_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide))
-    recipe = Recipe(layout, layouts.check_epsilon(epsilon), opened, out, wide)
+    z = jax.ShapeDtypeStruct(layout.shape, wide)
+    opened, slopes = open_activation(activation, z, *jax.tree.leaves(operands), *state)
+    recipe = Recipe(layout, layouts.epsilon_of(epsilon), opened, out, wide)
     return recipe, valid, operands._replace(slopes=slopes)
 
 
-def _rows(x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> tuple[Layout, Array, Array | None]:
-    values = _array(x)
+def _read_rows(x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> tuple[Layout, Array, Array | None]:
+    values = layouts.as_array("x", x)
     layout = layouts.layout_of(values, axis)
-    return layout, values, layouts.check_mask(_array(mask), layout)
-
-
-def _array(value: ArrayLike | None) -> Any:
-    return value if value is None or isinstance(value, jax.Array) else jnp.asarray(value)
+    return layout, values, layouts.check_mask(layouts.as_array("mask", mask), layout)
 
 
 def _entries(name: str, tree: Any, fields: tuple[str, ...], required: bool = False) -> tuple[Any, ...]:
@@ -329,19 +327,26 @@ def _entries(name: str, tree: Any, fields: tuple[str, ...], required: bool = Fal
             f"{name} is of type {type(tree).__name__}; expected jbn.{name.capitalize()} or a mapping with "
             f"{' and '.join(fields)}."
         )
-    unknown = sorted(set(found) - set(fields))
-    missing = [field for field in fields if found.get(field) is None] if required else []
-    if unknown or missing:
+    present = [field for field in fields if found.get(field) is not None]
+    if set(found) - set(fields) or (required and len(present) < len(fields)):
+        inner = [key for key, value in found.items() if isinstance(value, Mapping) and set(fields) & set(value)]
         raise ValueError(
-            f"{name} has the entries {sorted(found)}; expected {' and '.join(fields)}"
-            + (f", and {' and '.join(missing)} is missing" if missing else "")
-            + ". Pass the leaves of this layer alone, with these names."
+            f"{name} has the entries {', '.join(sorted(map(str, found))) or 'none'}; expected {' and '.join(fields)}. "
+            + (
+                f"Pass {name}[{inner[0]!r}]."
+                if len(inner) == 1
+                else "The order is bn_forward(params, state, x, train)."
+            )
         )
-    return tuple(_array(found.get(field)) for field in fields)
+    return tuple(layouts.as_array(field, found.get(field)) for field in fields)
 
 
 def _replace(state: StateT, **fields: Array) -> StateT:
     """Return a state of the same type with new arrays."""
+    if isinstance(state, MutableMapping):
+        new = copy(state)
+        new.update(fields)
+        return new
     if isinstance(state, Mapping):
         return type(state)({**state, **fields})  # type: ignore[call-arg]
     return state._replace(**fields)  # type: ignore[attr-defined, no-any-return]

@@ -39,14 +39,23 @@ class Layout(NamedTuple):
         return jnp.expand_dims(vector, self.rows)
 
     def sum(self, values: Array) -> Array:
-        """Sum over the rows, in two steps."""
-        # XLA's CPU loops may add one row after the other, and the error of a sum grows with the number of its terms.
-        first, rest = self.rows[:1], self.rows[1:]
-        if not rest:
-            return values.sum(first)
-        # Without the barrier XLA would make one sum of the two.
-        partial = lax.optimization_barrier(values.sum(rest, keepdims=True))
-        return partial.sum(self.rows)
+        """Sum over the rows; on CPU in two steps, for accuracy.
+
+        XLA's CPU loops may add one row after the other (those of jax 0.8 do), and the error of a sum grows with the
+        number of its terms. Elsewhere a second step would cost bytes, and a larger collective where other axes than the
+        first are sharded.
+        """
+        if len(self.rows) == 1:
+            return values.sum(self.rows)
+
+        def in_two_steps(values: Array) -> Array:
+            # Without the barrier XLA would make one sum of the two.
+            return lax.optimization_barrier(values.sum(self.rows[1:], keepdims=True)).sum(self.rows)
+
+        def in_one_step(values: Array) -> Array:
+            return values.sum(self.rows)
+
+        return lax.platform_dependent(values, cpu=in_two_steps, default=in_one_step)
 
     def valid(self, mask: Array) -> Array:
         """Count the valid rows, for all features together or, if the mask tells features apart, for each one."""
@@ -55,8 +64,31 @@ class Layout(NamedTuple):
         return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, self.features)
 
 
+def as_array(name: str, value: Any) -> Any:
+    """Refuse what is not an array; ``None`` passes."""
+    if value is None or isinstance(value, jax.Array):
+        return value
+    if not hasattr(value, "dtype"):
+        raise TypeError(f"{name} is of type {type(value).__name__}; expected a jax or NumPy array.")
+    return jnp.asarray(value)
+
+
+def feature_shape(num_features: Any) -> tuple[int, ...]:
+    """Read ``num_features``, one size or several."""
+    sizes = num_features if isinstance(num_features, tuple | list) else (num_features,)
+    if not sizes or not all(isinstance(n, int | np.integer) and not isinstance(n, bool) and n > 0 for n in sizes):
+        given = getattr(num_features, "shape", num_features)
+        raise ValueError(
+            f"num_features is {given!r} of type {type(num_features).__name__}; expected a positive integer or a "
+            "tuple of them: the sizes of the feature axes, x.shape[-1] for features last."
+        )
+    return tuple(map(int, sizes))
+
+
 def layout_of(x: Array | np.ndarray[Any, Any], axis: int | Sequence[int]) -> Layout:
     """Read where the features of ``x`` are."""
+    if x is None:
+        raise TypeError("x is None; expected a jax or NumPy array.")
     if x.dtype.name not in FLOATS:
         fix = {
             "c": "normalize real and imaginary part as two features (flax.linen.BatchNorm itself takes complex x)",
@@ -85,11 +117,17 @@ def check_vector(name: str, value: Array | None, layout: Layout) -> Array | None
     if value.dtype.name not in FLOATS:
         raise TypeError(f"{name} has dtype {value.dtype.name}; expected {', '.join(FLOATS)}.")
     if tuple(value.shape) != layout.features:
-        where = layout.axis[0] if len(layout.axis) == 1 else layout.axis
+        (where, size) = (layout.axis, layout.features) if len(layout.axis) > 1 else (layout.axis[0], layout.features[0])
+        fitting = [i for i, n in enumerate(layout.shape) if (n,) == tuple(value.shape)]
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, but x of shape {layout.shape} has features of shape "
-            f"{layout.features} on axis {where}. Pass axis= if the features lie elsewhere, or make params and state "
-            f"with bn_init({layout.features[0] if len(layout.features) == 1 else layout.features})."
+            f"{layout.features} on axis {where}. "
+            + (
+                f"Axis {fitting[0]} has that size: pass axis={fitting[0]}"
+                if len(fitting) == 1
+                else "Pass the right axis="
+            )
+            + f", or make params and state with bn_init({size})."
         )
     return value
 
@@ -101,9 +139,12 @@ def check_mask(mask: Array | None, layout: Layout) -> Array | None:
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask has dtype {mask.dtype.name}; expected bool, True where x is valid: try mask > 0.")
     if len(mask.shape) != len(layout.shape):
+        missing = len(layout.shape) - len(mask.shape)
+        leading = tuple(mask.shape) == layout.shape[: len(mask.shape)]
+        fix = f": pass mask[..., {', '.join(['None'] * missing)}]." if leading else "."
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}, x has shape {layout.shape}; expected the same rank, each dimension "
-            "1 or that of x: a mask of rows (N,) is passed as mask.reshape(N, 1, ...)."
+            f"1 or that of x{fix}"
         )
     if any(m not in (1, n) for m, n in zip(mask.shape, layout.shape, strict=True)):
         raise ValueError(
@@ -127,12 +168,12 @@ def check_residual(residual: Array | None, layout: Layout) -> Array | None:
 
 
 def check_rows(layout: Layout, shards: int) -> None:
-    """Refuse to train on one value per channel: its variance is zero and the output is the bias, whatever x is."""
+    """Refuse to train on one value per feature: its variance is zero and the output is the bias, whatever x is."""
     if layout.values * shards == 1:
         raise ValueError(
             f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
             f"{shards} shard{'s' * (shards > 1)}), so its variance is zero. Expected at least two: use a larger batch, "
-            "train=False for a single example, or axis_name= to share statistics."
+            "axis_name= to share statistics, or train=False for a single example (use_running_average=True in Flax)."
         )
 
 
@@ -142,23 +183,31 @@ def check_flag(name: str, value: object) -> bool:
         return bool(value)
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"{name} is a traced value ({value.aval}); expected a Python bool, known when tracing: mark it static, "
-            f"jax.jit(step, static_argnums=...) or static_argnames={name!r}."
+            f"{name} is a traced value ({value.aval}); expected a Python bool, known when tracing: write True or "
+            f"False, or mark the argument static where the step is compiled: jax.jit(step, static_argnames={name!r}) "
+            "or static_argnums with its position."
         )
     raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected True or False.")
 
 
-def check_epsilon(epsilon: object) -> float:
-    """Refuse an epsilon that is not a positive number."""
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float | np.floating | np.integer):
+def epsilon_of(epsilon: object) -> float:
+    """Return epsilon as a number; refuse one that is not positive."""
+    if isinstance(epsilon, bool) or not (isinstance(epsilon, int | float | np.number) or _is_known_scalar(epsilon)):
         raise TypeError(f"epsilon is {epsilon!r}; expected a Python number above 0, known when tracing.")
-    if not 0 < epsilon < math.inf:
+    known = float(epsilon)  # type: ignore[arg-type]
+    if not 0 < known < math.inf:
         raise ValueError(f"epsilon is {epsilon}; expected a number above 0, for instance 1e-5.")
-    return float(epsilon)
+    return known
 
 
-def check_momentum(momentum: ArrayLike) -> ArrayLike:
-    """Refuse a momentum outside [0, 1] where it is known; return the weight of the new value, 1 - momentum."""
+def _is_known_scalar(value: object) -> bool:
+    return isinstance(value, jax.Array | np.ndarray) and value.shape == () and not isinstance(value, jax.core.Tracer)
+
+
+def new_weight(momentum: ArrayLike) -> ArrayLike:
+    """Return 1 - momentum, the weight of the new value; refuse a momentum outside [0, 1] where it is known."""
+    if not (hasattr(momentum, "dtype") or isinstance(momentum, int | float)) or isinstance(momentum, bool):
+        raise TypeError(f"momentum is {momentum!r}; expected a number from 0 to 1, the weight of the old value.")
     if isinstance(momentum, int | float | np.number):
         if not 0 <= momentum <= 1:
             raise ValueError(
@@ -174,9 +223,12 @@ def check_momentum(momentum: ArrayLike) -> ArrayLike:
     return lax.sub(jnp.ones((), jnp.result_type(momentum)), momentum)
 
 
-def check_dtype(dtype: DTypeLike | None, x: Array) -> np.dtype[Any]:
+def output_dtype(dtype: DTypeLike | None, x: Array) -> np.dtype[Any]:
     """Return the dtype of the output, that of ``x`` unless another is asked for."""
-    chosen = x.dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    try:
+        chosen = x.dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype is {dtype!r}; expected {', '.join(FLOATS)}.") from None
     if chosen.name not in FLOATS:
         raise TypeError(f"dtype is {chosen.name}; expected {', '.join(FLOATS)}.")
     return np.dtype(chosen)

@@ -1,7 +1,9 @@
 """Normalization by given moments, with scale, bias, residual and activation in one derivative rule."""
 
-from collections.abc import Callable, Hashable
+import inspect
+from collections.abc import Callable
 from functools import lru_cache, partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -50,6 +52,7 @@ class Operands(NamedTuple):
 def normalize(recipe: Recipe, mask: Array | None, m: Moments, operands: Operands) -> Array:
     """Return f((x - μ)·γ/√(σ² + ε) + β + residual) in the recipe's dtype, and 0 where the mask is false."""
     z, _ = _affine(recipe, mask, m, operands)
+    z = vary_as(z, *jax.tree.leaves((m, operands)))
     y = z if recipe.activation is None else recipe.activation(z, *operands.slopes)
     return (y if mask is None else jnp.where(mask, y, 0)).astype(recipe.dtype)
 
@@ -83,30 +86,57 @@ def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, 
         w = -a * (dm.pilot + dm.offset)
         w = w if d.bias is None else w + d.bias.astype(dtype)
         u, w = vary_as(jnp.stack([u, w]), x)  # together, so that their transpose is one collective
-        z, centred = _affine(recipe, mask, m, operands)
+        z, _ = _affine(recipe, mask, m, operands)
+        # A c of its own for Σ g c, as in ``Rows.sums``: otherwise XLA writes it to memory on CPU.
+        pilot, offset = lax.optimization_barrier((m.pilot, m.offset))
+        _, centred = _affine(recipe, mask, m._replace(pilot=pilot, offset=offset), operands)
         dz = spread(a) * d.x.astype(dtype) + centred * spread(u) + spread(w)
-        dz = dz if d.residual is None else dz + d.residual.astype(dtype)
+        if d.residual is not None:
+            # Added in the dtype of the arrays, so that its transpose is one array for x and the residual: written once,
+            # as the gradient of the residual, and read again for that of x, instead of computed twice.
+            narrow = x.dtype if d.residual.dtype == x.dtype else dtype
+            dz = (dz.astype(narrow) + d.residual.astype(narrow)).astype(dtype)
         if recipe.activation is not None:
-            _, dz = jax.jvp(recipe.activation, (z, *slopes), (dz, *d.slopes))
+            z = vary_as(z, *jax.tree.leaves((m, operands)))
+            _, dz = jax.jvp(recipe.activation, (z, *slopes), (vary_as(dz, z), *d.slopes))
         return (dz if mask is None else jnp.where(mask, dz, 0)).astype(recipe.dtype)
 
     return normalize(recipe, *primals), tangent(*primals, *tangents[1:])
 
 
-def open_activation(activation: Activation | None, z: jax.ShapeDtypeStruct) -> tuple[Any, tuple[Array, ...]]:
+def open_activation(
+    activation: Activation | None, z: jax.ShapeDtypeStruct, *others: Array
+) -> tuple[Callable[..., Array] | None, tuple[Array, ...]]:
     """Turn the values that an activation closes over, such as a learned slope, into arguments of it."""
     if activation is None:
         return None, ()
     if not callable(activation):
         raise TypeError(f"activation is {activation!r}; expected a function of one array, for instance jax.nn.relu.")
-    if isinstance(activation, Hashable) and _is_closed(activation, z):
+    if _is_plain(activation):
+        _check_activation(activation, z)
         return activation, ()
-    program = _program(activation, z)
-    return (lambda z, *slopes: jaxpr_as_fun(program.replace(consts=slopes))(z)[0]), tuple(program.consts)
+    typed = jax.eval_shape(lambda x, *more: vary_as(x.astype(z.dtype), *more), *others)
+    program = _program(activation, typed)
+    # The constants are left out: what is a static argument is kept for ever.
+    empty = program.replace(consts=[None] * len(program.consts))
+    return (lambda z, *slopes: jaxpr_as_fun(empty.replace(consts=slopes))(z)[0]), tuple(program.consts)
+
+
+def _is_plain(part: object) -> bool:
+    """Tell whether a function is code alone, so that it is the same at the next call.
+
+    What it holds, in a closure or as the arguments of a partial, may be numbers, strings and other such functions.
+    """
+    if isinstance(part, partial):
+        return all(map(_is_plain, (part.func, *part.args, *part.keywords.values())))
+    part = inspect.unwrap(part) if callable(part) else part
+    if isinstance(part, FunctionType):
+        return all(_is_plain(cell.cell_contents) for cell in part.__closure__ or ())
+    return part is None or isinstance(part, int | float | str | BuiltinFunctionType)
 
 
 def _program(activation: Activation, z: jax.ShapeDtypeStruct) -> Any:
-    program = jax.make_jaxpr(activation)(z)
+    program = jax.make_jaxpr(lambda z: activation(z))(z)  # a new function: JAX remembers the program of an old one
     returned = [f"{y.dtype.name}{list(y.shape)}" for y in program.out_avals]
     if len(returned) != 1 or returned[0].partition("[")[0] not in FLOATS or program.out_avals[0].shape != z.shape:
         raise ValueError(
@@ -116,7 +146,6 @@ def _program(activation: Activation, z: jax.ShapeDtypeStruct) -> Any:
     return program
 
 
-# Remembered, so that an eager call does not trace the activation again; only yes or no, so that no tracer is kept.
-@lru_cache(maxsize=1024)
-def _is_closed(activation: Activation, z: jax.ShapeDtypeStruct) -> bool:
-    return not _program(activation, z).consts
+@lru_cache(maxsize=1024)  # so that an eager call does not trace the activation again
+def _check_activation(activation: Activation, z: jax.ShapeDtypeStruct) -> None:
+    _program(activation, z)

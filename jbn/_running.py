@@ -22,7 +22,6 @@ def exponential(mean: Array, var: Array, batch: Moments, weight: Array, unbiased
 
     Returns:
         The new mean and variance, without gradients.
-
     """
     target = batch.var
     if unbiased:

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ._forward import batch_norm, bn_forward
-from ._layout import layout_of
+from ._layout import check_flag, layout_of
 
 Initializer = Callable[..., Any]
 
@@ -39,7 +39,7 @@ class BatchNorm(nn.Module):
         axis_index_groups: groups of indices of that axis.
         use_fast_variance: accepted for Flax's sake, without effect: the statistics are always accurate, in one sweep.
         force_float32_reductions: whether the statistics are stored in float32 or in ``param_dtype``; they are computed
-            in float32 in either case.
+            in float32, or float64 for float64 x, in either case.
         activation: f, a function such as ``nn.relu``, applied last and recomputed in the backward pass.
 
     Raises:
@@ -55,7 +55,6 @@ class BatchNorm(nn.Module):
     >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
     >>> updates["batch_stats"]["mean"].shape
     (3,)
-
     """
 
     use_running_average: bool | None = None
@@ -88,7 +87,8 @@ class BatchNorm(nn.Module):
         Args:
             x: float array with the features on ``axis``.
             use_running_average: whether to use the statistics in ``batch_stats``.
-            mask: bool, broadcast to x as NumPy does, True where x is valid; elsewhere y is 0.
+            mask: bool, broadcast to x as NumPy does (a mask of examples is ``mask[:, None]``), True where x is valid;
+                elsewhere y is 0.
             residual: an array of the shape of x, added before the activation.
 
         Returns:
@@ -96,7 +96,9 @@ class BatchNorm(nn.Module):
             size, and are not stored.
 
         """
-        evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        evaluate = check_flag(
+            "use_running_average", nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        )
         if isinstance(self.activation, nn.Module):
             raise TypeError(
                 f"activation is the module {type(self.activation).__name__}; expected a function, because the "
@@ -105,7 +107,8 @@ class BatchNorm(nn.Module):
         x = jnp.asarray(x)
         if mask is not None:  # Flax takes any mask that broadcasts to x, of numbers too
             mask = jnp.asarray(mask, dtype=bool)
-            mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
+            if all(m in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
+                mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
         shape = layout_of(x, self.axis).features
         _require_statistics(self)
         stored = jnp.float32 if self.force_float32_reductions else self.param_dtype

@@ -1,6 +1,9 @@
+import io
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +14,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from jbn.lab import run_directory
+import jbn
+from jbn.lab import run_directory, training
 from jbn.lab.commands import app
 from jbn.lab.data import batch, digits, enlarged
+from jbn.lab.demo import resume_command
 from jbn.lab.models import MODELS
+from jbn.lab.report import add_bar, progress_bars, show_step
 from jbn.lab.training import TrainState, evaluate, evaluation_steps, initial_state, train_step
 
 STEPS = 110
@@ -40,14 +47,20 @@ main()
 """
 
 
+# What the compiler-only GPU plugin of the tests says to every process that looks for devices.
+PLUGIN = r"(WARNING: All log messages before absl|I\d{4} .* cudart_stub|.*cuda_plugin_extension is not found).*\n"
+
+
 def python(*arguments):
-    return subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-W", "error", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "100"},
     )
+    completed.stderr = re.sub(PLUGIN, "", completed.stderr)
+    return completed
 
 
 def demo(*arguments):
@@ -102,13 +115,8 @@ def data():
 def test_results_say_what_happened(finished):
     out, text = finished
     results = strict_json(out / "results.json")
-    assert results["options"] == {
-        "model": ["conv"],
-        "learning_rate": None,
-        "steps": STEPS,
-        "batch_size": 64,
-        "seed": 3,
-    }
+    options = {"model": ["conv"], "learning_rate": None, "steps": STEPS, "batch_size": 64, "seed": 3}
+    assert results["options"] == options
     assert results["versions"]["jax"] == jax.__version__
     for network, batch_norm in zip(results["networks"], (False, True), strict=True):
         assert (network["model"], network["batch_norm"]) == ("conv", batch_norm)
@@ -118,20 +126,14 @@ def test_results_say_what_happened(finished):
         history = network["history"]
         assert len(history["training_loss"]) == STEPS
         assert history["evaluation_steps"] == evaluation_steps(STEPS)
-        assert np.shape(list(history["preactivation_percentiles"].values())) == (
-            5,
-            len(evaluation_steps(STEPS)),
-        )
+        assert np.shape(list(history["preactivation_percentiles"].values())) == (5, len(evaluation_steps(STEPS)))
         accuracy = dict(zip(history["evaluation_steps"], history["validation_accuracy"], strict=True))
         reached = network["steps_to_90_percent"]
         assert accuracy[reached] >= 0.9 - 1e-6
         assert all(value < 0.9 for step, value in accuracy.items() if step < reached)
-    assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoints",
-        "figure.png",
-        "options.json",
-        "results.json",
-    ]
+    assert {path.name for path in out.iterdir()} == {"checkpoints", "figure.png", "options.json", "results.json"}
+    assert "conv with batch norm: " in text.splitlines()[1]  # a line per network, as it ends
+    assert len((out / "results.json").read_text().splitlines()) < 100
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -151,9 +153,12 @@ def test_killed_and_interrupted_run_ends_the_same_to_the_bit(finished, tmp_path)
     assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in (out / "checkpoints" / NETWORKS[0]).iterdir()] == ["50"]
 
+    # What is left of a checkpoint that was being deleted.
+    (out / "checkpoints" / NETWORKS[0] / "25").mkdir()
+
     # From 50 the first network has 60 steps to go: the 61st is the first one of the second network.
     killed = python("-c", STOPPING, 61, kill, "demo", *CONV, "--out", out, "--resume")
-    assert killed.returncode == -signal.SIGKILL
+    assert (killed.returncode, killed.stderr) == (-signal.SIGKILL, "")
     assert [path.name for path in (out / "checkpoints" / NETWORKS[0]).iterdir()] == [str(STEPS)]
     assert list((out / "checkpoints" / NETWORKS[1]).iterdir()) == []
 
@@ -161,10 +166,9 @@ def test_killed_and_interrupted_run_ends_the_same_to_the_bit(finished, tmp_path)
     assert (stopped.returncode, stopped.stderr) == (130, "")
     assert f"conv with batch norm: stopped at step 59 of {STEPS}; the last checkpoint holds step 50." in stopped.stdout
     command = stopped.stdout.splitlines()[-1].strip()
-    assert command == f"jbn demo --out '{out}' --resume"
+    assert command == f"{shlex.quote(sys.executable)} -m jbn demo --out '{out}' --resume"
 
-    resumed = python("-m", *shlex.split(command))
-    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert subprocess.run(command, shell=True, capture_output=True, timeout=120).returncode == 0
     for network in NETWORKS:
         expected, arrived = final_arrays(reference, network), final_arrays(out, network)
         assert expected.keys() == arrived.keys()
@@ -193,8 +197,8 @@ def test_loss_that_is_not_finite_is_said_and_recorded_as_null(diverged):
     [
         (["--steps", "-3"], "--steps", "'-3'", "from 1 to 100000"),
         (["--steps", "2.5"], "--steps", "'2.5'", "a whole number"),
-        (["--batch-size", "1"], "--batch-size", "'1'", "from 2"),
-        (["--batch-size", "1078"], "--batch-size", "1078", "at most 1077, the number of training images"),
+        (["--batch-size", "1"], "--batch-size", "'1'", "from 2 to 1077"),
+        (["--batch-size", "1078"], "--batch-size", "'1078'", "from 2 to 1077"),
         (["--learning-rate", "0"], "--learning-rate", "'0'", "greater than 0"),
         (["--learning-rate", "nan"], "--learning-rate", "'nan'", "greater than 0"),
         (["--learning-rate", "fast"], "--learning-rate", "'fast'", "a number"),
@@ -233,7 +237,7 @@ def test_a_run_is_never_overwritten(finished):
         (["--batch-size", "65"], "'--batch-size': got 65, but the run in '{out}' was started with 64"),
         (
             ["--learning-rate", "0.2"],
-            "'--learning-rate': got 0.2, but the run in '{out}' was started with the default",
+            "'--learning-rate': got 0.2, but the run in '{out}' was started with the default, 0.1 for conv",
         ),
         (
             ["--model", "all"],
@@ -250,7 +254,7 @@ def test_resume_with_another_option_names_both_values(finished, arguments, messa
 def test_resume_without_a_run(tmp_path):
     result = demo("--out", tmp_path / "nothing", "--resume")
     assert result.exit_code == 2
-    assert f"found no run in '{tmp_path / 'nothing'}'" in result.output
+    assert f"'--out': no run in '{tmp_path / 'nothing'}'" in result.output
     (tmp_path / "options.json").write_text("{", encoding="utf-8")
     result = demo("--out", tmp_path, "--resume")
     assert result.exit_code == 2
@@ -260,9 +264,44 @@ def test_resume_without_a_run(tmp_path):
 def test_help_and_misspelled_command_are_friendly():
     assert "demo" in CliRunner().invoke(app, ["--help"]).output
     assert "[default: 400]" in demo("--help").output
+    assert CliRunner().invoke(app, ["--version"]).output == f"jbn {jbn.__version__}\n"
     result = CliRunner().invoke(app, ["demp"])
     assert result.exit_code == 2
     assert "No such command 'demp'" in result.output
+
+
+def test_the_learning_rate_of_before_may_be_said_again(finished):
+    result = demo("--out", finished[0], "--resume", "--learning-rate", "0.1")
+    assert result.exit_code == 0, result.output
+
+
+def test_ctrl_c_while_a_loss_is_read(tmp_path, monkeypatch):
+    class Loss:
+        def __float__(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train_step", lambda *args: (args[2], Loss()))
+    result = demo("--model", "dense", "--steps", 3, "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "dense without batch norm: stopped at step 0 of 3; nothing of it is saved yet.\n" in result.output
+
+
+def test_the_command_to_go_on_with_is_the_one_that_was_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [".venv/bin/jbn"])
+    assert resume_command(Path("a run")) == ".venv/bin/jbn demo --out 'a run' --resume"
+    monkeypatch.setattr(shutil, "which", lambda name: ".venv/bin/jbn")
+    assert resume_command(Path("run")) == "jbn demo --out run --resume"
+
+
+def test_bars_wait_compile_and_run():
+    history = {"training_loss": np.array([2.5, np.nan]), "validation_accuracy": np.array([0.1, np.nan])}
+    progress = progress_bars(Console(force_terminal=True, file=io.StringIO()))
+    add_bar(progress, "dense", 2)
+    bar = progress.tasks[0]
+    assert (bar.started, bar.fields["loss"]) == (True, "waiting")  # rich pulses what has not started
+    for done, loss in enumerate(["compiling", "loss 2.5"]):
+        show_step(progress, bar.id, done, history)
+        assert (bar.completed, bar.fields["loss"]) == (done, loss)
 
 
 @pytest.mark.parametrize("missing", ["typer", "orbax"])

@@ -37,6 +37,16 @@ def test_every_pair_under_strict_promotion(dtype, state_dtype, shift, train):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("residual_dtype", ["float32", "bfloat16", "float16"])
+def test_a_residual_of_another_dtype_under_strict_promotion(residual_dtype):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 3)), jnp.bfloat16)
+    added = jnp.ones((16, 3), residual_dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        y, pull = jax.vjp(lambda x, r: jbn.batch_norm(x, residual=r, activation=jax.nn.relu)[0], x, added)
+        dx, dr = pull(y)
+    assert (dx.dtype, dr.dtype) == (x.dtype, added.dtype)
+
+
 def test_low_precision_x_has_float32_statistics(dtype):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4096, 3)) + 30, dtype)
     _, mean, var = oracle.moments(x)

@@ -23,7 +23,7 @@ ERRORS = {
     "channel count, params": (
         lambda: train(params=jbn.bn_init(8)[0]),
         ValueError,
-        ["scale has shape (8,)", "x of shape (8, 4)", "features of shape (4,) on axis 1", "axis=", "bn_init(4)"],
+        ["scale has shape (8,)", "x of shape (8, 4)", "features of shape (4,) on axis 1", "pass axis=0", "bn_init(4)"],
     ),
     "channel count, bias": (lambda: train(params={"bias": np.zeros(3)}), ValueError, ["bias has shape (3,)", "(4,)"]),
     "channel count, state": (
@@ -44,7 +44,7 @@ ERRORS = {
     "mask rank": (
         lambda: train(mask=np.ones(8, bool)),
         ValueError,
-        ["mask has shape (8,)", "same rank", "mask.reshape(N, 1, ...)"],
+        ["mask has shape (8,)", "same rank", "pass mask[..., None]"],
     ),
     "mask dtype": (
         lambda: train(mask=np.ones((8, 1), np.int32)),
@@ -123,15 +123,41 @@ ERRORS = {
     "state without var": (
         lambda: train(state={"mean": np.zeros(4)}),
         ValueError,
-        ["state has the entries ['mean']", "var is missing"],
+        ["state has the entries mean;", "expected mean and var"],
     ),
     "params of another library": (
         lambda: train(params={"weight": np.ones(4), "bias": np.ones(4)}),
         ValueError,
-        ["params has the entries ['bias', 'weight']", "scale and bias"],
+        ["params has the entries bias, weight;", "scale and bias"],
     ),
     "params of another kind": (lambda: train(params=[1, 2]), TypeError, ["params is of type list"]),
     "params integer": (lambda: train(params={"scale": np.ones(4, int)}), TypeError, ["scale has dtype int"]),
+    "params of a whole model": (
+        lambda: train(params={"BatchNorm_0": PARAMS._asdict()}),
+        ValueError,
+        ["params has the entries BatchNorm_0", "Pass params['BatchNorm_0']"],
+    ),
+    "params and state swapped": (
+        lambda: train(params=STATE, state=PARAMS),
+        ValueError,
+        ["state has the entries bias, scale", "bn_forward(params, state, x, train)"],
+    ),
+    "x None": (lambda: train(x=None), TypeError, ["x is None"]),
+    "x a list": (lambda: train(x=[[1.0]]), TypeError, ["x is of type list", "array"]),
+    "params as scale": (lambda: jbn.batch_norm(X, PARAMS), TypeError, ["scale is of type Params"]),
+    "momentum None": (lambda: train(momentum=None), TypeError, ["momentum is None", "0 to 1"]),
+    "momentum a bool": (lambda: train(momentum=True), TypeError, ["momentum is True"]),
+    "epsilon traced": (lambda: jax.jit(lambda e: train(epsilon=e))(1e-5), TypeError, ["epsilon is", "when tracing"]),
+    "dtype unknown": (lambda: train(dtype="foo"), TypeError, ["dtype is 'foo'", "bfloat16"]),
+    "num_features a float": (lambda: jbn.bn_init(3.0), ValueError, ["num_features is 3.0 of type float", "positive"]),
+    "num_features negative": (lambda: jbn.bn_init(-1), ValueError, ["num_features is -1"]),
+    "num_features an array": (lambda: jbn.bn_init(X), ValueError, ["num_features is (8, 4) of type ndarray"]),
+    "merge of arrays": (lambda: jbn.merge(X, X), TypeError, ["a is of type ndarray", "jbn.moments(x)"]),
+    "merge of different features": (
+        lambda: jbn.merge(jbn.moments(X), jbn.moments(X[:, :3])),
+        ValueError,
+        ["a has features of shape (4,), b of shape (3,)"],
+    ),
     "moments of integers": (lambda: jbn.moments(np.zeros((8, 4), int)), TypeError, ["x has dtype int"]),
     "bn_init dtype": (lambda: jbn.bn_init(4, dtype=int), TypeError, ["dtype is int"]),
 }
@@ -148,6 +174,10 @@ def test_message(call, kind, words):
 @pytest.mark.parametrize("train", [True, np.True_, False, np.False_])
 def test_train_may_be_a_numpy_bool(train):
     jbn.bn_forward(PARAMS, STATE, X, train)
+
+
+def test_epsilon_may_be_an_array_that_is_known():
+    train(epsilon=jnp.float32(1e-3))
 
 
 def test_errors_come_when_tracing():
@@ -212,6 +242,16 @@ LINEN = {
         lambda: BatchNorm(True).apply({"params": PARAMS._asdict(), "batch_stats": jbn.bn_init(8)[1]._asdict()}, X),
         ValueError,
         re.escape("state.mean has shape (8,)"),
+    ),
+    "flag traced": (
+        lambda: jax.jit(lambda f: BatchNorm().init(jax.random.key(0), X, use_running_average=f))(True),
+        TypeError,
+        "use_running_average is a traced value",
+    ),
+    "mask of examples": (
+        lambda: BatchNorm(True).init(jax.random.key(0), X, mask=np.ones(8, bool)),
+        ValueError,
+        re.escape("mask has shape (8,), x has shape (8, 4)"),
     ),
     "flag at neither place": (lambda: BatchNorm().init(jax.random.key(0), X), ValueError, "use_running_average"),
     "flag at both places": (

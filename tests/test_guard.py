@@ -74,3 +74,14 @@ def test_epsilon_decides_what_digits_matter():
     x = normal(1e-3, std=1e-6)
     assert not fires(x, np.zeros(3), epsilon=1e-5)
     assert fires(x, np.zeros(3), epsilon=1e-9)
+
+
+def test_a_nan_channel_beside_one_that_is_far():
+    x = normal(0) + np.float32([0, 1e4, 0])
+    x[7, 0] = np.nan
+    state = jbn.bn_init(3)[1]
+    y, new = jbn.bn_forward(None, state, x, True)
+    far = x[:, 1].astype(np.float64)
+    np.testing.assert_allclose(y[:, 1], (far - far.mean()) / np.sqrt(far.var() + 1e-5), atol=4e-6)
+    assert new.mean[0] == 0
+    assert new.mean[1] > 0

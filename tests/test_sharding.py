@@ -202,6 +202,47 @@ def test_groups_of_shards_in_pmap():
         np.testing.assert_allclose(np.concatenate(y[np.array(group)]), want, atol=1e-5)
 
 
+def test_groups_through_linen():
+    from jbn.linen import BatchNorm
+
+    parts = Setting().x.reshape(SHARDS, ROWS, C)
+    layer = BatchNorm(False, axis_name="data", axis_index_groups=[[0, 2], [1, 3]])
+    variables = layer.init(jax.random.key(0), parts[0])
+    y = jax.pmap(lambda x: layer.apply(variables, x, mutable=["batch_stats"])[0], axis_name="data")(parts)
+    np.testing.assert_allclose(
+        np.concatenate(y[np.array([0, 2])]), oracle.forward(np.concatenate(parts[[0, 2]])).y, atol=1e-5
+    )
+
+
+def test_moments_across_shards():
+    s = Setting(mean=1e4)
+    m = jax.vmap(lambda x: jbn.moments(x, axis_name="data"), axis_name="data")(s.x.reshape(SHARDS, ROWS, C))
+    np.testing.assert_allclose(m.var[1], s.want.var, rtol=1e-5)
+    assert m.count[0] == SHARDS * ROWS
+
+
+def test_states_that_differ_between_shards():
+    """A checkpoint of per-replica statistics: what is normalized by does not depend on it."""
+    s = Setting()
+    means = np.float32([0, 1000, 3, np.nan])
+
+    def forward(x, mean):
+        state = {"mean": jnp.full(C, mean[0]), "var": jnp.ones(C)}
+        return jbn.bn_forward(jbn.Params(s.scale, s.bias), state, x, True, axis_name="data")[0]
+
+    f = jax.shard_map(forward, mesh=mesh(), in_specs=P("data"), out_specs=P("data"))
+    np.testing.assert_allclose(jax.jit(f)(s.x, means), s.want.y, atol=1e-5)
+
+
+def test_a_state_of_each_shard_over_a_shared_batch():
+    s = Setting()
+    f = jax.shard_map(
+        jax.grad(lambda m, x: (jbn.bn_forward(None, {"mean": m, "var": m**2 + 1}, x, True)[0] ** 3).sum(), 1),
+        mesh=mesh(), in_specs=(P("data"), P()), out_specs=P("data"),
+    )  # fmt: skip
+    assert jnp.isfinite(jax.jit(f)(jnp.arange(4.0 * C), s.x)).all()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_second_derivatives_across_shards(masked):
     s = Setting(masked=masked)

@@ -1,0 +1,146 @@
+"""What normalization costs on six targets: bars for passes, memory, conditionals and collectives."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jbn
+from benchmarks import passes
+from benchmarks.compilers import TARGETS, compile, mesh, missing
+
+
+def target(name, *more):
+    marks = [pytest.mark.skipif(missing(name) is not None, reason=str(missing(name)))]
+    return pytest.param(name, *more, marks=marks + [pytest.mark.compilers] * (name != "cpu"))
+
+
+on_accelerators = pytest.mark.parametrize("on", [target(name) for name in TARGETS if name != "cpu"])
+# 205 MB on one device: below 128 MB the TPU compiler stages whole arrays in VMEM, and counts mean little.
+IMAGES = jax.ShapeDtypeStruct((128, 56, 56, 256), jnp.bfloat16)
+CHANNELS = 64
+
+
+@pytest.fixture(autouse=True)
+def _broadcast():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+# One layer.
+
+
+@on_accelerators
+def test_activation_inside(on):
+    forward, forced, free = passes.layer("jbn", passes.IMAGES, on, activation=nn.relu)
+    assert forward.passes(passes.IMAGES) <= 3.02
+    assert forced.passes(passes.IMAGES) <= 8.03
+    assert free.passes(passes.IMAGES) <= (7.03 if on.startswith("tpu") else 8.03)
+    assert forced.temporaries <= 0.01 * passes.IMAGES.size
+    assert forward.conditionals == forced.conditionals == free.conditionals == 1
+
+
+@on_accelerators
+def test_residual(on):
+    """The floor is 4 and 11; the GPU compiler writes the sign of z in the forward pass, half a pass more."""
+    forward, forced, _ = passes.layer("jbn", passes.IMAGES, on, activation=nn.relu, residual=True)
+    assert forward.passes(passes.IMAGES) <= 4.02
+    assert forced.passes(passes.IMAGES) <= (11.03 if on.startswith("tpu") else 11.53)
+    assert forward.conditionals == forced.conditionals == 1
+
+
+@on_accelerators
+def test_second_sweep_is_one_pass(on):
+    forward, _, _ = passes.layer("jbn", passes.IMAGES, on)
+    more = forward.passes(passes.IMAGES, branch=1) - forward.passes(passes.IMAGES)
+    assert more == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="the sums of XLA's CPU loops do not fuse with what they sum")
+@pytest.mark.parametrize(("activation", "bar"), [(None, 10.1), (nn.relu, 13.1)], ids=["none", "relu"])
+def test_cpu(activation, bar):
+    _, forced, free = passes.layer("jbn", passes.ON_CPU, "cpu", activation=activation)
+    assert max(forced.passes(passes.ON_CPU), free.passes(passes.ON_CPU)) <= bar
+    assert forced.conditionals == free.conditionals == 1
+    assert forced.temporaries <= 0.05 * forced.outputs
+
+
+# In a network.
+
+
+@pytest.mark.parametrize(("on", "bar"), [target("gpu-h200", 2.9), target("tpu-v5e", 1.85)])
+def test_two_layers(on, bar):
+    """On TPU the sums are fused into the convolutions: a norm costs less than its sweeps."""
+    bare, flax, ours = (passes.chain(kind, on, IMAGES, layers=2) for kind in passes.KINDS)
+    assert (ours.passes(IMAGES) - bare.passes(IMAGES)) / 2 <= bar
+    assert ours.passes(IMAGES) <= flax.passes(IMAGES) + 0.1
+    assert ours.peak <= 1.01 * flax.peak
+    assert ours.conditionals == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("on", "bar"), [target("gpu-h200", 17.4), target("tpu-v5e", 10.1)])
+def test_six_layers(on, bar):
+    bare, flax, ours = (passes.chain(kind, on) for kind in passes.KINDS)
+    assert ours.passes(passes.IMAGES) - bare.passes(passes.IMAGES) <= bar
+    assert ours.passes(passes.IMAGES) <= flax.passes(passes.IMAGES) + 0.1
+    assert ours.peak <= 1.005 * flax.peak
+    assert ours.conditionals == 6
+    if on == "tpu-v5e":
+        assert ours.passes(passes.IMAGES) <= 51.4
+        assert ours.peak <= 4130e6
+
+
+# Over devices.
+
+
+@pytest.mark.parametrize("on", [target("gpu-h200"), target("tpu-v5e")])
+def test_height_is_sharded_too(on):
+    over = mesh(on, data=2, height=2)
+    x = jax.ShapeDtypeStruct(
+        (64, 56, 56, 256), jnp.bfloat16, sharding=NamedSharding(over, PartitionSpec("data", "height"))
+    )
+
+    def f(params, state, x, g):
+        def forward(params, x):
+            return jbn.bn_forward(params, state, x, True, activation=nn.relu)
+
+        y, pull, state = jax.vjp(forward, params, x, has_aux=True)
+        return y, state, pull(g)
+
+    program = compile(f, *jax.eval_shape(lambda: jbn.bn_init(256)), x, x, on=over)
+    assert [(c.opcode, c.bytes) for c in program.collectives] == [("all-reduce", 4 * 2 * 256)] * 2
+
+
+@pytest.mark.parametrize(
+    ("on", "devices"), [target("cpu", 8), target("gpu-h200", 4), target("tpu-v5e", 8), target("tpu-v6e", 8)]
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("manual", [False, True], ids=["jit", "shard_map"])
+def test_one_all_reduce_each_way(on, devices, manual, masked):
+    """Two layers; under jit the masks of all layers are counted once more, in a handful of floats."""
+    options = {"manual": manual, "masked": masked, "layers": 2, "channels": CHANNELS}
+    forward = passes.distributed("jbn", on, devices, backward=False, **options)
+    both = passes.distributed("jbn", on, devices, **options)
+    statistics, guarded = passes.statistics_in(forward, CHANNELS)
+    assert len([floats for floats in statistics if floats >= CHANNELS]) == 2
+    assert len(statistics) <= 2 + (masked and not manual)
+    assert len(guarded) == forward.conditionals == both.conditionals == 2
+    total, _ = passes.statistics_in(both, CHANNELS)
+    assert len([floats for floats in total if floats >= CHANNELS]) == 4
+    assert len(total) <= 4 + (masked and not manual)
+    assert {c.opcode for c in both.collectives + both.guarded_collectives} == {"all-reduce"}
+    # What is left is the loss, and the gradients of the kernels in at most one all-reduce each.
+    assert len(both.collectives) <= len(total) + 3
+
+
+@pytest.mark.parametrize("on", [target("cpu"), target("gpu-h200"), target("tpu-v5e")])
+@pytest.mark.parametrize("manual", [False, True], ids=["jit", "shard_map"])
+def test_no_collective_in_evaluation(on, manual):
+    program = passes.distributed(
+        "jbn", on, 4, manual=manual, masked=False, train=False, backward=False, layers=2, channels=CHANNELS
+    )
+    assert [c.bytes for c in program.collectives] == [4]  # the loss
+    assert program.guarded_collectives == []
+    assert program.conditionals == 0
