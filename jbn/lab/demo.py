@@ -1,6 +1,8 @@
 """`jbn demo`: train the two textbook networks with and without batch normalization, and show what it did."""
 
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from functools import partial
@@ -55,14 +57,18 @@ def run(options: Options, out: Path, *, resume: bool, chosen: Collection[str], c
         raise
     console.print(table_of(networks))
     for model in options.model:
-        console.print(finding(*(network for network in networks if network["model"] == model)))
+        sentence = finding(*(network for network in networks if network["model"] == model))
+        console.print(sentence, soft_wrap=True)
     for name in (run_directory.FIGURE, run_directory.RESULTS):
         console.print(f"Wrote {out / name}", soft_wrap=True)
 
 
 def resume_command(out: Path) -> str:
     """Return the command that goes on with the run in `out`."""
-    return shlex.join(["jbn", "demo", "--out", str(out), "--resume"])
+    program = [sys.argv[0]] if Path(sys.argv[0]).name == "jbn" else [sys.executable, "-m", "jbn"]
+    if shutil.which("jbn") == sys.argv[0]:
+        program = ["jbn"]
+    return shlex.join([*program, "demo", "--out", str(out), "--resume"])
 
 
 def _write(options: Options, networks: list[dict[str, Any]], out: Path) -> None:
@@ -83,11 +89,6 @@ def _checked(options: Options) -> Options:
     for name in options.model:
         if name not in (*MODELS, "all"):
             raise OptionError("--model", f"got {name!r}, expected {', '.join(MODELS)} or all")
-    if options.batch_size > TRAINING_SIZE:
-        raise OptionError(
-            "--batch-size",
-            f"got {options.batch_size}, expected at most {TRAINING_SIZE}, the number of training images",
-        )
     chosen = MODELS if "all" in options.model else [name for name in MODELS if name in options.model]
     return replace(options, model=tuple(chosen))
 
@@ -96,17 +97,22 @@ def _train_all(options: Options, checkpoints: Path, console: Console) -> list[di
     variants = [Variant(model, batch_norm) for model in options.model for batch_norm in (False, True)]
     small = digits(options.seed)
     networks = []
-    with progress_bars(console) as progress:
-        tasks = [add_bar(progress, variant.title, options.steps) for variant in variants]
-        for variant, task in zip(variants, tasks, strict=True):
-            data = enlarged(small) if MODELS[variant.model].enlarged else small
-            report = partial(show_step, progress, task)
-            try:
+    try:
+        with progress_bars(console) as progress:
+            tasks = [add_bar(progress, variant.title, options.steps) for variant in variants]
+            for variant, task in zip(variants, tasks, strict=True):
+                progress.update(task, loss="compiling")
+                data = enlarged(small) if MODELS[variant.model].enlarged else small
+                report = partial(show_step, progress, task)
                 networks.append(_train_one(variant, options, data, checkpoints, report))
-            except Interrupted as stop:
-                where = f"step {stop.step} of {options.steps}; the last checkpoint holds step {stop.saved}"
-                console.print(f"{variant.title}: stopped at {where}.")
-                raise
+                if not console.is_terminal:
+                    accuracy = f"{networks[-1]['test_accuracy']:.1%}"
+                    console.print(f"{variant.title}: {accuracy} on test after {options.steps} steps", soft_wrap=True)
+    except Interrupted as stop:
+        saved = f"the last checkpoint holds step {stop.saved}" if stop.saved else "nothing of it is saved yet"
+        where = f"{variants[len(networks)].title}: stopped at step {stop.step} of {options.steps}"
+        console.print(f"{where}; {saved}.", soft_wrap=True)
+        raise
     return networks
 
 
@@ -114,7 +120,7 @@ def _train_one(
     variant: Variant, options: Options, data: Digits, checkpoints: Path, report: Callable[..., None]
 ) -> dict[str, Any]:
     model = MODELS[variant.model]
-    learning_rate = model.learning_rate if options.learning_rate is None else options.learning_rate
+    learning_rate = options.rates()[variant.model]
     network = model.network(batch_norm=variant.batch_norm)
     trained = train(
         network,

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jbn.lab.training import PROBE_IMAGES
+
 # Blue and vermilion of Okabe and Ito, distinct for colour-blind readers too.
 COLOURS = {True: "#0072B2", False: "#D55E00"}
 LABELS = {True: "with batch norm", False: "without batch norm"}
@@ -28,13 +30,16 @@ def draw_demo(networks: list[dict[str, Any]], title: str, path: Path) -> None:
     """
     models = list(dict.fromkeys(network["model"] for network in networks))
     figure = Figure(figsize=(17, 0.6 + 3.5 * len(models)), layout="constrained")
+    figure.set_layout_engine("constrained", h_pad=0.12)
     figure.suptitle(title, fontsize=14)
     axes = figure.subplots(len(models), 4, squeeze=False)
     for row, model in zip(axes, models, strict=True):
         _draw_model(row, [network for network in networks if network["model"] == model])
     for axis in axes.flat:
         axis.set(xlabel="step", xlim=(0, networks[0]["history"]["evaluation_steps"][-1]))
-        axis.grid(alpha=0.25)
+        axis.grid(color="0.4", alpha=0.2)
+        axis.set_axisbelow(False)  # lines of the grid show on the bands too
+        axis.title.set_fontsize("medium")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=130)
 
@@ -46,9 +51,11 @@ def _draw_model(row: Sequence[Axes], variants: list[dict[str, Any]]) -> None:
         _draw_accuracy(row[1], network)
     for axis, network in zip(row[2:], variants, strict=True):
         _draw_preactivations(axis, network)
-        axis.set_title(f"{model}: input of last ReLU, {LABELS[network['batch_norm']]}", fontsize="medium")
+        axis.set_title(f"{model}: input of last ReLU, {LABELS[network['batch_norm']]}")
     _share_limits(row[2], row[3])
-    row[0].set(title=f"{model}: training loss", ylabel="cross-entropy", yscale="log")
+    rate = variants[0]["learning_rate"]
+    row[0].set(title=f"{model}, learning rate {rate:g}: training loss", yscale="log")
+    row[0].set_ylabel(f"cross-entropy (bold: median of {SMOOTHING} steps)")
     row[1].set(title=f"{model}: validation accuracy", ylabel="accuracy (%)", ylim=(_lowest(variants), 100))
     row[0].legend(loc="upper right")
     row[1].legend(loc="best")
@@ -86,11 +93,11 @@ def _draw_preactivations(axis: Axes, network: dict[str, Any]) -> None:
     percentile = {key: np.array(values, float) for key, values in bands.items()}
     colour = COLOURS[network["batch_norm"]]
     for low, high, alpha in (("5", "95", 0.18), ("15", "85", 0.35)):
-        label = f"{low} to {high}%"
+        label = f"{low}th to {high}th"
         axis.fill_between(steps, percentile[low], percentile[high], color=colour, alpha=alpha, label=label, linewidth=0)
     axis.plot(steps, percentile["50"], color=colour, label="median")
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
-    axis.set_ylabel("pre-activation")
+    axis.set_ylabel(f"percentiles over all units\nfor {PROBE_IMAGES} validation images")
 
 
 def _lowest(variants: list[dict[str, Any]]) -> int:

@@ -20,37 +20,37 @@ def progress_bars(console: Console) -> Progress:
         TextColumn("{task.fields[accuracy]}"),
         TimeRemainingColumn(compact=True),
         console=console,
+        disable=not console.is_terminal,
     )
 
 
 def add_bar(progress: Progress, title: str, steps: int) -> TaskID:
     """Add the bar of a network that has not started yet."""
-    return progress.add_task(title, total=steps, start=False, loss="", accuracy="")
+    return progress.add_task(title, total=steps, loss="waiting", accuracy="")
 
 
 def show_step(progress: Progress, task: TaskID, done: int, history: dict[str, np.ndarray]) -> None:
     """Show on a bar where a network stands after `done` steps, and say once that its loss is not finite."""
     losses = history["training_loss"]
     evaluation = -1 if done == len(losses) else done // EVALUATION_INTERVAL
-    loss = f"loss {losses[done - 1]:.3g}" if done else ""
     accuracy = f"val. {history['validation_accuracy'][evaluation]:.1%}"
     bar = progress.tasks[progress.task_ids.index(task)]
     if done and not np.isfinite(losses[done - 1]) and np.isfinite(losses[: done - 1]).all():
         progress.console.print(f"{bar.description}: the loss is not finite at step {done}; going on with the record.")
-    if bar.started:
-        progress.update(task, completed=done, loss=loss, accuracy=accuracy)
-    else:
-        progress.reset(task, completed=done, loss=loss, accuracy=accuracy)
+    first = not bar.fields["accuracy"]
+    loss = "compiling" if first and done < len(losses) else f"loss {losses[done - 1]:.3g}"
+    # The time left counts from the first report.
+    (progress.reset if first else progress.update)(task, completed=done, loss=loss, accuracy=accuracy)
 
 
 def table_of(networks: list[dict[str, Any]]) -> Table:
     """Return the table of the entries of `networks` in results.json."""
-    numbers = ("test accuracy", "test loss", "to 90%", "to 95%", "ms/step")
+    numbers = ("test accuracy", "test loss", "steps to 90%", "steps to 95%", "ms/step")
     table = Table(
         "model",
         "batch norm",
         *(Column(name, justify="right") for name in numbers),
-        caption="to 90%, to 95%: steps to this validation accuracy; ms/step: the median",
+        caption="90%, 95%: validation accuracy; ms/step: the median",
     )
     for network in networks:
         table.add_row(
@@ -72,13 +72,12 @@ def finding(plain: dict[str, Any], normalized: dict[str, Any]) -> str:
     reached = [_reached(network["steps_to_95_percent"]) for network in (normalized, plain)]
     return (
         f"{plain['model']} at learning rate {plain['learning_rate']:g}: "
-        f"with batch norm {accuracies[0]} on test, 95% in validation {reached[0]}; "
-        f"without {accuracies[1]}, {reached[1]}."
+        f"with batch norm {accuracies[0]} on test, {reached[0]}; without {accuracies[1]}, {reached[1]}."
     )
 
 
 def _reached(steps: int | None) -> str:
-    return "never" if steps is None else f"after {steps} steps"
+    return "never reached 95% in validation" if steps is None else f"95% in validation after {steps} steps"
 
 
 def _text(value: float | None, form: str, missing: str) -> str:

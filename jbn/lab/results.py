@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from jbn import __version__
-from jbn.lab.data import Images
+from jbn.lab.data import VALIDATION_SIZE, Images
 from jbn.lab.training import PERCENTILES, Trained, evaluate, evaluation_steps
 
 
@@ -22,16 +22,16 @@ def network_results(network: nn.Module, trained: Trained, test: Images) -> dict[
     timed = trained.seconds[np.isfinite(trained.seconds)]
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.state.params)),
-        "test_accuracy": _json_value(accuracy),
+        "test_accuracy": _share(accuracy, len(test.labels)),
         "test_loss": _json_value(loss),
         "steps_to_90_percent": _steps_to(0.90, history["validation_accuracy"], len(trained.seconds)),
         "steps_to_95_percent": _steps_to(0.95, history["validation_accuracy"], len(trained.seconds)),
-        "median_step_ms": float(np.median(timed)) * 1e3 if timed.size else None,
+        "median_step_ms": round(float(np.median(timed)) * 1e3, 4) if timed.size else None,
         "first_step_with_loss_not_finite": _first_not_finite(history["training_loss"]),
         "history": {
             "training_loss": _json_value(history["training_loss"]),
             "evaluation_steps": evaluation_steps(len(trained.seconds)),
-            "validation_accuracy": _json_value(history["validation_accuracy"]),
+            "validation_accuracy": [_share(value, VALIDATION_SIZE) for value in history["validation_accuracy"]],
             "validation_loss": _json_value(history["validation_loss"]),
             "preactivation_percentiles": {
                 str(percentile): _json_value(values)
@@ -62,4 +62,9 @@ def _first_not_finite(losses: np.ndarray) -> int | None:
 def _json_value(values: Any) -> Any:
     if np.ndim(values):
         return [_json_value(value) for value in values]
-    return float(values) if math.isfinite(values) else None
+    # The shortest decimal of a float32: 0.1, not 0.10000000149011612.
+    return float(str(np.float32(values))) if math.isfinite(values) else None
+
+
+def _share(accuracy: Any, total: int) -> float:
+    return round(float(accuracy) * total) / total

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from jbn.lab.models import MODELS
 
 OPTIONS, CHECKPOINTS, RESULTS, FIGURE = "options.json", "checkpoints", "results.json", "figure.png"
 
@@ -28,6 +31,10 @@ class Options:
     batch_size: int
     seed: int
 
+    def rates(self) -> dict[str, float]:
+        """Return the learning rate of each model."""
+        return {name: self.learning_rate or MODELS[name].learning_rate for name in self.model}
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in place in one move, never half written."""
@@ -39,6 +46,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON, atomically; a NaN or an infinity in it is an error, for JSON has neither."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    # Innermost lists on one line. A string holds no line break, so none is touched.
+    text = re.sub(r"\[\n([^][{}]*)\]", lambda match: "[" + re.sub(r"\n *", " ", match[1]).strip() + "]", text)
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
@@ -69,6 +78,12 @@ def resume(out: Path, options: Options, chosen: Collection[str]) -> Options:
         raise OptionError("--out", f"cannot write to '{out}'; expected a directory to write to")
     for name in (field.name for field in fields(Options) if field.name in chosen):
         arrived, expected = getattr(options, name), getattr(recorded, name)
+        if name == "learning_rate":
+            if replace(recorded, learning_rate=arrived).rates() == recorded.rates():
+                continue
+            if expected is None:
+                rates = ", ".join(f"{rate:g} for {model}" for model, rate in recorded.rates().items())
+                expected = f"the default, {rates}"
         if arrived != expected:
             option = "--" + name.replace("_", "-")
             raise OptionError(
@@ -86,8 +101,7 @@ def _recorded_options(out: Path) -> Options:
         return replace(options, model=tuple(options.model))
     except (FileNotFoundError, NotADirectoryError):
         raise OptionError(
-            "--resume",
-            f"found no run in '{out}'; expected the --out of an earlier run (or no --resume, to start one)",
+            "--out", f"no run in '{out}'; expected the --out of an earlier run (or no --resume, to start one)"
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise OptionError(
@@ -96,6 +110,4 @@ def _recorded_options(out: Path) -> Options:
 
 
 def _as_text(value: object) -> str:
-    if isinstance(value, tuple):
-        return " ".join(value)
-    return "the default" if value is None else str(value)
+    return " ".join(value) if isinstance(value, tuple) else str(value)

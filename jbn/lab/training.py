@@ -1,5 +1,6 @@
 """Training one network: the step, the record, and checkpoints that a killed run goes on from."""
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,9 @@ CHECKPOINT_INTERVAL = 50
 PERCENTILES = (5, 15, 50, 85, 95)
 PROBE_IMAGES = 64
 PROBE_GRID = 8
+
+# A run killed while it deletes an old checkpoint leaves a part of it, which Orbax warns of and we do not read.
+logging.getLogger("absl").addFilter(lambda record: "Metadata file does not exist" not in str(record.msg))
 
 
 class TrainState(NamedTuple):
@@ -124,11 +128,12 @@ def _empty_history(steps: int) -> dict[str, np.ndarray]:
 
 
 def _record_evaluation(network: nn.Module, trained: Trained, index: int, data: Images) -> None:
+    # Converted here: NumPy, assigning a JAX array, turns a Ctrl-C of that moment into a ValueError.
     accuracy, loss = evaluate(network, trained.state, *data)
     percentiles = preactivation_percentiles(network, trained.state, data.images[:PROBE_IMAGES])
-    trained.history["validation_accuracy"][index] = accuracy
-    trained.history["validation_loss"][index] = loss
-    trained.history["preactivation_percentiles"][index] = percentiles
+    trained.history["validation_accuracy"][index] = float(accuracy)
+    trained.history["validation_loss"][index] = float(loss)
+    trained.history["preactivation_percentiles"][index] = np.asarray(percentiles)
 
 
 def train(
@@ -147,13 +152,13 @@ def train(
     Calls `report(done, history)` at the start and after every step. State and history are the same to the
     bit however often a run was stopped and resumed on one machine; `seconds`, of course, is not.
     """
-    state = initial_state(network, learning_rate, np.uint32(seed), data.training.images[:2])
-    trained = Trained(state, _empty_history(steps), np.full(steps, np.nan))
     evaluations = {step: index for index, step in enumerate(evaluation_steps(steps))}
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
         start = done = manager.latest_step() or 0
         try:
+            state = initial_state(network, learning_rate, np.uint32(seed), data.training.images[:2])
+            trained = Trained(state, _empty_history(steps), np.full(steps, np.nan))
             if start == 0:
                 _record_evaluation(network, trained, 0, data.validation)
             else:
@@ -163,7 +168,7 @@ def train(
                 images, labels = batch(data.training, seed, done, batch_size)
                 began = time.perf_counter()
                 state, loss = train_step(network, learning_rate, trained.state, images, labels)
-                trained.history["training_loss"][done] = loss
+                trained.history["training_loss"][done] = float(loss)
                 if done > start:  # the first call compiles
                     trained.seconds[done] = time.perf_counter() - began
                 trained = trained._replace(state=state)
