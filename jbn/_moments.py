@@ -147,14 +147,13 @@ def statistics(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moment
         valid = rows.layout.valid(mask).astype(pilot.dtype)
         first, second, count = rows.sync.total(*rows.sums(x, mask, pilot), valid)
     once = _moments(count, vary_as(pilot, first), first, second)
-    finite = jnp.isfinite(once.offset)
     near = jnp.isfinite(once.var) & (once.offset**2 <= _FAR * (once.var + rows.epsilon))
     same = jnp.abs(once.offset) <= _CLOSE * jnp.finfo(pilot.dtype).eps * jnp.abs(pilot)
-    far = finite & ~near & ~same
+    far = jnp.isfinite(once.offset) & ~near & ~same
 
     def again() -> Moments:
         # Without the barrier XLA finds both branches cheap and always runs them.
-        nearer = once.pilot + lax.optimization_barrier(jnp.where(finite, once.offset, 0))
+        nearer = once.pilot + lax.optimization_barrier(once.offset)
         return _moments(count, nearer, *rows.sync.total(*rows.sums(x, mask, nearer)))
 
     return lax.cond(jnp.any(far), again, lambda: once)

@@ -99,3 +99,9 @@ def test_a_constant_feature(value):
     assert np.abs(y).max() <= 1e-4
     np.testing.assert_allclose(m.mean, x[0], rtol=1e-7)
     assert jnp.isfinite(jax.grad(lambda x: jbn.batch_norm(x)[0][0].sum())(x)).all()
+
+
+def test_a_variance_is_never_negative():
+    """Σ(x-k)²/n - d² of constant rows is rounding noise, of either sign."""
+    values = np.random.default_rng(0).standard_normal(4096).astype(np.float32) / 1000
+    assert jbn.batch_norm(np.broadcast_to(values, (37, 4096)))[1].var.min() >= 0

@@ -226,12 +226,15 @@ def test_states_that_differ_between_shards():
     s = Setting()
     means = np.float32([0, 1000, 3, np.nan])
 
-    def forward(x, mean):
+    def forward(x, mean, activation=None):
         state = {"mean": jnp.full(C, mean[0]), "var": jnp.ones(C)}
-        return jbn.bn_forward(jbn.Params(s.scale, s.bias), state, x, True, axis_name="data")[0]
+        params = jbn.Params(s.scale, s.bias)
+        return jbn.bn_forward(params, state, x, True, axis_name="data", activation=activation)[0]
 
-    f = jax.shard_map(forward, mesh=mesh(), in_specs=P("data"), out_specs=P("data"))
-    np.testing.assert_allclose(jax.jit(f)(s.x, means), s.want.y, atol=1e-5)
+    for slope in (None, jnp.full((1, C), 0.5)):
+        act = None if slope is None else lambda z, slope=slope: slope * z
+        f = jax.shard_map(partial(forward, activation=act), mesh=mesh(), in_specs=P("data"), out_specs=P("data"))
+        np.testing.assert_allclose(jax.jit(f)(s.x, means), s.want.y * (1 if act is None else 0.5), atol=1e-5)
 
 
 def test_a_state_of_each_shard_over_a_shared_batch():
