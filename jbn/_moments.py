@@ -16,7 +16,7 @@ class Moments(NamedTuple):
     """Count, mean and biased variance of some rows, per feature; ``merge`` joins those of two sets of rows.
 
     The mean is the unevaluated sum ``pilot + offset``: ``pilot`` is a number near it and ``offset`` what is missing.
-    A mean rounded to float32 would cost 2e-4 of the variance when small batches with mean/std = 10⁴ are merged.
+    A mean rounded to float32 would cost digits of the variance where small batches with a large mean are merged.
 
     >>> Moments.empty(3).mean.shape
     (3,)
@@ -92,7 +92,7 @@ def _merge(a: Moments, b: Moments) -> Moments:
 
 
 # A pilot costs digits where d² is more than this many times σ²: the error of E[(x-k)²] - d² is a few ulps of σ² + d².
-# At 2 it is at most three times that of a two-pass variance; at 4 outputs were 3.2e-6 off, too near the bound of 4e-6.
+# At 2 it is at most three times that of a two-pass variance; at 4 outputs come near the bound of test_accuracy.py.
 _FAR = 2.0
 # A pilot that agrees with the mean to this many ulps is as good as any: the running average of a constant channel comes
 # no closer at momentum 0.99, and must not be swept twice for ever.
