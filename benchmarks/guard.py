@@ -8,6 +8,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 from rich.console import Console
 from rich.table import Table
 
@@ -100,15 +101,16 @@ def share(model: nn.Module, steps: int) -> np.ndarray:
     return np.array(history)
 
 
-def closes_after(value: float, momentum: float) -> int | None:
-    """Return the number of updates after which a constant channel no longer fires, from a fresh state."""
+@partial(jax.jit, static_argnums=1)
+def closes_after(value: Array, updates: int, momentum: Array) -> Array:
+    """Return the last of the updates at which a constant channel fires, from a fresh state; 0 if it never does."""
     x = jnp.full((256, 1), value)
-    state = jbn.bn_init(1)[1]
-    last = 0
-    for i in range(4000):
-        last = i + 1 if fires(x, state.mean, 1e-5) else last
-        _, state = jbn.bn_forward(None, state, x, True, momentum=momentum)
-    return None if last == 4000 else last
+
+    def step(state: jbn.State, i: Array) -> tuple[jbn.State, Array]:
+        fired = fires(x, state.mean, 1e-5)
+        return jbn.bn_forward(None, state, x, True, momentum=momentum)[1], jnp.where(fired, i + 1, 0)
+
+    return lax.scan(step, jbn.bn_init(1)[1], jnp.arange(updates))[1].max()
 
 
 def cost(repeats: int) -> np.ndarray:
@@ -158,7 +160,7 @@ def main() -> None:
         shares[name] = {"first 100": float(fired[:100].mean()), "later": float(fired[100:].mean())}
         table.add_row(name, str(fired.shape[1]), f"{fired[:100].mean():.1%}", f"{fired[100:].mean():.2%}")
     constants = {
-        f"{value:g}, momentum {momentum}": closes_after(value, momentum)
+        f"{value:g}, momentum {momentum}": int(closes_after(jnp.float32(value), 4000, jnp.float32(momentum)))
         for momentum in (0.9, 0.99)
         for value in (0.1, 1.0, 100.0, 1e4, 1e6)
     }

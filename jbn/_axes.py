@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import NamedSharding
 
 if jax.__version_info__ < (0, 8):
     raise ImportError(
@@ -97,3 +98,9 @@ def vary_as(value: Array, *others: Array) -> Array:
     if hasattr(lax, "pcast"):  # jax >= 0.8.2
         return lax.pcast(value, names, to="varying")
     return lax.pvary(value, names)  # type: ignore[attr-defined]
+
+
+def place_as(value: Array, like: Array) -> Array:
+    """Give ``value`` the sharding in the type of ``like``, on a mesh whose axes are Explicit."""
+    wanted, found = (jax.typeof(a).sharding for a in (like, value))
+    return value if wanted.spec == found.spec else jax.sharding.reshard(value, NamedSharding(found.mesh, wanted.spec))

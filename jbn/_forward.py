@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import _layout as layouts
 from . import _running as running
-from ._axes import sync_over
+from ._axes import place_as, sync_over
 from ._layout import Layout
 from ._moments import Moments, Rows, pilot_of, statistics
 from ._normalize import Activation, Operands, Recipe, normalize, open_activation
@@ -256,7 +256,8 @@ def _train(
 ) -> tuple[Array, Array, Array]:
     wide = recipe.wide
     batch = statistics(rows, operands.x, mask, pilot_of(mean, wide))
-    new = running.exponential(mean.astype(wide), var.astype(wide), batch, jnp.asarray(weight, wide), unbiased)
+    seen = Moments(batch.count, *(place_as(vector, mean) for vector in batch[1:]))
+    new = running.exponential(mean.astype(wide), var.astype(wide), seen, jnp.asarray(weight, wide), unbiased)
     y = normalize(recipe, mask, batch, operands)
     return y, new[0].astype(mean.dtype), new[1].astype(var.dtype)
 

@@ -146,17 +146,17 @@ def statistics(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moment
     else:
         valid = rows.layout.valid(mask).astype(pilot.dtype)
         first, second, count = rows.sync.total(*rows.sums(x, mask, pilot), valid)
-    once = _moments(count, vary_as(pilot, first), first, second)
+    once = _moments(count, pilot, first, second)
     near = jnp.isfinite(once.var) & (once.offset**2 <= _FAR * (once.var + rows.epsilon))
     same = jnp.abs(once.offset) <= _CLOSE * jnp.finfo(pilot.dtype).eps * jnp.abs(pilot)
-    far = jnp.isfinite(once.offset) & ~near & ~same
+    far = jnp.any(jnp.isfinite(once.offset) & ~near & ~same)
+    pilot = pilot + jnp.where(far, once.offset, 0)
 
-    def again() -> Moments:
+    def again() -> tuple[Array, ...]:
         # Without the barrier XLA finds both branches cheap and always runs them.
-        nearer = once.pilot + lax.optimization_barrier(once.offset)
-        return _moments(count, nearer, *rows.sync.total(*rows.sums(x, mask, nearer)))
+        return rows.sync.total(*rows.sums(x, mask, lax.optimization_barrier(pilot)))
 
-    return lax.cond(jnp.any(far), again, lambda: once)
+    return _moments(count, pilot, *lax.cond(far, again, lambda: (first, second)))
 
 
 def _moments(count: Array, pilot: Array, first: Array, second: Array) -> Moments:
