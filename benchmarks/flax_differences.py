@@ -4,9 +4,7 @@ With ``--write`` the table in README.md is replaced by what was just measured.
 """
 
 import argparse
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax
@@ -18,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 import jbn.linen
+from benchmarks import readme
 
-README = Path(__file__).parents[1] / "README.md"
-BETWEEN = re.compile(r"(<!-- flax-differences -->\n).*?(<!-- /flax-differences -->)", re.DOTALL)
+HEAD = ("", "jbn", f"Flax {flax.__version__}")
 C = 8
 
 
@@ -161,25 +159,18 @@ def measure() -> list[tuple[str, str, str]]:
     return [(item, look(jbn.linen.BatchNorm), look(nn.BatchNorm)) for item, look in DIFFERENCES]
 
 
-def markdown(rows: list[tuple[str, str, str]]) -> str:
-    """Return the table as it stands in the README."""
-    head = f"| | jbn | Flax {flax.__version__} |\n|---|---|---|\n"
-    return head + "".join(f"| {item} | {ours} | {theirs} |\n" for item, ours, theirs in rows)
-
-
 def main() -> None:
     """Print the table, and write it into the README if asked to."""
     parser = argparse.ArgumentParser(description="What differs from flax.linen.BatchNorm, measured.")
     parser.add_argument("--write", action="store_true", help="replace the table in README.md")
     write = parser.parse_args().write
     rows = measure()
-    table = Table("", "jbn", f"Flax {flax.__version__}", title="What differs from flax.linen.BatchNorm")
+    table = Table(*HEAD, title="What differs from flax.linen.BatchNorm")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
     if write:
-        text = README.read_text(encoding="utf-8")
-        README.write_text(BETWEEN.sub(lambda m: m[1] + markdown(rows) + m[2], text), encoding="utf-8")
+        readme.replace("flax-differences", readme.markdown(HEAD, rows))
 
 
 if __name__ == "__main__":
