@@ -3,8 +3,9 @@
 JAX moved these spellings between 0.8 and 0.12, so they stand in this file and nowhere else.
 """
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +19,59 @@ if jax.__version_info__ < (0, 8):
         "CUDA plugin: pip install -U jax."
     )
 
+Tree = TypeVar("Tree")
+
 
 class Sync(NamedTuple):
-    """The shards that share statistics: those along ``names``, or the groups of them that ``groups`` lists."""
+    """The shards that share statistics: those along ``names``, or the groups of them that ``groups`` lists.
+
+    With groups, totals are tables, a row for each group, and every shard has all of them: ``lax.psum`` over groups is
+    not there under ``jax.vmap`` and in a ``jax.shard_map`` that checks, and what all shards know they can agree on.
+    """
 
     names: tuple[Hashable, ...] = ()
     groups: tuple[tuple[int, ...], ...] | None = None
 
-    def size(self) -> int:
-        """Return the number of shards that share statistics."""
-        if not self.names:
-            return 1
-        return int(lax.psum(1, self.names, axis_index_groups=self.groups))
+    def in_groups_of(self, number: int) -> "Sync":
+        """Let so many shards at a time, in the order of their indices, share statistics."""
+        all_of_them = int(self.shards())
+        if number in (1, all_of_them):
+            return self
+        return self._replace(groups=tuple(tuple(range(i, i + number)) for i in range(0, all_of_them, number)))
+
+    def shards(self) -> int | np.ndarray[Any, Any]:
+        """Return the number of shards that share statistics; with groups, (groups, 1)."""
+        if self.groups is not None:
+            return np.array([[len(group)] for group in self.groups])
+        return int(lax.psum(1, self.names)) if self.names else 1
 
     def total(self, *parts: Array) -> tuple[Array, ...]:
         """Sum every part over the shards, all of them in one collective."""
         if not self.names:
             return parts
         flat = jnp.concatenate([part.ravel() for part in parts])
-        flat = lax.psum(flat, self.names, axis_index_groups=self.groups)
-        pieces = jnp.split(flat, np.cumsum([part.size for part in parts])[:-1])
-        return tuple(piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True))
+        if self.groups is not None:  # chosen, not multiplied by 0 and 1: NaN stays in its row
+            flat = jnp.where(jnp.arange(len(self.groups))[:, None] == self._row(), flat[None], 0)
+        # What does not vary over an axis counts once for each shard: jax >= 0.10 wants to be told.
+        marked = [name for name in self.names if name in _varying(lax.axis_index(name))]
+        flat = lax.psum(_vary_over(flat, marked), self.names)
+        pieces = jnp.split(flat, np.cumsum([part.size for part in parts])[:-1], axis=-1)
+        return tuple(piece.reshape(*flat.shape[:-1], *part.shape) for piece, part in zip(pieces, parts, strict=True))
+
+    def mine(self, table: Tree) -> Tree:
+        """Pick the row of this shard's group in every array of ``table``; without groups, all there is."""
+        if self.groups is None:
+            return table
+        return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, self._row(), keepdims=False), table)
+
+    def _row(self) -> Array:
+        group_of = {shard: row for row, group in enumerate(self.groups or ()) for shard in group}
+        return jnp.asarray([group_of[shard] for shard in sorted(group_of)])[lax.axis_index(self.names)]
 
     def common(self, value: Array) -> Array:
         """Return one value for all shards, their mean, where it is known to differ between them."""
         names = tuple(name for name in self.names if name in _varying(value))
-        return lax.pmean(value, names, axis_index_groups=self.groups) if names else value
+        return lax.pmean(value, names) if names else value
 
 
 def sync_over(
@@ -69,8 +97,30 @@ def sync_over(
                 "jax.vmap(..., axis_name=...); under jax.jit alone a sharded batch is already one batch, so leave "
                 "axis_name out."
             ) from None
-    groups = None if axis_index_groups is None else tuple(tuple(map(int, group)) for group in axis_index_groups)
-    return Sync(names, groups)
+    sync = Sync(names)
+    return sync if axis_index_groups is None else sync._replace(groups=_groups_of(axis_index_groups, sync))
+
+
+def _groups_of(groups: Sequence[Sequence[int]], sync: Sync) -> tuple[tuple[int, ...], ...]:
+    read = tuple(tuple(map(int, group)) for group in groups)
+    if sorted(index for group in read for index in group) != list(range(int(sync.shards()))) or not all(read):
+        raise ValueError(
+            f"axis_index_groups is {[list(group) for group in read]}; expected every index from 0 to "
+            f"{int(sync.shards()) - 1} of axis {', '.join(map(repr, sync.names))} in exactly one group."
+        )
+    return read
+
+
+def check_replicas(sync: Sync, x: Array, mask: Array | None, mean: Array) -> None:
+    """Refuse to give each shard a state of its own where all of them share the old one and JAX tells them apart."""
+    from_batch = _varying(x) | (frozenset() if mask is None else _varying(mask))
+    loose = sorted(map(repr, from_batch - _varying(mean) - frozenset(sync.names)))
+    if loose:
+        raise ValueError(
+            f"x varies over the mesh axis {', '.join(loose)}, the state does not, and axis_name leaves it out: the new "
+            f"state would differ between shards. Pass axis_name={loose[0]} for one batch over all shards; or give each "
+            f"shard a state of its own: jax.lax.pcast(state, {loose[0]}, to='varying')."
+        )
 
 
 def bound_names() -> tuple[Hashable, ...]:
@@ -91,16 +141,27 @@ def _varying(value: Array) -> frozenset[Hashable]:
 
 def vary_as(value: Array, *others: Array) -> Array:
     """Mark ``value`` as varying over every manual mesh axis over which one of ``others`` varies."""
-    missing = frozenset[Hashable]().union(*map(_varying, others)) - _varying(value)
+    return _vary_over(value, frozenset[Hashable]().union(*map(_varying, others)))
+
+
+def _vary_over(value: Array, names: Collection[Hashable]) -> Array:
+    missing = frozenset(names) - _varying(value)
     if not missing:
         return value
-    names = tuple(sorted(missing, key=str))
+    ordered = tuple(sorted(missing, key=str))
     if hasattr(lax, "pcast"):  # jax >= 0.8.2
-        return lax.pcast(value, names, to="varying")
-    return lax.pvary(value, names)  # type: ignore[attr-defined]
+        return lax.pcast(value, ordered, to="varying")
+    return lax.pvary(value, ordered)  # type: ignore[attr-defined]
 
 
 def place_as(value: Array, like: Array) -> Array:
     """Give ``value`` the sharding in the type of ``like``, on a mesh whose axes are Explicit."""
     wanted, found = (jax.typeof(a).sharding for a in (like, value))
     return value if wanted.spec == found.spec else jax.sharding.reshard(value, NamedSharding(found.mesh, wanted.spec))
+
+
+def parts(value: Array, axis: int) -> int:
+    """Return into how many parts the type of ``value`` cuts an axis: more than one on an Explicit mesh alone."""
+    sharding = jax.typeof(value).sharding
+    names = sharding.spec[axis] if axis < len(sharding.spec) else None
+    return math.prod(sharding.mesh.shape[name] for name in ([names] if isinstance(names, str) else names or []))

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from . import _layout as layouts
 from . import _running as running
-from ._axes import place_as, sync_over
+from ._axes import check_replicas, place_as, sync_over
 from ._layout import Layout
 from ._moments import Moments, Rows, pilot_of, statistics
 from ._normalize import Activation, Operands, Recipe, normalize, open_activation
@@ -80,6 +81,7 @@ def bn_forward(
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
+    group_size: int | None = None,
     activation: Activation | None = None,
     residual: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
@@ -109,9 +111,12 @@ def bn_forward(
             of known lengths: ``(jnp.arange(T) < lengths[:, None])[..., None]``.
         axis_name: name or names of axes of ``jax.shard_map``, ``jax.pmap`` or ``jax.vmap`` whose shards form one
             batch; ignored with ``train=False``. All of them must hold the same state. Under ``jax.jit`` a sharded
-            batch is one batch without it.
-        axis_index_groups: groups of indices of that axis; each group is a batch of its own. Under ``jax.pmap`` and
-            ``jax.shard_map(..., check_vma=False)`` only.
+            batch is one batch without it. In ``jax.shard_map`` without it statistics and states are those of a shard.
+        axis_index_groups: groups of indices of that axis, each index in one of them, of any sizes; each group is a
+            batch of its own.
+        group_size: number of examples, positions on the first axis that is not one of features, that are a batch of
+            their own: those of a shard, or those of several shards of ``axis_name``, in order. Groups inside a shard
+            need no other shard for y and its gradients, and sweep x twice.
         activation: f, a function of one array such as ``jax.nn.relu``, applied in the dtype of the arithmetic and
             recomputed in the backward pass. Arrays that it closes over, such as a learned slope, are differentiated
             too. Eager calls compile anew for a new function object and for one that holds arrays.
@@ -120,9 +125,9 @@ def bn_forward(
         unbiased: let the running variance be n/(n - 1) times the biased one, as in PyTorch.
 
     Returns:
-        y, of the shape of x, and a state of the type, shapes and dtypes of the one given. No gradient flows through
-        the new state. A feature whose batch statistics are not finite, or come from fewer than two rows, keeps its
-        old ones.
+        y, of the shape of x, and a state of the type, shapes, dtypes and sharding of the one given. No gradient flows
+        through the new state. With groups it moves towards the statistics of the whole batch, on every shard. A
+        feature whose batch statistics are not finite, or come from fewer than two rows, keeps its old ones.
 
     Raises:
         ValueError: for shapes, ranges and names that do not fit, and for one value per feature in training.
@@ -148,9 +153,9 @@ def bn_forward(
     weight = layouts.new_weight(momentum)
     if not train:
         return _evaluate(recipe, valid, operands, *old), state
-    sync = sync_over(axis_name, axis_index_groups)
-    layouts.check_rows(recipe.layout, sync.size())
-    rows = Rows(recipe.layout, sync, recipe.epsilon)
+    rows = _rows(recipe.layout, recipe.epsilon, axis_name, axis_index_groups, group_size)
+    check_replicas(rows.sync, operands.x, valid, old[0])
+    layouts.check_rows(rows.layout, int(np.min(rows.shared.shards())))
     y, mean, var = _train(rows, recipe, unbiased, valid, operands, *old, weight)
     return y, _replace(state, mean=mean, var=var)
 
@@ -165,6 +170,7 @@ def batch_norm(
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
+    group_size: int | None = None,
     activation: Activation | None = None,
     residual: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
@@ -181,14 +187,15 @@ def batch_norm(
         epsilon: ε > 0, added to the variance.
         mask: bool, True where x is valid.
         axis_name: name or names of axes whose shards form one batch.
-        axis_index_groups: groups of indices of that axis.
+        axis_index_groups: groups of indices of that axis, each a batch of its own.
+        group_size: number of examples that are a batch of their own.
         activation: f, applied last.
         residual: an array of the shape of x, added before the activation.
         dtype: dtype of y, that of x unless given.
 
     Returns:
-        y, of the shape of x, and its ``Moments``, differentiable like y. One value per feature gives the bias: without
-        a state there is nothing that it could spoil.
+        y, of the shape of x, and its ``Moments``, differentiable like y; with groups those of the whole batch, without
+        gradients. One value per feature gives the bias: without a state there is nothing that it could spoil.
 
     Raises:
         ValueError: for shapes, ranges and names that do not fit.
@@ -202,7 +209,7 @@ def batch_norm(
     Source: Ioffe and Szegedy 2015, algorithm 1.
     """
     recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype)
-    rows = Rows(recipe.layout, sync_over(axis_name, axis_index_groups), recipe.epsilon)
+    rows = _rows(recipe.layout, recipe.epsilon, axis_name, axis_index_groups, group_size)
     return _normalized(rows, recipe, valid, operands)
 
 
@@ -212,7 +219,6 @@ def moments(
     axis: Axis = -1,
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
-    axis_index_groups: Groups | None = None,
 ) -> Moments:
     r"""Return count, mean and biased variance per feature, to the rounding error of the dtype of the arithmetic.
 
@@ -223,7 +229,6 @@ def moments(
         axis: the axis or axes of the features.
         mask: bool, of the rank of x, each dimension 1 or that of x; only positions where it is true are counted.
         axis_name: name or names of axes whose shards form one batch.
-        axis_index_groups: groups of indices of that axis.
 
     Returns:
         ``Moments``, at least float32, differentiable in x. No valid rows give ``Moments.empty``.
@@ -239,7 +244,7 @@ def moments(
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance", 1983: shifted data.
     """
     layout, values, valid = _read_rows(x, axis, mask)
-    return _moments_of(Rows(layout, sync_over(axis_name, axis_index_groups), 0.0), valid, values)
+    return _moments_of(Rows(layout, sync_over(axis_name), 0.0), valid, values)
 
 
 # One compiled call each, so that an eager step costs one dispatch and the second call traces nothing.
@@ -255,10 +260,12 @@ def _train(
     weight: ArrayLike,
 ) -> tuple[Array, Array, Array]:
     wide = recipe.wide
-    batch = statistics(rows, operands.x, mask, pilot_of(mean, wide))
-    seen = Moments(batch.count, *(place_as(vector, mean) for vector in batch[1:]))
+    pilot = pilot_of(mean, wide)
+    batch = statistics(rows, operands.x, mask, pilot)
+    whole = rows.whole(batch, pilot)
+    seen = Moments(whole.count, *(place_as(vector, mean) for vector in whole[1:]))
     new = running.exponential(mean.astype(wide), var.astype(wide), seen, jnp.asarray(weight, wide), unbiased)
-    y = normalize(recipe, mask, batch, operands)
+    y = _by_batch(rows, recipe, mask, batch, operands)
     return y, new[0].astype(mean.dtype), new[1].astype(var.dtype)
 
 
@@ -271,8 +278,16 @@ def _evaluate(recipe: Recipe, mask: Array | None, operands: Operands, mean: Arra
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _normalized(rows: Rows, recipe: Recipe, mask: Array | None, operands: Operands) -> tuple[Array, Moments]:
-    batch = statistics(rows, operands.x, mask, jnp.zeros(rows.layout.features, recipe.wide))
-    return normalize(recipe, mask, batch, operands), batch
+    pilot = jnp.zeros(rows.layout.features, recipe.wide)
+    batch = statistics(rows, operands.x, mask, pilot)
+    return _by_batch(rows, recipe, mask, batch, operands), rows.whole(batch, pilot)
+
+
+def _by_batch(rows: Rows, recipe: Recipe, mask: Array | None, batch: Moments, operands: Operands) -> Array:
+    """Normalize by the statistics of the batch, or of each of its groups."""
+    scale, bias = (None if v is None else rows.layout.vector(v) for v in (operands.scale, operands.bias))
+    operands = operands._replace(scale=scale, bias=bias)
+    return normalize(recipe._replace(layout=rows.layout), mask, rows.shared.mine(batch), operands)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -307,6 +322,23 @@ def _read(
     opened, slopes = open_activation(activation, z, *jax.tree.leaves(operands), *state)
     recipe = Recipe(layout, layouts.epsilon_of(epsilon), opened, out, wide)
     return recipe, valid, operands._replace(slopes=slopes)
+
+
+def _rows(
+    layout: Layout,
+    epsilon: float,
+    axis_name: AxisName | None,
+    axis_index_groups: Groups | None,
+    group_size: int | None,
+) -> Rows:
+    """Read which rows share statistics."""
+    sync = sync_over(axis_name, axis_index_groups)
+    if group_size is None:
+        return Rows(layout, sync, epsilon)
+    if axis_index_groups is not None:
+        raise ValueError("axis_index_groups and group_size are both given; expected one: they group the same shards.")
+    examples, shards = layouts.groups_of(group_size, layout, int(sync.shards()))
+    return Rows(layout._replace(group=examples), sync.in_groups_of(shards), epsilon)
 
 
 def _read_rows(x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> tuple[Layout, Array, Array | None]:

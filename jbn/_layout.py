@@ -10,14 +10,21 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from ._axes import parts
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 class Layout(NamedTuple):
-    """The shape of x and the axes of its features; the other axes are rows, over which statistics are taken."""
+    """The shape of x and the axes of its features; the other axes are rows, over which statistics are taken.
+
+    The first axis of rows is that of the examples. Where ``group`` of them at a time share statistics, these have one
+    more axis in front, for the groups.
+    """
 
     shape: tuple[int, ...]
     axis: tuple[int, ...]  # ascending, not negative
+    group: int | None = None
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -30,13 +37,28 @@ class Layout(NamedTuple):
         return tuple(self.shape[i] for i in self.axis)
 
     @property
+    def examples(self) -> int:
+        """The number of examples."""
+        return self.shape[self.rows[0]] if self.rows else 1
+
+    @property
     def values(self) -> int:
-        """The number of values per feature."""
-        return math.prod(self.shape[i] for i in self.rows)
+        """The number of values per feature, in each group."""
+        return math.prod(self.shape[i] for i in self.rows[1:]) * (self.group or self.examples)
+
+    def vector(self, vector: Array) -> Array:
+        """Give a per-feature vector the rank of the statistics."""
+        return vector if self.group is None else vector[None]
 
     def spread(self, vector: Array) -> Array:
-        """Give a per-feature vector the rank of x."""
-        return jnp.expand_dims(vector, self.rows)
+        """Give a per-feature vector, with one row for each group or one for all, the rank of x."""
+        if self.group is None:
+            return jnp.expand_dims(vector, self.rows)
+        if vector.shape[0] > 1:  # as jnp.repeat, which does not take Explicit shardings
+            groups, *features = vector.shape
+            vector = lax.broadcast_in_dim(vector, (groups, self.group, *features), (0, *range(2, vector.ndim + 1)))
+            vector = vector.reshape(-1, *features)
+        return jnp.expand_dims(jnp.moveaxis(vector, 0, self._place), self.rows[1:])
 
     def sum(self, values: Array) -> Array:
         """Sum over the rows; on CPU in two steps, for accuracy.
@@ -45,6 +67,8 @@ class Layout(NamedTuple):
         number of its terms. Elsewhere a second step would cost bytes, and a larger collective where other axes than the
         first are sharded.
         """
+        if self.group is not None:
+            return self._in_groups(jnp.moveaxis(values.sum(self.rows[1:]), self._place, 0)).sum(1)
         if len(self.rows) == 1:
             return values.sum(self.rows)
 
@@ -57,8 +81,29 @@ class Layout(NamedTuple):
 
         return lax.platform_dependent(values, cpu=in_two_steps, default=in_one_step)
 
+    def _in_groups(self, each: Array) -> Array:
+        groups, devices = self.examples // (self.group or 1), parts(each, 0)
+        if groups % devices:
+            raise ValueError(
+                f"group_size is {self.group}, but the {self.examples} examples lie on {devices} devices of a mesh with "
+                f"Explicit axes, {self.examples // devices} on each, and JAX does not regroup those. Expected a "
+                f"divisor of {self.examples // devices}; or use an Auto mesh, or jax.shard_map with axis_name."
+            )
+        return each.reshape(groups, -1, *each.shape[1:])
+
+    @property
+    def _place(self) -> int:
+        """The place of the examples among the axes that are left when the other rows are gone."""
+        return sum(i < self.rows[0] for i in self.axis)
+
     def valid(self, mask: Array) -> Array:
         """Count the valid rows, for all features together or, if the mask tells features apart, for each one."""
+        if self.group is not None:
+            first = self.rows[0]
+            mask = jnp.broadcast_to(mask, (*mask.shape[:first], self.examples, *mask.shape[first + 1 :]))
+            return self.sum(mask.astype(jnp.int32)) * math.prod(
+                self.shape[i] for i in self.rows[1:] if mask.shape[i] == 1
+            )
         repeats = math.prod(self.shape[i] for i in self.rows if mask.shape[i] == 1)
         count = mask.sum(self.rows, dtype=jnp.int32) * repeats
         return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, self.features)
@@ -172,9 +217,28 @@ def check_rows(layout: Layout, shards: int) -> None:
     if layout.values * shards == 1:
         raise ValueError(
             f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
-            f"{shards} shard{'s' * (shards > 1)}), so its variance is zero. Expected at least two: use a larger batch, "
-            "axis_name= to share statistics, or train=False for a single example (use_running_average=True in Flax)."
+            f"{shards} shard{'s' * (shards > 1)}{f', group_size {layout.group}' * bool(layout.group)}), so its "
+            "variance is zero. Expected at least two: use a larger batch, axis_name= to share statistics, or "
+            "train=False for a single example (use_running_average=True in Flax)."
         )
+
+
+def groups_of(group_size: object, layout: Layout, shards: int) -> tuple[int | None, int]:
+    """Return how many examples of a shard share statistics, or None for all of them, and how many shards do."""
+    if not isinstance(group_size, int | np.integer) or isinstance(group_size, bool):
+        raise TypeError(f"group_size is {group_size!r}; expected an integer, the number of examples in a group.")
+    size, local = int(group_size), layout.examples
+    total = f"the {local * shards} examples of x" + f", {local} on each of {shards} shards" * (shards > 1)
+    if size < 1 or local * shards % size:
+        raise ValueError(
+            f"group_size is {size}; expected a divisor of {total} (shape {layout.shape}, examples on axis "
+            f"{layout.rows[0] if layout.rows else None})."
+        )
+    if local % size == 0 and size < local * shards:
+        return size, 1
+    if size % local:
+        raise ValueError(f"group_size is {size}; expected a divisor or a multiple of the examples of a shard: {total}.")
+    return None, size // local
 
 
 def check_flag(name: str, value: object) -> bool:

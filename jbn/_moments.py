@@ -1,5 +1,6 @@
 """Batch statistics: ``Moments``, their ``merge``, and the moments of the rows of x, on one device and across shards."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -117,6 +118,33 @@ class Rows(NamedTuple):
         # for them. The barrier makes a second x - k of it; it holds back a vector, and costs nothing elsewhere.
         return self.layout.sum(centred(pilot)), self.layout.sum(jnp.square(centred(lax.optimization_barrier(pilot))))
 
+    @property
+    def shared(self) -> Sync:
+        """The shards over which statistics are summed: none where the groups lie inside them."""
+        return self.sync if self.layout.group is None else Sync()
+
+    @property
+    def groups(self) -> int | None:
+        """The number of groups whose statistics this shard knows, or None."""
+        if self.layout.group is not None:
+            return self.layout.examples // self.layout.group
+        return None if self.sync.groups is None else len(self.sync.groups)
+
+    def whole(self, m: Moments, pilot: Array) -> Moments:
+        """Merge the moments of all groups, around a pilot; without groups, return those given."""
+        if self.groups is None:
+            return m
+        m = jax.tree.map(lax.stop_gradient, m)
+        count = jnp.broadcast_to(m.count, m.var.shape)
+
+        def sums(pilot: Array) -> tuple[Array, Array]:
+            d = (m.pilot - pilot[None]) + m.offset
+            return (count * d).sum(0), (count * (m.var + d * d)).sum(0)
+
+        # A table of the groups of shards is on every shard already.
+        sync = self.sync if self.sync.groups is None else Sync()
+        return _around(self.sync.common(pilot), sums, count.sum(0), sync, self.epsilon)
+
 
 def pilot_of(mean: Array, dtype: np.dtype[Any]) -> Array:
     """Choose the per-feature number k that one sweep subtracts from x: the running mean, or zero.
@@ -138,25 +166,53 @@ def pilot_of(mean: Array, dtype: np.dtype[Any]) -> Array:
 # held constant. What the transpose keeps is what the checkpointed function takes: x in its own dtype, and vectors.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def statistics(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moments:
-    """Return the moments of the valid rows: one sweep around the pilot, and one more around the mean if it was far."""
-    pilot = rows.sync.common(pilot)
-    if mask is None:
-        count = jnp.asarray(rows.layout.values * rows.sync.size(), pilot.dtype)
-        first, second = rows.sync.total(*rows.sums(x, mask, pilot))
+    """Return the moments of the valid rows, found around a pilot; with groups, a table of those of all groups."""
+    sync, layout = rows.shared, rows.layout
+    pilot = sync.common(pilot)
+    if rows.groups is not None:
+        pilot = jnp.broadcast_to(pilot, (rows.groups, *pilot.shape))
+    valid: Array | int = layout.values if mask is None else layout.valid(mask)
+    valid = jnp.atleast_1d(valid) if sync.groups is not None and mask is not None else valid
+
+    def sums(pilot: Array) -> tuple[Array, Array]:
+        return rows.sums(x, mask, sync.mine(pilot))
+
+    return _around(pilot, sums, valid, sync, rows.epsilon, guarded=layout.group is None)
+
+
+def _around(
+    pilot: Array,
+    sums: Callable[[Array], tuple[Array, Array]],
+    valid: Array | int,
+    sync: Sync,
+    epsilon: float,
+    *,
+    guarded: bool = True,
+) -> Moments:
+    """Return the moments of what ``sums`` sums, over the shards: around the pilot and, if it was far, once more.
+
+    Without the guard the second sweep is always taken. Groups inside a shard have none: under ``jax.jit`` it would ask
+    all devices whether any group is far, and they need not talk otherwise.
+    """
+    if isinstance(valid, int):
+        first, second = sync.total(*sums(pilot))
+        count = jnp.asarray(valid * sync.shards(), pilot.dtype)
     else:
-        valid = rows.layout.valid(mask).astype(pilot.dtype)
-        first, second, count = rows.sync.total(*rows.sums(x, mask, pilot), valid)
+        first, second, count = sync.total(*sums(pilot), valid.astype(pilot.dtype))
     once = _moments(count, pilot, first, second)
-    near = jnp.isfinite(once.var) & (once.offset**2 <= _FAR * (once.var + rows.epsilon))
+    near = jnp.isfinite(once.var) & (once.offset**2 <= _FAR * (once.var + epsilon))
     same = jnp.abs(once.offset) <= _CLOSE * jnp.finfo(pilot.dtype).eps * jnp.abs(pilot)
-    far = jnp.any(jnp.isfinite(once.offset) & ~near & ~same)
-    pilot = pilot + jnp.where(far, once.offset, 0)
+    far = jnp.any(jnp.isfinite(once.offset) & ~near & ~same) if guarded else jnp.bool_(True)
+    # Clipped, because each use of the pilot may compute it anew, and x - Σ/n in one operation with one rounding is not
+    # x - k: a bound that changes no number parts the product from the difference.
+    largest = jnp.finfo(pilot.dtype).max
+    pilot = pilot + jnp.where(far, jnp.clip(once.offset, -largest, largest), 0)
 
     def again() -> tuple[Array, ...]:
         # Without the barrier XLA finds both branches cheap and always runs them.
-        return rows.sync.total(*rows.sums(x, mask, lax.optimization_barrier(pilot)))
+        return sync.total(*sums(lax.optimization_barrier(pilot)))
 
-    return _moments(count, pilot, *lax.cond(far, again, lambda: (first, second)))
+    return _moments(count, pilot, *(lax.cond(far, again, lambda: (first, second)) if guarded else again()))
 
 
 def _moments(count: Array, pilot: Array, first: Array, second: Array) -> Moments:
@@ -172,11 +228,12 @@ def _statistics_jvp(rows: Rows, primals: Any, tangents: Any) -> tuple[Moments, M
 
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(x: Array, mask: Array | None, m: Moments, dx: Array) -> tuple[Array, Array]:
-        layout, dx = rows.layout, dx.astype(m.var.dtype)
-        centred = (x.astype(m.var.dtype) - layout.spread(m.pilot)) - layout.spread(m.offset)
+        layout, sync, dx = rows.layout, rows.shared, dx.astype(m.var.dtype)
+        mine = sync.mine(m)
+        centred = (x.astype(m.var.dtype) - layout.spread(mine.pilot)) - layout.spread(mine.offset)
         if mask is not None:
             centred, dx = jnp.where(mask, centred, 0), jnp.where(mask, dx, 0)
-        s1, s2 = rows.sync.total(layout.sum(dx), layout.sum(centred * dx))
+        s1, s2 = sync.total(layout.sum(dx), layout.sum(centred * dx))
         share = 1 / jnp.maximum(m.count, 1)
         return s1 * share, s2 * share
 

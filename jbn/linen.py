@@ -41,6 +41,7 @@ class BatchNorm(nn.Module):
         force_float32_reductions: whether the statistics are stored in float32 or in ``param_dtype``; they are computed
             in float32, or float64 for float64 x, in either case.
         activation: f, a function such as ``nn.relu``, applied last and recomputed in the backward pass.
+        group_size: number of examples that are a batch of their own, see ``jbn.bn_forward``.
 
     Raises:
         ValueError: see ``jbn.bn_forward``; and where statistics would silently restart, because ``batch_stats`` was
@@ -72,6 +73,7 @@ class BatchNorm(nn.Module):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     activation: Callable[[Array], Array] | None = None
+    group_size: int | None = None
 
     @nn.compact
     def __call__(
@@ -137,6 +139,7 @@ class BatchNorm(nn.Module):
             momentum=self.momentum,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
+            group_size=self.group_size,
             **options,
         )
         if not evaluate:
