@@ -19,14 +19,14 @@ class Layer(NamedTuple):
     Attributes:
         params: what is trained, a tree of float32 arrays.
         state: a fresh state, a tree of arrays.
-        apply: ``apply(params, state, x, train)`` returns y and the new state.
+        apply: ``apply(params, state, x, train, mask=None)`` returns y and the new state.
         running: ``running(state)`` returns the mean and var by which evaluation normalizes.
         at: ``at(mean, var)`` returns the state by which evaluation normalizes with these.
     """
 
     params: Any
     state: Any
-    apply: Callable[[Any, Any, Any, bool], tuple[Any, Any]]
+    apply: Callable[..., tuple[Any, Any]]
     running: Callable[[Any], tuple[Any, Any]]
     at: Callable[[Any, Any], Any]
 

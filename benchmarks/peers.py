@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,12 @@ import jbn
 from benchmarks.layers import EPSILON, MOMENTUM, Jitted, Layer, Norm, Torch
 
 Activation = Callable[[Any], Any]
+Groups = Sequence[Sequence[int]] | int
+"""Groups of shards by their indices, or the number of examples in a group."""
+
+
+class Lacking(ValueError):
+    """The library has no such argument."""
 
 
 class Peer(NamedTuple):
@@ -42,15 +48,17 @@ class Peer(NamedTuple):
         channels_last: whether PyTorch gets x in the memory format of that name.
         axis: that of the features in an array of four axes.
         debiased: whether the running mean is divided by one minus the weight of the initial one.
+        prior: what the initial variance of 1 adds to the running one in the first step.
         across_shards: whether it can share statistics under `jax.shard_map`.
     """
 
     name: str
     package: str
     module: str
-    make: Callable[[int, Any, Any, Activation | None], Layer] | None
+    make: Callable[[int, Any, Any, Activation | None, Groups | None], Layer] | None
     axis: int = -1
     debiased: bool = False
+    prior: float = MOMENTUM
     across_shards: bool = True
     channels_last: bool = False
 
@@ -73,18 +81,20 @@ class Peer(NamedTuple):
         dtype: Any = jnp.float32,
         axis_name: str | None = None,
         activation: Activation | None = None,
+        groups: Groups | None = None,
     ) -> Layer:
-        """Return a layer that is pure.
+        """Return a layer that is pure; `Lacking` where the library has no argument for it.
 
         Args:
             features: the number of features.
             dtype: that of x and y.
             axis_name: the axis of `jax.shard_map` that makes one batch of all shards.
             activation: inside jbn's rule, after every other norm.
+            groups: which shards, or how many examples, share statistics; all of them unless given.
         """
         if self.make is None:
             raise TypeError(f"{self.name} has no pure functions; use norm()")
-        return self.make(features, dtype, axis_name, activation)
+        return self.make(features, dtype, axis_name, activation, groups)
 
     def images(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """Return what the layer gets for images of shape (N, H, W, C)."""
@@ -101,7 +111,7 @@ def _activated(y: Any, activation: Activation | None) -> Any:
     return y if activation is None else activation(y)
 
 
-def _pair(params: Any, state: Any, apply: Callable[[Any, Any, Any, bool], tuple[Any, Any]]) -> Layer:
+def _pair(params: Any, state: Any, apply: Callable[..., tuple[Any, Any]]) -> Layer:
     """Return a layer whose state has two leaves, mean and var, in this order."""
     tree = jax.tree.structure(state)
 
@@ -112,55 +122,75 @@ def _pair(params: Any, state: Any, apply: Callable[[Any, Any, Any, bool], tuple[
     return Layer(params, state, apply, running, lambda mean, var: jax.tree.unflatten(tree, (mean, var)))
 
 
-def _jbn(features: int, dtype: Any, axis_name: Any, activation: Activation | None) -> Layer:
-    def apply(params: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
-        options: Any = {"momentum": MOMENTUM, "epsilon": EPSILON, "axis_name": axis_name, "activation": activation}
-        return jbn.bn_forward(params, state, x, train, **options)
+def _jbn(features: int, dtype: Any, axis_name: Any, activation: Activation | None, groups: Groups | None) -> Layer:
+    options: Any = {"momentum": MOMENTUM, "epsilon": EPSILON, "axis_name": axis_name, "activation": activation}
+    options |= {"group_size" if isinstance(groups, int) else "axis_index_groups": groups}
+
+    def apply(params: Any, state: Any, x: Any, train: bool, mask: Any = None) -> tuple[Any, Any]:
+        return jbn.bn_forward(params, state, x, train, mask=mask, **options)
 
     params, state = jbn.bn_init(features)
     return _pair(params, state, apply)
 
 
-def _linen(features: int, dtype: Any, axis_name: Any, activation: Activation | None) -> Layer:
+def _linen(features: int, dtype: Any, axis_name: Any, activation: Activation | None, groups: Groups | None) -> Layer:
     import flax.linen as nn
 
-    def apply(params: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
-        norm = nn.BatchNorm(not train, momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, axis_name=axis_name)
-        y, new = norm.apply({"params": params, "batch_stats": state}, x, mutable=["batch_stats"])
+    options: Any = {"momentum": MOMENTUM, "epsilon": EPSILON, "dtype": dtype, "axis_name": axis_name}
+    options["axis_index_groups"] = _of_shards(groups)
+
+    def apply(params: Any, state: Any, x: Any, train: bool, mask: Any = None) -> tuple[Any, Any]:
+        norm = nn.BatchNorm(not train, **options)
+        y, new = norm.apply({"params": params, "batch_stats": state}, x, mask=mask, mutable=["batch_stats"])
         return _activated(y, activation), new["batch_stats"]
 
     variables: Any = nn.BatchNorm(True).init(jax.random.key(0), jnp.zeros((1, 1, 1, features)))
     return _pair(variables["params"], variables["batch_stats"], apply)
 
 
-def _nnx(features: int, dtype: Any, axis_name: Any, activation: Activation | None) -> Layer:
+def _nnx(features: int, dtype: Any, axis_name: Any, activation: Activation | None, groups: Groups | None) -> Layer:
     from flax import nnx
 
     options: Any = {"momentum": MOMENTUM, "epsilon": EPSILON, "dtype": dtype, "axis_name": axis_name}
+    options["axis_index_groups"] = _of_shards(groups)
     parts: Any = nnx.split(nnx.BatchNorm(features, **options, rngs=nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
     graph, params, state = parts
 
-    def apply(params: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
+    def apply(params: Any, state: Any, x: Any, train: bool, mask: Any = None) -> tuple[Any, Any]:
         norm = nnx.merge(graph, params, state, copy=True)  # or it writes into state
-        y = norm(x, use_running_average=not train)
+        y = norm(x, use_running_average=not train, mask=mask)
         return _activated(y, activation), nnx.state(norm, nnx.BatchStat)
 
     return _pair(params, state, apply)
 
 
-def _haiku(features: int, dtype: Any, axis_name: Any, activation: Activation | None) -> Layer:
+def _of_shards(groups: Groups | None) -> Sequence[Sequence[int]] | None:
+    if isinstance(groups, int):
+        raise Lacking("groups are groups of shards, not of examples")
+    return groups
+
+
+def _unmasked(mask: Any) -> None:
+    if mask is not None:
+        raise Lacking("there is no mask")
+
+
+def _haiku(features: int, dtype: Any, axis_name: Any, activation: Activation | None, groups: Groups | None) -> Layer:
     import haiku as hk
 
-    def norm(axis_name: Any) -> Any:
-        options: Any = {"eps": EPSILON, "cross_replica_axis": axis_name, "name": "norm"}
+    across = {"cross_replica_axis": axis_name, "cross_replica_axis_index_groups": _of_shards(groups)}
+
+    def norm(**across: Any) -> Any:
+        options: Any = {"eps": EPSILON, "name": "norm", **across}
         return hk.transform_with_state(lambda x, train: hk.BatchNorm(True, True, MOMENTUM, **options)(x, train))
 
-    def apply(params: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
-        y, state = norm(axis_name).apply(params, state, None, x.astype(jnp.float32), train)
+    def apply(params: Any, state: Any, x: Any, train: bool, mask: Any = None) -> tuple[Any, Any]:
+        _unmasked(mask)
+        y, state = norm(**across).apply(params, state, None, x.astype(jnp.float32), train)
         return _activated(y.astype(dtype), activation), state
 
     # Outside an axis it cannot synchronize, and what it makes then is the same.
-    params, fresh = norm(None).init(None, jnp.zeros((1, 1, 1, features)), True)
+    params, fresh = norm().init(None, jnp.zeros((1, 1, 1, features)), True)
     names = "norm/~/mean_ema", "norm/~/var_ema"
 
     def running(state: Any) -> tuple[Any, Any]:
@@ -174,16 +204,19 @@ def _haiku(features: int, dtype: Any, axis_name: Any, activation: Activation | N
     return Layer(params, fresh, apply, running, at)
 
 
-def _equinox(features: int, dtype: Any, axis_name: Any, activation: Activation | None) -> Layer:
+def _equinox(features: int, dtype: Any, axis_name: Any, activation: Activation | None, groups: Groups | None) -> Layer:
     import equinox as eqx
 
+    if groups is not None:
+        raise Lacking("there are no groups")
     axes = "batch" if axis_name is None else ("batch", axis_name)
     options: Any = {"eps": EPSILON, "momentum": MOMENTUM, "mode": "batch"}
     norm, fresh = eqx.nn.make_with_state(eqx.nn.BatchNorm)(features, axes, **options)
     params, static = eqx.partition(norm, eqx.is_inexact_array)
     leaves, tree = jax.tree.flatten(fresh)  # a State may be used once: every call unflattens its own
 
-    def apply(params: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
+    def apply(params: Any, state: Any, x: Any, train: bool, mask: Any = None) -> tuple[Any, Any]:
+        _unmasked(mask)
         norm = eqx.combine(params, static)
 
         def one(image: Any, state: Any) -> Any:
@@ -206,17 +239,18 @@ def _equinox(features: int, dtype: Any, axis_name: Any, activation: Activation |
     return Layer(params, leaves, apply, running, at)
 
 
-def _keras(features: int, dtype: Any, axis_name: Any, activation: Activation | None) -> Layer:
-    if axis_name is not None:
-        raise ValueError("Keras synchronizes statistics on TensorFlow only")
+def _keras(features: int, dtype: Any, axis_name: Any, activation: Activation | None, groups: Groups | None) -> Layer:
+    if axis_name is not None or groups is not None:
+        raise Lacking("Keras synchronizes statistics on TensorFlow only")
     import keras
 
     policy = "mixed_bfloat16" if dtype == jnp.bfloat16 else "float32"
     norm = keras.layers.BatchNormalization(momentum=MOMENTUM, epsilon=EPSILON, dtype=policy)
     norm.build((None, None, None, features))
 
-    def apply(params: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
-        y, state = norm.stateless_call(params, state, x, training=train)
+    def apply(params: Any, state: Any, x: Any, train: bool, mask: Any = None) -> tuple[Any, Any]:
+        valid = None if mask is None else mask[..., 0]
+        y, state = norm.stateless_call(params, state, x, training=train, mask=valid)
         return _activated(y, activation), state
 
     params, state = ([v.value for v in vs] for vs in (norm.trainable_variables, norm.non_trainable_variables))
@@ -227,8 +261,8 @@ PEERS = (
     Peer("jbn", "jbn", "jbn", _jbn),
     Peer("Flax Linen", "flax", "flax", _linen),
     Peer("Flax NNX", "flax", "flax", _nnx),
-    Peer("Haiku", "dm-haiku", "haiku", _haiku, debiased=True),
-    Peer("Equinox", "equinox", "equinox", _equinox, axis=1, debiased=True),
+    Peer("Haiku", "dm-haiku", "haiku", _haiku, debiased=True, prior=0.0),
+    Peer("Equinox", "equinox", "equinox", _equinox, axis=1, debiased=True, prior=MOMENTUM / (1 - MOMENTUM)),
     Peer("Keras", "keras", "keras", _keras, across_shards=False),
     Peer("PyTorch", "torch", "torch", None, axis=1, across_shards=False),
     Peer("PyTorch NHWC", "torch", "torch", None, axis=1, across_shards=False, channels_last=True),

@@ -8,5 +8,6 @@ from ._forward import bn_init as bn_init
 from ._forward import moments as moments
 from ._moments import Moments as Moments
 from ._moments import merge as merge
+from ._remat import remat_policy as remat_policy
 
 __version__ = "0.1.0"

@@ -17,6 +17,7 @@ from ._axes import check_replicas, place_as, sync_over
 from ._layout import Layout
 from ._moments import Moments, Rows, pilot_of, statistics
 from ._normalize import Activation, Operands, Recipe, normalize, open_activation
+from ._remat import INPUT, MOMENTS, named
 
 AxisName = Hashable | Sequence[Hashable]
 Axis = int | Sequence[int]
@@ -259,9 +260,9 @@ def _train(
     var: Array,
     weight: ArrayLike,
 ) -> tuple[Array, Array, Array]:
-    wide = recipe.wide
+    wide, operands = recipe.wide, _named(operands)
     pilot = pilot_of(mean, wide)
-    batch = statistics(rows, operands.x, mask, pilot)
+    batch = named(MOMENTS, statistics(rows, operands.x, mask, pilot))
     whole = rows.whole(batch, pilot)
     seen = Moments(whole.count, *(place_as(vector, mean) for vector in whole[1:]))
     new = running.exponential(mean.astype(wide), var.astype(wide), seen, jnp.asarray(weight, wide), unbiased)
@@ -271,15 +272,15 @@ def _train(
 
 @partial(jax.jit, static_argnums=0)
 def _evaluate(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
-    mean = mean.astype(recipe.wide)
+    mean, operands = mean.astype(recipe.wide), _named(operands)
     known = Moments(jnp.zeros((), recipe.wide), mean, jnp.zeros_like(mean), var.astype(recipe.wide))
     return normalize(recipe, mask, known, operands)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _normalized(rows: Rows, recipe: Recipe, mask: Array | None, operands: Operands) -> tuple[Array, Moments]:
-    pilot = jnp.zeros(rows.layout.features, recipe.wide)
-    batch = statistics(rows, operands.x, mask, pilot)
+    pilot, operands = jnp.zeros(rows.layout.features, recipe.wide), _named(operands)
+    batch = named(MOMENTS, statistics(rows, operands.x, mask, pilot))
     return _by_batch(rows, recipe, mask, batch, operands), rows.whole(batch, pilot)
 
 
@@ -293,6 +294,11 @@ def _by_batch(rows: Rows, recipe: Recipe, mask: Array | None, batch: Moments, op
 @partial(jax.jit, static_argnums=0)
 def _moments_of(rows: Rows, mask: Array | None, x: Array) -> Moments:
     return statistics(rows, x, mask, jnp.zeros(rows.layout.features, layouts.compute_dtype(x.dtype)))
+
+
+def _named(operands: Operands) -> Operands:
+    # Once, and outside the derivative rules: each of them would save an x of its own.
+    return operands._replace(x=named(INPUT, operands.x), residual=named(INPUT, operands.residual))
 
 
 def _read(

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from ._axes import Sync, vary_as
 from ._layout import Layout
+from ._remat import MOMENTS, named
 
 
 class Moments(NamedTuple):
@@ -134,7 +135,8 @@ class Rows(NamedTuple):
         """Merge the moments of all groups, around a pilot; without groups, return those given."""
         if self.groups is None:
             return m
-        m = jax.tree.map(lax.stop_gradient, m)
+        # Behind a barrier: XLA takes k out of (k + d) - k again, and with it the rounding of k + d.
+        m = lax.optimization_barrier(jax.tree.map(lax.stop_gradient, m))
         count = jnp.broadcast_to(m.count, m.var.shape)
 
         def sums(pilot: Array) -> tuple[Array, Array]:
@@ -208,11 +210,12 @@ def _around(
     largest = jnp.finfo(pilot.dtype).max
     pilot = pilot + jnp.where(far, jnp.clip(once.offset, -largest, largest), 0)
 
-    def again() -> tuple[Array, ...]:
+    def again() -> Array:
         # Without the barrier XLA finds both branches cheap and always runs them.
-        return sync.total(*sums(lax.optimization_barrier(pilot)))
+        return jnp.stack(sync.total(*sums(lax.optimization_barrier(pilot))))
 
-    return _moments(count, pilot, *(lax.cond(far, again, lambda: (first, second)) if guarded else again()))
+    # Stacked: libtpu 0.0.52 crashes on a conditional whose branches return two sums as they come.
+    return _moments(count, pilot, *(lax.cond(far, again, lambda: jnp.stack([first, second])) if guarded else again()))
 
 
 def _moments(count: Array, pilot: Array, first: Array, second: Array) -> Moments:
@@ -224,7 +227,7 @@ def _moments(count: Array, pilot: Array, first: Array, second: Array) -> Moments
 @statistics.defjvp
 def _statistics_jvp(rows: Rows, primals: Any, tangents: Any) -> tuple[Moments, Moments]:
     x, mask, _ = primals
-    m = statistics(rows, *primals)
+    m = named(MOMENTS, statistics(rows, *primals))
 
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(x: Array, mask: Array | None, m: Moments, dx: Array) -> tuple[Array, Array]:

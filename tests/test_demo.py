@@ -179,6 +179,29 @@ def test_killed_and_interrupted_run_ends_the_same_to_the_bit(finished, tmp_path)
     assert results[0] == results[1]
 
 
+def test_four_simulated_devices_then_three_end_as_one_did(finished, tmp_path):
+    reference, out = finished[0], tmp_path / "run"
+    stopped = python("-c", STOPPING, 73, int(signal.SIGINT), "demo", *CONV, "--devices", 4, "--out", out)
+    assert (stopped.returncode, stopped.stderr) == (130, "")
+    assert stopped.stdout.endswith(f"demo --out {out} --resume --devices 4\n")
+    assert [path.name for path in (out / "checkpoints" / NETWORKS[0]).iterdir()] == ["50"]
+
+    resumed = python("-m", "jbn", "demo", "--out", out, "--resume", "--devices", 3)
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert "on 3 devices (cpu)" in resumed.stdout
+    assert "on one device (cpu)" in finished[1]
+    counts = [strict_json(path / "results.json")["devices"] for path in (reference, out)]
+    assert counts == [1, 3]
+    assert (reference / "options.json").read_bytes() == (out / "options.json").read_bytes()
+    for network in NETWORKS:
+        expected, arrived = final_arrays(reference, network), final_arrays(out, network)
+        assert expected.keys() == arrived.keys()
+        for name, array in expected.items():
+            # Rounding, and what ReLU makes of it: a pre-activation of 1e-8 on one side of zero has a gradient, on the
+            # other none. tests/test_demo_devices.py tells the two apart.
+            np.testing.assert_allclose(arrived[name], array, rtol=0, atol=3e-3 * np.max(np.abs(array)), err_msg=name)
+
+
 def test_one_compilation_per_network(diverged):
     assert diverged.compilations == 2
 
@@ -204,6 +227,9 @@ def test_loss_that_is_not_finite_is_said_and_recorded_as_null(diverged):
         (["--learning-rate", "fast"], "--learning-rate", "'fast'", "a number"),
         (["--seed", "-1"], "--seed", "'-1'", "from 0"),
         (["--model", "resnet"], "--model", "'resnet'", "expected dense, conv, conv64 or all"),
+        (["--devices", "0"], "--devices", "'0'", "from 1 to 64"),
+        (["--devices", "1000"], "--devices", "'1000'", "from 1 to 64"),
+        (["--devices", "9"], "--devices", "got 9", "JAX finds 8 cpu devices here; expected at most 8"),
         (["--out", os.devnull], "--out", os.devnull, "expected a directory"),
         (["--out", Path(os.devnull) / "x"], "--out", os.devnull, "cannot write"),
         (["--step", "3"], "--step", "--step", "--steps"),
@@ -288,9 +314,9 @@ def test_ctrl_c_while_a_loss_is_read(tmp_path, monkeypatch):
 
 def test_the_command_to_go_on_with_is_the_one_that_was_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", [".venv/bin/jbn"])
-    assert resume_command(Path("a run")) == ".venv/bin/jbn demo --out 'a run' --resume"
+    assert resume_command(Path("a run"), 1) == ".venv/bin/jbn demo --out 'a run' --resume"
     monkeypatch.setattr(shutil, "which", lambda name: ".venv/bin/jbn")
-    assert resume_command(Path("run")) == "jbn demo --out run --resume"
+    assert resume_command(Path("run"), 3) == "jbn demo --out run --resume --devices 3"
 
 
 def test_bars_wait_compile_and_run():

@@ -6,63 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn
 from tests import oracle
-
-SHARDS, ROWS, C = 4, 6, 5
-EPSILON = 1e-5
-
-
-def mesh(shape=(SHARDS,), names=("data",), kind=AxisType.Auto):
-    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
-
-
-class Setting:
-    """One batch, whose shards differ much in mean; some rows are masked, one shard entirely."""
-
-    def __init__(self, mean=0.0, masked=False, warm=False):
-        rng = np.random.default_rng(0)
-        x = rng.standard_normal((SHARDS, ROWS, C)) + np.arange(SHARDS)[:, None, None] + mean
-        self.x = x.reshape(-1, C).astype(np.float32)
-        self.g = rng.standard_normal(self.x.shape).astype(np.float32)
-        self.scale, self.bias = (rng.uniform(0.5, 1.5, C).astype(np.float32) for _ in range(2))
-        self.mask = None
-        if masked:
-            valid = rng.random((SHARDS, ROWS, 1)) < 0.6
-            valid[0, 0], valid[2] = True, False
-            self.mask = valid.reshape(-1, 1)
-            self.x = np.where(self.mask, self.x, np.nan).astype(np.float32)
-        want = oracle.forward(self.x, self.scale, self.bias, mask=self.mask)
-        old = (want.mean + 0.1, want.var) if warm else (np.zeros(C), np.ones(C))
-        self.state = jbn.State(*(jnp.asarray(v, jnp.float32) for v in old))
-        self.want = want
-        self.grads = oracle.gradients(self.g, self.x, self.scale, self.bias, mask=self.mask)
-        self.bound = 1e-5 if mean else 1e-6
-
-    def step(self, x, mask, g, scale, bias, state, axis_name):
-        """Return y, the new state and the gradients of this shard's Σ g·y."""
-
-        def loss(x, scale, bias):
-            params = jbn.Params(scale, bias)
-            y, new = jbn.bn_forward(params, state, x, True, mask=mask, momentum=0.0, axis_name=axis_name)
-            return (y * g).sum(), (y, new)
-
-        grads, (y, new) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
-        return y, new, grads
-
-    def check(self, y, new, dx, dscale, dbias):
-        def near(got, want, name):
-            assert np.abs(oracle.wide(got) - want).max() <= self.bound * max(1, np.abs(want).max()), name
-
-        near(y, self.want.y, "y")
-        near(new.mean, self.want.mean, "mean")
-        near(new.var, self.want.var, "var")
-        for name, got in (("x", dx), ("scale", dscale), ("bias", dbias)):
-            near(got, self.grads[name], name)
-
+from tests.shards import ROWS, SHARDS, C, Setting, mesh, split
 
 SETTINGS = [
     pytest.param({"mean": mean, "masked": masked, "warm": warm}, id=f"mean={mean:g} masked={masked} warm={warm}")
@@ -71,22 +19,6 @@ SETTINGS = [
     for warm in (False, True)
 ]
 settings = pytest.mark.parametrize("setting", SETTINGS)
-
-
-@settings
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("shape", [(4, 1), (2, 2), (1, 4)], ids=str)
-def test_jit_over_a_sharded_batch(setting, kind, shape):
-    s = Setting(**setting)
-    m = mesh(shape, ("data", "more"), kind)
-    with jax.set_mesh(m):
-
-        def put(a):
-            return None if a is None else jax.device_put(a, NamedSharding(m, P(("data", "more"))))
-
-        f = jax.jit(partial(s.step, axis_name=None))
-        y, new, (dx, dscale, dbias) = f(put(s.x), put(s.mask), put(s.g), s.scale, s.bias, s.state)
-    s.check(y, new, dx, dscale, dbias)
 
 
 @settings
@@ -124,7 +56,7 @@ def test_shard_map_with_the_gradient_inside(setting, check_vma):
     rows, whole = P("data"), P()
 
     def step(x, mask, g, scale, bias, state):
-        y, new, (dx, dscale, dbias) = s.step(x, mask, g, scale, bias, state, "data")
+        y, new, (dx, dscale, dbias) = s.step(x, mask, g, scale, bias, state, axis_name="data")
         if not check_vma:  # as everywhere in such a shard_map, gradients of what is shared are summed by hand
             dscale, dbias = jax.lax.psum((dscale, dbias), "data")
         return y, new, dx, dscale, dbias
@@ -140,10 +72,9 @@ def test_shard_map_with_the_gradient_inside(setting, check_vma):
 @pytest.mark.parametrize("transform", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
 def test_vmap_and_pmap_with_an_axis_name(setting, transform):
     s = Setting(**setting)
-    split = lambda a: None if a is None else a.reshape(SHARDS, ROWS, -1)  # noqa: E731
 
     def step(x, mask, g):
-        return s.step(x, mask, g, s.scale, s.bias, s.state, "data")
+        return s.step(x, mask, g, s.scale, s.bias, s.state, axis_name="data")
 
     y, new, (dx, dscale, dbias) = transform(step, axis_name="data")(split(s.x), split(s.mask), split(s.g))
     for a in jax.tree.leaves(new):
@@ -191,33 +122,10 @@ def test_the_statistics_of_each_shard_alone(check_vma):
     np.testing.assert_allclose(dx, np.concatenate([oracle.gradients(g, x)["x"] for g, x in parts]), atol=1e-4)
 
 
-def test_groups_of_shards_in_pmap():
-    s = Setting()
-    parts = s.x.reshape(SHARDS, ROWS, C)
-    y = jax.pmap(
-        lambda x: jbn.batch_norm(x, axis_name="data", axis_index_groups=[[0, 2], [1, 3]])[0], axis_name="data"
-    )(parts)
-    for group in ([0, 2], [1, 3]):
-        want = oracle.forward(np.concatenate(parts[group])).y
-        np.testing.assert_allclose(np.concatenate(y[np.array(group)]), want, atol=1e-5)
-
-
-def test_groups_through_linen():
-    from jbn.linen import BatchNorm
-
-    parts = Setting().x.reshape(SHARDS, ROWS, C)
-    layer = BatchNorm(False, axis_name="data", axis_index_groups=[[0, 2], [1, 3]])
-    variables = layer.init(jax.random.key(0), parts[0])
-    y = jax.pmap(lambda x: layer.apply(variables, x, mutable=["batch_stats"])[0], axis_name="data")(parts)
-    np.testing.assert_allclose(
-        np.concatenate(y[np.array([0, 2])]), oracle.forward(np.concatenate(parts[[0, 2]])).y, atol=1e-5
-    )
-
-
 def test_moments_across_shards():
     s = Setting(mean=1e4)
     m = jax.vmap(lambda x: jbn.moments(x, axis_name="data"), axis_name="data")(s.x.reshape(SHARDS, ROWS, C))
-    np.testing.assert_allclose(m.var[1], s.want.var, rtol=1e-5)
+    np.testing.assert_allclose(m.var[1], s.want["var"], rtol=1e-5)
     assert m.count[0] == SHARDS * ROWS
 
 
@@ -234,7 +142,7 @@ def test_states_that_differ_between_shards():
     for slope in (None, jnp.full((1, C), 0.5)):
         act = None if slope is None else lambda z, slope=slope: slope * z
         f = jax.shard_map(partial(forward, activation=act), mesh=mesh(), in_specs=P("data"), out_specs=P("data"))
-        np.testing.assert_allclose(jax.jit(f)(s.x, means), s.want.y * (1 if act is None else 0.5), atol=1e-5)
+        np.testing.assert_allclose(jax.jit(f)(s.x, means), s.want["y"] * (1 if act is None else 0.5), atol=1e-5)
 
 
 def test_a_state_of_each_shard_over_a_shared_batch():
@@ -249,7 +157,6 @@ def test_a_state_of_each_shard_over_a_shared_batch():
 @pytest.mark.parametrize("masked", [False, True])
 def test_second_derivatives_across_shards(masked):
     s = Setting(masked=masked)
-    split = lambda a: None if a is None else a.reshape(SHARDS, ROWS, -1)  # noqa: E731
 
     def one(x):
         return jbn.batch_norm(x, mask=s.mask)[0]

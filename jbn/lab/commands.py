@@ -86,6 +86,14 @@ def demo(
             help="Folder of checkpoints, results and figure; must not hold a run already, unless --resume.",
         ),
     ] = Path("jbn-demo"),
+    devices: Annotated[
+        int,
+        typer.Option(
+            parser=_whole_number(1, 64),
+            metavar="N",
+            help="Devices that share each batch, 1 to 64, simulated on a CPU. The result is the same to rounding.",
+        ),
+    ] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
 ) -> None:
     """Train with and without batch normalization on handwritten digits.
@@ -111,7 +119,7 @@ def demo(
     }
     options = Options(tuple(model), learning_rate, steps, batch_size, seed)
     try:
-        run(options, out, resume=resume, chosen=chosen, console=console)
+        run(options, out, devices=devices, resume=resume, chosen=chosen, console=console)
     except OptionError as error:
         raise typer.BadParameter(str(error), param_hint=f"'{error.option}'") from None
     except KeyboardInterrupt:

@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jbn.lab import run_directory
 from jbn.lab.data import TEST_SIZE, TRAINING_SIZE, VALIDATION_SIZE, Digits, digits, enlarged
+from jbn.lab.devices import in_words, mesh_of, sharded
 from jbn.lab.figures import draw_demo
 from jbn.lab.models import MODELS
 from jbn.lab.report import add_bar, finding, progress_bars, show_step, table_of
@@ -39,23 +40,24 @@ class Variant(NamedTuple):
         return f"{self.model}-{'with' if self.batch_norm else 'without'}-batch-norm"
 
 
-def run(options: Options, out: Path, *, resume: bool, chosen: Collection[str], console: Console) -> None:
-    """Train what `options` ask for and write checkpoints, results.json and figure.png to `out`.
+def run(options: Options, out: Path, *, devices: int, resume: bool, chosen: Collection[str], console: Console) -> None:
+    """Train what `options` ask for on so many devices and write checkpoints, results.json and figure.png to `out`.
 
     With `resume`, go on with the run in `out`; the options that the user chose must be the same as there.
     """
     options = _checked(options)
+    mesh = mesh_of(devices)
     if resume:
         options = run_directory.resume(out, options, chosen)
     else:
         run_directory.start(out, options)
     try:
-        networks = _train_all(options, out / run_directory.CHECKPOINTS, console)
-        _write(options, networks, out)
+        networks = _train_all(options, out / run_directory.CHECKPOINTS, mesh, console)
+        _write(options, networks, mesh, out)
     except KeyboardInterrupt:
-        console.print(f"Go on with:\n  {resume_command(out)}", soft_wrap=True)
+        console.print(f"Go on with:\n  {resume_command(out, devices)}", soft_wrap=True)
         raise
-    console.print(table_of(networks))
+    console.print(table_of(networks, in_words(mesh)))
     for model in options.model:
         sentence = finding(*(network for network in networks if network["model"] == model))
         console.print(sentence, soft_wrap=True)
@@ -63,19 +65,21 @@ def run(options: Options, out: Path, *, resume: bool, chosen: Collection[str], c
         console.print(f"Wrote {out / name}", soft_wrap=True)
 
 
-def resume_command(out: Path) -> str:
-    """Return the command that goes on with the run in `out`."""
+def resume_command(out: Path, devices: int) -> str:
+    """Return the command that goes on with the run in `out` on as many devices."""
     program = [sys.argv[0]] if Path(sys.argv[0]).name == "jbn" else [sys.executable, "-m", "jbn"]
     if shutil.which("jbn") == sys.argv[0]:
         program = ["jbn"]
-    return shlex.join([*program, "demo", "--out", str(out), "--resume"])
+    same = [] if devices == 1 else ["--devices", str(devices)]
+    return shlex.join([*program, "demo", "--out", str(out), "--resume", *same])
 
 
-def _write(options: Options, networks: list[dict[str, Any]], out: Path) -> None:
+def _write(options: Options, networks: list[dict[str, Any]], mesh: Mesh, out: Path) -> None:
     content = {
         "options": asdict(options),
         "versions": versions(),
-        "device": jax.devices()[0].device_kind,
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
         "images": {"training": TRAINING_SIZE, "validation": VALIDATION_SIZE, "test": TEST_SIZE},
         "networks": networks,
     }
@@ -93,7 +97,7 @@ def _checked(options: Options) -> Options:
     return replace(options, model=tuple(chosen))
 
 
-def _train_all(options: Options, checkpoints: Path, console: Console) -> list[dict[str, Any]]:
+def _train_all(options: Options, checkpoints: Path, mesh: Mesh, console: Console) -> list[dict[str, Any]]:
     variants = [Variant(model, batch_norm) for model in options.model for batch_norm in (False, True)]
     small = digits(options.seed)
     networks = []
@@ -104,7 +108,7 @@ def _train_all(options: Options, checkpoints: Path, console: Console) -> list[di
                 progress.update(task, loss="compiling")
                 data = enlarged(small) if MODELS[variant.model].enlarged else small
                 report = partial(show_step, progress, task)
-                networks.append(_train_one(variant, options, data, checkpoints, report))
+                networks.append(_train_one(variant, options, data, checkpoints, mesh, report))
                 if not console.is_terminal:
                     accuracy = f"{networks[-1]['test_accuracy']:.1%}"
                     console.print(f"{variant.title}: {accuracy} on test after {options.steps} steps", soft_wrap=True)
@@ -117,7 +121,7 @@ def _train_all(options: Options, checkpoints: Path, console: Console) -> list[di
 
 
 def _train_one(
-    variant: Variant, options: Options, data: Digits, checkpoints: Path, report: Callable[..., None]
+    variant: Variant, options: Options, data: Digits, checkpoints: Path, mesh: Mesh, report: Callable[..., None]
 ) -> dict[str, Any]:
     model = MODELS[variant.model]
     learning_rate = options.rates()[variant.model]
@@ -130,10 +134,11 @@ def _train_one(
         steps=options.steps,
         batch_size=options.batch_size,
         seed=options.seed,
+        mesh=mesh,
         report=report,
     )
     return {
         "model": variant.model,
         "batch_norm": variant.batch_norm,
         "learning_rate": learning_rate,
-    } | network_results(network, trained, data.test)
+    } | network_results(network, trained, sharded(data.test, mesh))

@@ -15,9 +15,16 @@ MOMENTUM = 0.9
 CLASSES = 10
 
 
-def _activate(x: jax.Array, activation: Callable[..., jax.Array] | None, batch_norm: bool, train: bool) -> jax.Array:
+def _activate(
+    x: jax.Array,
+    activation: Callable[..., jax.Array] | None,
+    batch_norm: bool,
+    train: bool,
+    valid: jax.Array | None,
+) -> jax.Array:
     if batch_norm:
-        return BatchNorm(use_running_average=not train, momentum=MOMENTUM, activation=activation)(x)
+        mask = None if valid is None else valid.reshape(-1, *[1] * (x.ndim - 1))
+        return BatchNorm(use_running_average=not train, momentum=MOMENTUM, activation=activation)(x, mask=mask)
     return x if activation is None else activation(x)
 
 
@@ -27,15 +34,17 @@ class DenseNetwork(nn.Module):
     batch_norm: bool
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool, preactivations: bool = False) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool, valid: jax.Array | None = None, preactivations: bool = False
+    ) -> jax.Array:
         """Map images (n, h, w, c) to logits (n, 10), or to what enters the last ReLU (n, 64)."""
         x = images.reshape(len(images), -1)
         x = nn.Dense(128, use_bias=not self.batch_norm)(x)
-        x = _activate(x, nn.relu, self.batch_norm, train)
+        x = _activate(x, nn.relu, self.batch_norm, train, valid)
         x = nn.Dense(64, use_bias=not self.batch_norm)(x)
         if preactivations:
-            return _activate(x, None, self.batch_norm, train)
-        x = _activate(x, nn.relu, self.batch_norm, train)
+            return _activate(x, None, self.batch_norm, train, valid)
+        x = _activate(x, nn.relu, self.batch_norm, train, valid)
         return nn.Dense(CLASSES)(x)
 
 
@@ -45,12 +54,14 @@ class ConvNetwork(nn.Module):
     batch_norm: bool
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool, preactivations: bool = False) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool, valid: jax.Array | None = None, preactivations: bool = False
+    ) -> jax.Array:
         """Map images (n, h, w, c) to logits (n, 10), or to what enters the ReLU (n, h, w, 32)."""
         x = nn.Conv(32, (3, 3), use_bias=not self.batch_norm)(images)
         if preactivations:
-            return _activate(x, None, self.batch_norm, train)
-        x = _activate(x, nn.relu, self.batch_norm, train)
+            return _activate(x, None, self.batch_norm, train, valid)
+        x = _activate(x, nn.relu, self.batch_norm, train, valid)
         return nn.Dense(CLASSES)(x.reshape(len(x), -1))
 
 

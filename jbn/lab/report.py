@@ -43,14 +43,14 @@ def show_step(progress: Progress, task: TaskID, done: int, history: dict[str, np
     (progress.reset if first else progress.update)(task, completed=done, loss=loss, accuracy=accuracy)
 
 
-def table_of(networks: list[dict[str, Any]]) -> Table:
-    """Return the table of the entries of `networks` in results.json."""
+def table_of(networks: list[dict[str, Any]], devices: str) -> Table:
+    """Return the table of the entries of `networks` in results.json, trained on `devices`."""
     numbers = ("test accuracy", "test loss", "steps to 90%", "steps to 95%", "ms/step")
     table = Table(
         "model",
         "batch norm",
         *(Column(name, justify="right") for name in numbers),
-        caption="90%, 95%: validation accuracy; ms/step: the median",
+        caption=f"90%, 95%: validation accuracy; ms/step: the median, on {devices}",
     )
     for network in networks:
         table.add_row(

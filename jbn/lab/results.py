@@ -10,11 +10,12 @@ import numpy as np
 from flax import linen as nn
 
 from jbn import __version__
-from jbn.lab.data import VALIDATION_SIZE, Images
+from jbn.lab.data import TEST_SIZE, VALIDATION_SIZE
+from jbn.lab.devices import Batch
 from jbn.lab.training import PERCENTILES, Trained, evaluate, evaluation_steps
 
 
-def network_results(network: nn.Module, trained: Trained, test: Images) -> dict[str, Any]:
+def network_results(network: nn.Module, trained: Trained, test: Batch) -> dict[str, Any]:
     """Return the figures of a trained network as JSON values, null for what is not finite or never came."""
     accuracy, loss = evaluate(network, trained.state, *test)
     history = trained.history
@@ -22,7 +23,7 @@ def network_results(network: nn.Module, trained: Trained, test: Images) -> dict[
     timed = trained.seconds[np.isfinite(trained.seconds)]
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.state.params)),
-        "test_accuracy": _share(accuracy, len(test.labels)),
+        "test_accuracy": _share(accuracy, TEST_SIZE),
         "test_loss": _json_value(loss),
         "steps_to_90_percent": _steps_to(0.90, history["validation_accuracy"], len(trained.seconds)),
         "steps_to_95_percent": _steps_to(0.95, history["validation_accuracy"], len(trained.seconds)),

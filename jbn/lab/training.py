@@ -13,8 +13,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from jbn.lab.data import Digits, Images, batch
+from jbn.lab.data import Digits, batch
+from jbn.lab.devices import Batch, replicated, sharded
 
 EVALUATION_INTERVAL = 5
 # A checkpoint takes about 50 ms, and a step from 0.3 ms (dense) to 300 ms (conv64).
@@ -57,8 +59,8 @@ class Interrupted(KeyboardInterrupt):
         self.saved = saved
 
 
-def _loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+def _loss(logits: jax.Array, labels: jax.Array, valid: jax.Array | None) -> jax.Array:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), where=valid)
 
 
 @partial(jax.jit, static_argnames=("network", "learning_rate"))
@@ -71,17 +73,23 @@ def initial_state(network: nn.Module, learning_rate: float, seed: jax.Array, ima
 
 @partial(jax.jit, static_argnames=("network", "learning_rate"), donate_argnames="state")
 def train_step(
-    network: nn.Module, learning_rate: float, state: TrainState, images: jax.Array, labels: jax.Array
+    network: nn.Module,
+    learning_rate: float,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    valid: jax.Array | None = None,
 ) -> tuple[TrainState, jax.Array]:
     """Return the state after one step of gradient descent, and the loss () before it.
 
-    Images are float32 (n, h, w, c), labels int32 (n,). The state passed in is donated: it is gone afterwards.
+    Images are float32 (n, h, w, c), labels int32 (n,); rows where `valid` (n,) is False count for nothing. The
+    state passed in is donated: it is gone afterwards. Sharded images are one batch, for this is plain `jax.jit`.
     """
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = network.apply(variables, images, train=True, mutable=["batch_stats"])
-        return _loss(logits, labels), updates.get("batch_stats", {})
+        logits, updates = network.apply(variables, images, train=True, valid=valid, mutable=["batch_stats"])
+        return _loss(logits, labels, valid), updates.get("batch_stats", {})
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optax.sgd(learning_rate).update(grads, state.opt_state)
@@ -90,12 +98,12 @@ def train_step(
 
 @partial(jax.jit, static_argnames="network")
 def evaluate(
-    network: nn.Module, state: TrainState, images: jax.Array, labels: jax.Array
+    network: nn.Module, state: TrainState, images: jax.Array, labels: jax.Array, valid: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return accuracy () and loss () on images (n, h, w, c), normalizing with the running statistics."""
+    """Return accuracy () and loss () on the valid images (n, h, w, c), normalizing with the running statistics."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits = cast(jax.Array, network.apply(variables, images, train=False))
-    return jnp.mean(logits.argmax(-1) == labels), _loss(logits, labels)
+    return jnp.mean(logits.argmax(-1) == labels), _loss(logits, labels, valid)
 
 
 @partial(jax.jit, static_argnames="network")
@@ -127,10 +135,10 @@ def _empty_history(steps: int) -> dict[str, np.ndarray]:
     }
 
 
-def _record_evaluation(network: nn.Module, trained: Trained, index: int, data: Images) -> None:
+def _record_evaluation(network: nn.Module, trained: Trained, index: int, data: Batch, probe: jax.Array) -> None:
     # Converted here: NumPy, assigning a JAX array, turns a Ctrl-C of that moment into a ValueError.
     accuracy, loss = evaluate(network, trained.state, *data)
-    percentiles = preactivation_percentiles(network, trained.state, data.images[:PROBE_IMAGES])
+    percentiles = preactivation_percentiles(network, trained.state, probe)
     trained.history["validation_accuracy"][index] = float(accuracy)
     trained.history["validation_loss"][index] = float(loss)
     trained.history["preactivation_percentiles"][index] = np.asarray(percentiles)
@@ -145,36 +153,40 @@ def train(
     steps: int,
     batch_size: int,
     seed: int,
+    mesh: Mesh,
     report: Callable[[int, dict[str, np.ndarray]], None],
 ) -> Trained:
     """Train a network for `steps` steps, going on from the last checkpoint in `checkpoints` if there is one.
 
-    Calls `report(done, history)` at the start and after every step. State and history are the same to the
-    bit however often a run was stopped and resumed on one machine; `seconds`, of course, is not.
+    Each batch is spread over the devices of `mesh`. Calls `report(done, history)` at the start and after every
+    step. State and history are the same to the bit however often a run was stopped and resumed on the same
+    devices, and the same to rounding on any number of them; `seconds`, of course, is not.
     """
     evaluations = {step: index for index, step in enumerate(evaluation_steps(steps))}
+    validation = sharded(data.validation, mesh)
+    probe = replicated(data.validation.images[:PROBE_IMAGES], mesh)
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
         start = done = manager.latest_step() or 0
         try:
             state = initial_state(network, learning_rate, np.uint32(seed), data.training.images[:2])
-            trained = Trained(state, _empty_history(steps), np.full(steps, np.nan))
+            trained = Trained(replicated(state, mesh), _empty_history(steps), np.full(steps, np.nan))
             if start == 0:
-                _record_evaluation(network, trained, 0, data.validation)
+                _record_evaluation(network, trained, 0, validation, probe)
             else:
                 trained = Trained(**manager.restore(start, args=ocp.args.StandardRestore(trained._asdict())))
             report(done, trained.history)
             while done < steps:
-                images, labels = batch(data.training, seed, done, batch_size)
+                images = batch(data.training, seed, done, batch_size)
                 began = time.perf_counter()
-                state, loss = train_step(network, learning_rate, trained.state, images, labels)
+                state, loss = train_step(network, learning_rate, trained.state, *sharded(images, mesh))
                 trained.history["training_loss"][done] = float(loss)
                 if done > start:  # the first call compiles
                     trained.seconds[done] = time.perf_counter() - began
                 trained = trained._replace(state=state)
                 done += 1
                 if done in evaluations:
-                    _record_evaluation(network, trained, evaluations[done], data.validation)
+                    _record_evaluation(network, trained, evaluations[done], validation, probe)
                 if done % CHECKPOINT_INTERVAL == 0 or done == steps:
                     manager.save(done, args=ocp.args.StandardSave(trained._asdict()))
                 report(done, trained.history)
