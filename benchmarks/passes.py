@@ -114,7 +114,7 @@ def layer(
     )
 
 
-def chain(kind: str, on: str, x: jax.ShapeDtypeStruct = IMAGES, layers: int = 6) -> Program:
+def chain(kind: str, on: str, x: jax.ShapeDtypeStruct = IMAGES, layers: int = 6, *, remat: bool = False) -> Program:
     """Compile value and gradient, in the parameters, of a chain of convolution, normalization and ReLU.
 
     Args:
@@ -122,6 +122,7 @@ def chain(kind: str, on: str, x: jax.ShapeDtypeStruct = IMAGES, layers: int = 6)
         on: a target of `benchmarks.compilers`.
         x: shape and dtype of the input.
         layers: the number of convolutions.
+        remat: whether the loss is rematerialized with ``jbn.remat_policy()``.
     """
     net = Chain(kind, layers)
     variables = jax.eval_shape(net.init, jax.random.key(0), x)
@@ -131,7 +132,8 @@ def chain(kind: str, on: str, x: jax.ShapeDtypeStruct = IMAGES, layers: int = 6)
             y, state = net.apply({**variables, "params": params}, x, mutable=["batch_stats"])
             return jnp.square(y.astype(jnp.float32)).mean(), state
 
-        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        wrapped = jax.checkpoint(loss, policy=jbn.remat_policy()) if remat else loss
+        return jax.value_and_grad(wrapped, has_aux=True)(variables["params"])
 
     return compile(step, variables, x, on=on)
 
@@ -229,19 +231,37 @@ def chains(targets: tuple[str, ...] = ("gpu-h200", "tpu-v5e")) -> list[Row]:
     rows: list[Row] = []
     for on in filter(lambda on: missing(on) is None, targets):
         bare = 0.0
-        for kind in KINDS:
-            program = chain(kind, on)
+        for kind, remat in (*((kind, False) for kind in KINDS), ("jbn", True)):
+            program = chain(kind, on, remat=remat)
             passes = program.passes(IMAGES)
             bare = passes if kind == "conv" else bare
             rows.append(
                 {
                     "target": on,
-                    "library": kind,
+                    "library": kind + ", remat_policy" * remat,
                     "passes": round(passes, 2),
                     "per norm": round((passes - bare) / 6, 2),
                     "temporaries MB": round(program.temporaries / 1e6),
                     "peak MB": round(program.peak / 1e6),
                     "conditionals": program.conditionals,
+                }
+            )
+    return rows
+
+
+def sizes(targets: tuple[str, ...] = ("gpu-h200", "gpu-a100", "tpu-v5e", "tpu-v6e")) -> list[Row]:
+    """Measure BN+ReLU, y forced, on tensors of a ResNet-50, where counts depend on the size."""
+    rows: list[Row] = []
+    for on in filter(lambda on: missing(on) is None, targets):
+        for shape in ((256, 56, 56, 64), (256, 28, 28, 128), (32, 56, 56, 256), (32, 14, 14, 1024), (32, 7, 7, 2048)):
+            x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+            both = {kind: layer(kind, x, on)[1].passes(x) for kind in ("jbn", "flax")}
+            rows.append(
+                {
+                    "target": on,
+                    "shape": "×".join(map(str, shape)),
+                    "MB": round(2 * x.size / 1e6),
+                    **{kind: round(passes, 2) for kind, passes in both.items()},
                 }
             )
     return rows
@@ -275,7 +295,12 @@ def collectives() -> list[Row]:
     return rows
 
 
-PARTS: dict[str, Callable[[], list[Row]]] = {"layers": layers, "chains": chains, "collectives": collectives}
+PARTS: dict[str, Callable[[], list[Row]]] = {
+    "layers": layers,
+    "chains": chains,
+    "sizes": sizes,
+    "collectives": collectives,
+}
 
 
 def main() -> None:

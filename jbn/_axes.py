@@ -97,6 +97,13 @@ def sync_over(
                 "jax.vmap(..., axis_name=...); under jax.jit alone a sharded batch is already one batch, so leave "
                 "axis_name out."
             ) from None
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    mapped = [name for name in names if name not in manual]
+    if mapped and any(name in _varying(lax.axis_index(name)) for name in manual):
+        raise ValueError(
+            f"axis_name {mapped[0]!r} is an axis of jax.vmap, and in a jax.shard_map that checks JAX has no "
+            "collectives over such an axis. Pass check_vma=False to jax.shard_map, or make it an axis of rows of x."
+        )
     sync = Sync(names)
     return sync if axis_index_groups is None else sync._replace(groups=_groups_of(axis_index_groups, sync))
 
@@ -114,12 +121,13 @@ def _groups_of(groups: Sequence[Sequence[int]], sync: Sync) -> tuple[tuple[int, 
 def check_replicas(sync: Sync, x: Array, mask: Array | None, mean: Array) -> None:
     """Refuse to give each shard a state of its own where all of them share the old one and JAX tells them apart."""
     from_batch = _varying(x) | (frozenset() if mask is None else _varying(mask))
-    loose = sorted(map(repr, from_batch - _varying(mean) - frozenset(sync.names)))
+    loose = sorted(from_batch - _varying(mean) - frozenset(sync.names), key=str)
     if loose:
+        named, together = (names[0] if len(names) == 1 else tuple(names) for names in (loose, [*sync.names, *loose]))
         raise ValueError(
-            f"x varies over the mesh axis {', '.join(loose)}, the state does not, and axis_name leaves it out: the new "
-            f"state would differ between shards. Pass axis_name={loose[0]} for one batch over all shards; or give each "
-            f"shard a state of its own: jax.lax.pcast(state, {loose[0]}, to='varying')."
+            f"x varies over the mesh axis {named!r}, the state does not, and axis_name leaves it out: the new one would "
+            f"differ between shards. Pass axis_name={together!r} for one batch over all shards; or give each shard a "
+            f"state of its own: jax.lax.pcast(state, {named!r}, to='varying')."
         )
 
 

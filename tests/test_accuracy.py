@@ -58,6 +58,29 @@ def test_gradients(shape, mean):
         assert oracle.relative_l2(got, want[name]) <= 1e-5, name
 
 
+@pytest.mark.parametrize("state", ["constant", "argument", "none", "groups"])
+@pytest.mark.parametrize("shape", [(64, 7, 7, 96), (32, 28, 28, 64), (4096, 12)], ids=str)
+@pytest.mark.parametrize("mean", [1234.567, 12345.678, 98765.43])
+def test_gradients_under_jit(shape, mean, state):
+    """What the compiler knows of the pilot, and fuses, must not make it another number at another place."""
+    x, g = data(shape, mean), data(shape, 0.0, seed=1)
+    params, fresh = jbn.bn_init(shape[-1])
+
+    def dx(given, x, g):
+        def loss(x):
+            if state == "none":
+                return (jbn.batch_norm(x)[0] * g).sum()
+            size = shape[0] // 4 if state == "groups" else None
+            return (jbn.bn_forward(params, given, x, True, group_size=size)[0] * g).sum()
+
+        return jax.grad(loss)(x)
+
+    got = jax.jit(dx)(fresh, x, g) if state == "argument" else jax.jit(lambda x, g: dx(fresh, x, g))(x, g)
+    parts = [(x, g)] if state != "groups" else zip(np.split(x, 4), np.split(g, 4), strict=True)
+    want = np.concatenate([oracle.gradients(g, x)["x"] for x, g in parts])
+    assert oracle.relative_l2(got, want) <= 16 * oracle.ULP["float32"]
+
+
 @pytest.mark.parametrize("start", [0.0, 1e4], ids=["fresh", "warm"])
 def test_running_mean_after_a_thousand_updates(start):
     """A float32 mean of 10⁴ is rounded to steps of 1e-3 a thousand times: the root mean square is what is left."""

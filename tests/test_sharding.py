@@ -170,3 +170,79 @@ def test_second_derivatives_across_shards(masked):
 
     want = second(one)
     np.testing.assert_allclose(second(many), want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_an_axis_over_which_x_does_not_vary(check_vma):
+    """The same rows count once for each shard that has them: mean and variance are what they were."""
+    s = Setting(mean=1e4)
+    rows, whole = P("data"), P()
+
+    def step(x, g, scale, bias, state):
+        y, new, (dx, *dparams) = s.step(x, None, g, scale, bias, state, axis_name=("data", "more"))
+        # Each of the two copies of a shard has half of what x, scale and bias do.
+        return y, new, dx if check_vma else jax.lax.psum(dx, "more") / 2, *dparams
+
+    f = jax.shard_map(
+        step, mesh=mesh((2, 2), ("data", "more")), in_specs=(rows, rows, whole, whole, whole),
+        out_specs=(rows, whole, rows, whole, whole), check_vma=check_vma,
+    )  # fmt: skip
+    y, new, dx, *_ = jax.jit(f)(s.x, s.g, s.scale, s.bias, s.state)
+    s.check(y, new, dx, s.grads["scale"], s.grads["bias"])
+
+
+def test_a_state_that_would_differ_between_shards():
+    s = Setting()
+
+    def run(state, x, spec, **options):
+        f = jax.shard_map(
+            lambda state, x: jbn.bn_forward(None, state, x, True, **options)[1],
+            mesh=mesh((2, 2), ("data", "more")), in_specs=(spec, P(("data", "more"))), out_specs=spec,
+        )  # fmt: skip
+        return jax.jit(f)(state, x)
+
+    with pytest.raises(
+        ValueError, match=r"x varies over the mesh axis 'data', 'more', the state does not.*axis_name='d"
+    ):
+        run(s.state, s.x)
+    with pytest.raises(ValueError, match="axis 'more', the state does not"):
+        run(s.state, s.x, axis_name="data")
+    assert run(s.state, s.x, axis_name=("data", "more")).mean.shape == (C,)
+    own = jax.tree.map(lambda a: jnp.tile(a, 4), s.state)
+    new = run(own, s.x, P(("data", "more")), momentum=0.0)
+    np.testing.assert_allclose(new.mean.reshape(4, C), split(s.x).mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["data", None])
+def test_a_scan_over_micro_batches_in_shard_map(check_vma, name):
+    """The carry is the state, shared by the shards or of each of them."""
+    s = Setting()
+    spec = P("data") if name is None else P()
+    state = jax.tree.map(lambda a: jnp.tile(a, SHARDS), s.state) if name is None else s.state
+
+    def scan(state, x):
+        forward = lambda state, x: jbn.bn_forward(None, state, x, True, axis_name=name)[::-1]  # noqa: E731
+        return jax.lax.scan(forward, state, x.reshape(2, -1, C))
+
+    specs = {"in_specs": (spec, P("data")), "out_specs": (spec, P(None, "data")), "check_vma": check_vma}
+    new, _ = jax.jit(jax.shard_map(scan, mesh=mesh(), **specs))(state, s.x)
+    first, second = (part.reshape(SHARDS, -1, C) for part in np.split(split(s.x), 2, axis=1))
+    rows = 1 if name is None else (0, 1)
+    want = 0.99 * 0.01 * first.mean(rows) + 0.01 * second.mean(rows)
+    np.testing.assert_allclose(np.reshape(new.mean, want.shape), want, atol=1e-6)
+
+
+def test_an_axis_of_vmap_in_a_shard_map():
+    """Where shard_map checks, JAX has no collectives over it."""
+    s = Setting()
+    f = jax.vmap(lambda x: jbn.batch_norm(x, axis_name=("batch", "data"))[0], axis_name="batch")
+
+    def run(check_vma):
+        g = jax.shard_map(f, mesh=mesh(), in_specs=P("data"), out_specs=P("data"), check_vma=check_vma)
+        return jax.jit(g)(s.x.reshape(SHARDS * 2, -1, C))
+
+    with pytest.raises(ValueError, match=r"axis_name 'batch' is an axis of jax.vmap.*check_vma=False"):
+        run(True)
+    want = oracle.forward(s.x).y
+    np.testing.assert_allclose(run(False).reshape(want.shape), want, atol=1e-5)
