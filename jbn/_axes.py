@@ -125,7 +125,7 @@ def check_replicas(sync: Sync, x: Array, mask: Array | None, mean: Array) -> Non
     if loose:
         named, together = (names[0] if len(names) == 1 else tuple(names) for names in (loose, [*sync.names, *loose]))
         raise ValueError(
-            f"x varies over the mesh axis {named!r}, the state does not, and axis_name leaves it out: the new one would "
+            f"x varies over the mesh axis {named!r}, the state does not, and axis_name lacks it: the new state would "
             f"differ between shards. Pass axis_name={together!r} for one batch over all shards; or give each shard a "
             f"state of its own: jax.lax.pcast(state, {named!r}, to='varying')."
         )
