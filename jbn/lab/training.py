@@ -103,7 +103,7 @@ def evaluate(
     """Return accuracy () and loss () on the valid images (n, h, w, c), normalizing with the running statistics."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits = cast(jax.Array, network.apply(variables, images, train=False))
-    return jnp.mean(logits.argmax(-1) == labels), _loss(logits, labels, valid)
+    return jnp.mean(logits.argmax(-1) == labels, where=valid), _loss(logits, labels, valid)
 
 
 @partial(jax.jit, static_argnames="network")
