@@ -77,15 +77,20 @@ def test_two_layers(on, bar):
     assert ours.passes(IMAGES) <= flax.passes(IMAGES) + 0.1
     assert ours.peak <= 1.01 * flax.peak
     assert ours.conditionals == 2
+    if on == "tpu-v5e":
+        leaner = passes.chain("jbn", on, IMAGES, layers=2, remat=True)
+        assert leaner.passes(IMAGES) <= ours.passes(IMAGES)
+        assert leaner.peak <= 0.9 * ours.peak
+        assert leaner.conditionals == 2
 
 
-@pytest.mark.parametrize(("on", "more"), [target("gpu-h200", 3.1), target("tpu-v5e", 0.0)])
-def test_two_layers_rematerialized(on, more):
-    """On TPU it costs nothing; on GPU y is made again, a pass or so each."""
-    ours, leaner = (passes.chain("jbn", on, IMAGES, layers=2, remat=remat) for remat in (False, True))
-    assert leaner.passes(IMAGES) <= ours.passes(IMAGES) + more
-    assert leaner.peak <= 0.9 * ours.peak
-    assert leaner.conditionals == 2
+@pytest.mark.parametrize("on", [target("gpu-h200")])
+def test_four_layers_rematerialized(on):
+    """Each y is made again: a pass a layer, for a fifth of the memory. On TPU it costs none, see above."""
+    ours, leaner = (passes.chain("jbn", on, IMAGES, layers=4, remat=remat) for remat in (False, True))
+    assert leaner.passes(IMAGES) <= ours.passes(IMAGES) + 4.1
+    assert leaner.peak <= 0.8 * ours.peak
+    assert leaner.conditionals == 4
 
 
 @pytest.mark.slow
