@@ -4,6 +4,7 @@ JAX moved these spellings between 0.8 and 0.12, so they stand in this file and n
 """
 
 import math
+import operator
 from collections.abc import Collection, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,14 +36,14 @@ class Sync(NamedTuple):
     def in_groups_of(self, number: int) -> "Sync":
         """Let so many shards at a time, in the order of their indices, share statistics."""
         all_of_them = int(self.shards())
-        if number in (1, all_of_them):
+        if number == all_of_them:
             return self
         return self._replace(groups=tuple(tuple(range(i, i + number)) for i in range(0, all_of_them, number)))
 
     def shards(self) -> int | np.ndarray[Any, Any]:
-        """Return the number of shards that share statistics; with groups, (groups, 1)."""
+        """Return the number of shards that share statistics; with groups, (groups,)."""
         if self.groups is not None:
-            return np.array([[len(group)] for group in self.groups])
+            return np.array([len(group) for group in self.groups])
         return int(lax.psum(1, self.names)) if self.names else 1
 
     def total(self, *parts: Array) -> tuple[Array, ...]:
@@ -84,8 +85,8 @@ def sync_over(
             raise ValueError("axis_index_groups needs axis_name, the axis whose indices are grouped; it is None.")
         return Sync()
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
-    if not names:
-        raise ValueError(f"axis_name is {axis_name!r}; expected one name or several, or None for no axis.")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"axis_name is {axis_name!r}; expected one name or several different ones, or None.")
     for name in names:
         try:
             lax.axis_size(name)
@@ -109,11 +110,14 @@ def sync_over(
 
 
 def _groups_of(groups: Sequence[Sequence[int]], sync: Sync) -> tuple[tuple[int, ...], ...]:
-    read = tuple(tuple(map(int, group)) for group in groups)
-    if sorted(index for group in read for index in group) != list(range(int(sync.shards()))) or not all(read):
+    try:
+        read = tuple(tuple(operator.index(shard) for shard in group) for group in groups)
+    except TypeError:
+        raise TypeError(f"axis_index_groups is {groups!r}; expected lists of integers, one for each group.") from None
+    if sorted(shard for group in read for shard in group) != list(range(int(sync.shards()))) or not all(read):
         raise ValueError(
             f"axis_index_groups is {[list(group) for group in read]}; expected every index from 0 to "
-            f"{int(sync.shards()) - 1} of axis {', '.join(map(repr, sync.names))} in exactly one group."
+            f"{int(sync.shards()) - 1} of axis {', '.join(map(repr, sync.names))} in exactly one group, none empty."
         )
     return read
 
@@ -168,7 +172,7 @@ def place_as(value: Array, like: Array) -> Array:
     return value if wanted.spec == found.spec else jax.sharding.reshard(value, NamedSharding(found.mesh, wanted.spec))
 
 
-def parts(value: Array, axis: int) -> int:
+def cuts_of(value: Array, axis: int) -> int:
     """Return into how many parts the type of ``value`` cuts an axis: more than one on an Explicit mesh alone."""
     sharding = jax.typeof(value).sharding
     names = sharding.spec[axis] if axis < len(sharding.spec) else None

@@ -117,7 +117,7 @@ def bn_forward(
             batch of its own.
         group_size: number of examples, positions on the first axis that is not one of features, that are a batch of
             their own: those of a shard, or those of several shards of ``axis_name``, in order. Groups inside a shard
-            need no other shard for y and its gradients, and sweep x twice.
+            need no other shard for y and its gradients, and sweep x twice. Groups are ignored with ``train=False``.
         activation: f, a function of one array such as ``jax.nn.relu``, applied in the dtype of the arithmetic and
             recomputed in the backward pass. Arrays that it closes over, such as a learned slope, are differentiated
             too. Eager calls compile anew for a new function object and for one that holds arrays.
@@ -264,10 +264,11 @@ def _train(
     pilot = pilot_of(mean, wide)
     batch = named(MOMENTS, statistics(rows, operands.x, mask, pilot))
     whole = rows.whole(batch, pilot)
-    seen = Moments(whole.count, *(place_as(vector, mean) for vector in whole[1:]))
-    new = running.exponential(mean.astype(wide), var.astype(wide), seen, jnp.asarray(weight, wide), unbiased)
+    seen = Moments(*(place_as(value, mean) if value.ndim else value for value in whole))
+    old = mean.astype(wide), place_as(var.astype(wide), mean)
+    new = running.exponential(*old, seen, jnp.asarray(weight, wide), unbiased)
     y = _by_batch(rows, recipe, mask, batch, operands)
-    return y, new[0].astype(mean.dtype), new[1].astype(var.dtype)
+    return y, new[0].astype(mean.dtype), place_as(new[1].astype(var.dtype), var)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from ._axes import parts
+from ._axes import cuts_of
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -57,8 +57,8 @@ class Layout(NamedTuple):
         if vector.shape[0] > 1:  # as jnp.repeat, which does not take Explicit shardings
             groups, *features = vector.shape
             vector = lax.broadcast_in_dim(vector, (groups, self.group, *features), (0, *range(2, vector.ndim + 1)))
-            vector = vector.reshape(-1, *features)
-        return jnp.expand_dims(jnp.moveaxis(vector, 0, self._place), self.rows[1:])
+            vector = vector.reshape(groups * self.group, *features)
+        return jnp.expand_dims(jnp.moveaxis(vector, 0, self.rows[0]), self.rows[1:])
 
     def sum(self, values: Array) -> Array:
         """Sum over the rows; on CPU in two steps, for accuracy.
@@ -68,7 +68,7 @@ class Layout(NamedTuple):
         first are sharded.
         """
         if self.group is not None:
-            return self._in_groups(jnp.moveaxis(values.sum(self.rows[1:]), self._place, 0)).sum(1)
+            return self._in_groups(jnp.moveaxis(values.sum(self.rows[1:]), self.rows[0], 0)).sum(1)
         if len(self.rows) == 1:
             return values.sum(self.rows)
 
@@ -82,30 +82,26 @@ class Layout(NamedTuple):
         return lax.platform_dependent(values, cpu=in_two_steps, default=in_one_step)
 
     def _in_groups(self, each: Array) -> Array:
-        groups, devices = self.examples // (self.group or 1), parts(each, 0)
+        size = self.group or 1
+        groups, devices = self.examples // size, cuts_of(each, 0)
         if groups % devices:
             raise ValueError(
                 f"group_size is {self.group}, but the {self.examples} examples lie on {devices} devices of a mesh with "
                 f"Explicit axes, {self.examples // devices} on each, and JAX does not regroup those. Expected a "
                 f"divisor of {self.examples // devices}; or use an Auto mesh, or jax.shard_map with axis_name."
             )
-        return each.reshape(groups, -1, *each.shape[1:])
-
-    @property
-    def _place(self) -> int:
-        """The place of the examples among the axes that are left when the other rows are gone."""
-        return sum(i < self.rows[0] for i in self.axis)
+        return each.reshape(groups, size, *each.shape[1:])
 
     def valid(self, mask: Array) -> Array:
         """Count the valid rows, for all features together or, if the mask tells features apart, for each one."""
+        # In the dtype of the sums of x, XLA makes one collective of both. Up to 2²⁴ float32 counts exactly.
+        exact = jnp.float32 if math.prod(self.shape[i] for i in self.rows) < 2**24 else jnp.int32
         if self.group is not None:
             first = self.rows[0]
             mask = jnp.broadcast_to(mask, (*mask.shape[:first], self.examples, *mask.shape[first + 1 :]))
-            return self.sum(mask.astype(jnp.int32)) * math.prod(
-                self.shape[i] for i in self.rows[1:] if mask.shape[i] == 1
-            )
+            return self.sum(mask.astype(exact)) * math.prod(self.shape[i] for i in self.rows[1:] if mask.shape[i] == 1)
         repeats = math.prod(self.shape[i] for i in self.rows if mask.shape[i] == 1)
-        count = mask.sum(self.rows, dtype=jnp.int32) * repeats
+        count = mask.sum(self.rows, dtype=exact) * repeats
         return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, self.features)
 
 
@@ -218,7 +214,7 @@ def check_rows(layout: Layout, shards: int) -> None:
         raise ValueError(
             f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
             f"{shards} shard{'s' * (shards > 1)}{f', group_size {layout.group}' * bool(layout.group)}), so its "
-            "variance is zero. Expected at least two: use a larger batch, axis_name= to share statistics, or "
+            "variance is zero. Expected at least two: use a larger batch or group, axis_name= to share statistics, or "
             "train=False for a single example (use_running_average=True in Flax)."
         )
 
@@ -234,8 +230,10 @@ def groups_of(group_size: object, layout: Layout, shards: int) -> tuple[int | No
             f"group_size is {size}; expected a divisor of {total} (shape {layout.shape}, examples on axis "
             f"{layout.rows[0] if layout.rows else None})."
         )
-    if local % size == 0 and size < local * shards:
-        return size, 1
+    if not local:
+        return None, shards
+    if layout.rows and local % size == 0 and size < local * shards:
+        return size, shards
     if size % local:
         raise ValueError(f"group_size is {size}; expected a divisor or a multiple of the examples of a shard: {total}.")
     return None, size // local

@@ -174,7 +174,6 @@ def statistics(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moment
     if rows.groups is not None:
         pilot = jnp.broadcast_to(pilot, (rows.groups, *pilot.shape))
     valid: Array | int = layout.values if mask is None else layout.valid(mask)
-    valid = jnp.atleast_1d(valid) if sync.groups is not None and mask is not None else valid
 
     def sums(pilot: Array) -> tuple[Array, Array]:
         return rows.sums(x, mask, sync.mine(pilot))
@@ -201,6 +200,8 @@ def _around(
         count = jnp.asarray(valid * sync.shards(), pilot.dtype)
     else:
         first, second, count = sync.total(*sums(pilot), valid.astype(pilot.dtype))
+    if sync.groups is not None:  # one for each group, or one for each of its features
+        count = count.reshape(count.shape + (1,) * (pilot.ndim - count.ndim))
     once = _moments(count, pilot, first, second)
     near = jnp.isfinite(once.var) & (once.offset**2 <= _FAR * (once.var + epsilon))
     same = jnp.abs(once.offset) <= _CLOSE * jnp.finfo(pilot.dtype).eps * jnp.abs(pilot)

@@ -37,7 +37,7 @@ class BatchNorm(nn.Module):
         scale_init: initializer of the scale.
         axis_name: name or names of the axes whose shards form one batch; not needed to initialize or to evaluate.
         axis_index_groups: groups of indices of that axis.
-        use_fast_variance: accepted for Flax's sake, without effect: the statistics are always accurate, in one sweep.
+        use_fast_variance: accepted for Flax's sake, without effect: the statistics are always accurate.
         force_float32_reductions: whether the statistics are stored in float32 or in ``param_dtype``; they are computed
             in float32, or float64 for float64 x, in either case.
         activation: f, a function such as ``nn.relu``, applied last and recomputed in the backward pass.

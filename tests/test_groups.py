@@ -141,6 +141,58 @@ def test_examples_are_on_the_first_axis_without_features(axis):
         np.testing.assert_allclose(found[name], want, atol=1e-4)
 
 
+@pytest.mark.parametrize("mask", [None, (24, 1, 1, 1), (24, 3, 1, 1), (24, 1, 2, 5), (24, 3, 2, 5)], ids=str)
+@pytest.mark.parametrize("size", [4, 6, 12])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_several_feature_axes_across_shards(mask, size, unbiased):
+    """Counts are of examples, of positions, or of each feature; there are as many features as groups."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((24, 3, 2, 5)) + np.arange(24)[:, None, None, None]).astype(np.float32)
+    mask = None if mask is None else rng.random(mask) < 0.8
+    want = oracle.forward(x, axis=(2, 3), mask=mask)
+    grown = want.var * (want.count / (want.count - 1) if unbiased else 1)
+
+    def step(x, mask, name=None):
+        state = jbn.bn_init((2, 5))[1]
+        options = {"axis": (2, 3), "mask": mask, "momentum": 0.0, "unbiased": unbiased}
+        return jbn.bn_forward(None, state, x, True, axis_name=name, group_size=size, **options)
+
+    runs = [step(x, mask)]
+    if size != 4:
+        y, new = jax.vmap(lambda x, mask: step(x, mask, "data"), axis_name="data")(split(x), split(mask))
+        runs.append((y.reshape(x.shape), jax.tree.map(lambda a: a[1], new)))
+    for y, new in runs:
+        for rows in np.arange(24).reshape(-1, size):
+            part = oracle.forward(x[rows], axis=(2, 3), mask=None if mask is None else mask[rows])
+            np.testing.assert_allclose(y[rows], part.y, atol=1e-5)
+        np.testing.assert_allclose(new.mean, want.mean, rtol=1e-5)
+        np.testing.assert_allclose(new.var, grown, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 2, 3)], ids=str)
+def test_nothing_at_all(shape):
+    state = jbn.bn_init(3)[1] if shape[-1] else jbn.State(jnp.zeros(0), jnp.ones(0))
+    y, new = jbn.bn_forward(None, state, jnp.zeros(shape), True, group_size=2)
+    assert y.shape == shape
+    np.testing.assert_array_equal(new.var, state.var)
+
+
+def test_states_that_differ_between_shards():
+    """Where JAX tells them apart, the groups are normalized by the same numbers as with one state."""
+    s = Setting(groups=ROWS_OF.reshape(-1, 12))
+    means = np.float32([[0], [1000], [3], [-5]]) + np.zeros(C, np.float32)
+
+    def forward(x, mean):
+        state = {"mean": mean[0], "var": jnp.ones(C)}
+        params = jbn.Params(s.scale, s.bias)
+        return jbn.bn_forward(params, state, x, True, axis_name="data", group_size=12, momentum=0.0)
+
+    specs = {"in_specs": P("data"), "out_specs": (P("data"), P("data"))}
+    y, new = jax.jit(jax.shard_map(forward, mesh=mesh(), **specs))(s.x, means)
+    np.testing.assert_allclose(y, s.want["y"], atol=1e-5)
+    np.testing.assert_allclose(new["var"].reshape(4, C), np.tile(s.want["var"], (4, 1)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("door", ["jit, Auto", *ACROSS])
 @pytest.mark.parametrize("size", [2, ROWS, 2 * ROWS])
 def test_a_value_that_is_not_finite_stays_in_its_group(size, door):
@@ -264,6 +316,8 @@ ERRORS = {
 ERRORS_ACROSS = {
     "neither": ({"group_size": 4}, "group_size is 4; expected a divisor or a multiple .* 6 on each of 4"),
     "uncovered": ({"axis_index_groups": [[0, 1], [2]]}, r"\[\[0, 1\], \[2\]\]; expected .* 0 to 3 of axis 'data'"),
+    "empty": ({"axis_index_groups": [[0, 1, 2, 3], []]}, "in exactly one group, none empty"),
+    "alone": ({"axis_index_groups": [[0], [1, 2, 3]], "x": jnp.ones((SHARDS, C))}, "one value per channel in training"),
     "twice": ({"axis_index_groups": [[0, 1], [1, 2, 3]]}, "in exactly one group"),
     "both": ({"axis_index_groups": [[0, 1], [2, 3]], "group_size": 6}, "are both given"),
 }  # fmt: skip
@@ -279,5 +333,15 @@ def test_errors(case):
 @pytest.mark.parametrize("case", ERRORS_ACROSS)
 def test_errors_across_shards(case):
     options, message = ERRORS_ACROSS[case]
+    options = dict(options)
+    x = split(options.pop("x", Setting().x))
     with pytest.raises(ValueError, match=message):
-        ACROSS["vmap"](Setting(), **options)
+        jax.vmap(
+            lambda x: jbn.bn_forward(None, jbn.bn_init(C)[1], x, True, axis_name="data", **options), axis_name="data"
+        )(x)
+
+
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3], 2, [[0, 1], [2, 3.5]], "0123"], ids=str)
+def test_groups_of_the_wrong_kind(groups):
+    with pytest.raises(TypeError, match=r"axis_index_groups is .*; expected lists of integers"):
+        ACROSS["vmap"](Setting(), axis_index_groups=groups)

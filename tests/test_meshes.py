@@ -70,6 +70,26 @@ def test_sharded_features(kind, mean, state_spec, masked):
 
 
 @kinds
+@pytest.mark.parametrize("size", [None, 2])
+def test_the_state_keeps_its_sharding_whatever_else_is_sharded(kind, size):
+    """A mask that tells features apart, and statistics that lie apart from each other."""
+    m = mesh((2, 2), ("data", "model"), kind)
+    mask = np.arange(X.size).reshape(SHAPE) % 5 > 0
+    with jax.set_mesh(m):
+        put = partial(jax.device_put, device=NamedSharding(m, P("data", None, "model")))
+        place = lambda value, *spec: jax.device_put(jnp.full(4, value), NamedSharding(m, P(*spec)))  # noqa: E731
+        for state in (jbn.State(place(0.0), place(1.0)), jbn.State(place(0.0), place(1.0, "model"))):
+
+            @jax.jit
+            def step(state, x, mask):
+                new = jbn.bn_forward(None, state, x, True, mask=mask, momentum=0.0, group_size=size)[1]
+                assert specs(new) == specs(state)
+                return new
+
+            np.testing.assert_allclose(step(state, put(X), put(mask)).var, oracle.moments(X, mask=mask)[2], rtol=1e-6)
+
+
+@kinds
 def test_a_scan_keeps_the_type_of_the_state(kind):
     m = mesh((2, 2), ("data", "model"), kind)
     with jax.set_mesh(m):

@@ -207,6 +207,11 @@ def test_a_state_that_would_differ_between_shards():
     with pytest.raises(ValueError, match=f"the mesh axis 'more', the state does not.*Pass axis_name={both}"):
         run(s.state, s.x, P(), axis_name="data")
     assert run(s.state, s.x, P(), axis_name=("data", "more")).mean.shape == (C,)
+    with pytest.raises(ValueError, match="the mesh axis 'data', the state does not"):  # by the mask alone
+        jax.shard_map(
+            lambda mask: jbn.bn_forward(None, s.state, jnp.asarray(s.x[:6]), True, mask=mask)[1],
+            mesh=mesh(), in_specs=P("data"), out_specs=P(),
+        )(np.ones((24, 1), bool))  # fmt: skip
     own = jax.tree.map(lambda a: jnp.tile(a, 4), s.state)
     new = run(own, s.x, P(("data", "more")), momentum=0.0)
     np.testing.assert_allclose(new.mean.reshape(4, C), split(s.x).mean(1), atol=1e-5)
@@ -230,6 +235,11 @@ def test_a_scan_over_micro_batches_in_shard_map(check_vma, name):
     rows = 1 if name is None else (0, 1)
     want = 0.99 * 0.01 * first.mean(rows) + 0.01 * second.mean(rows)
     np.testing.assert_allclose(np.reshape(new.mean, want.shape), want, atol=1e-6)
+
+
+def test_names_of_axes_are_different():
+    with pytest.raises(ValueError, match="expected one name or several different ones"):
+        jax.vmap(lambda x: jbn.batch_norm(x, axis_name=("data", "data")), axis_name="data")(split(Setting().x))
 
 
 def test_an_axis_of_vmap_in_a_shard_map():
