@@ -148,7 +148,7 @@ def main() -> None:
     """Print and write the tables."""
     parser = argparse.ArgumentParser(description="How often the second sweep is taken, and what its guard costs.")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=600)
     options = parser.parse_args()
     dense, conv = (MODELS[name].network(batch_norm=True) for name in ("dense", "conv"))
     networks = {
