@@ -23,7 +23,7 @@ settings = pytest.mark.parametrize(
     "setting",
     [
         pytest.param({"mean": mean, "masked": masked, "warm": warm}, id=f"mean={mean:g} masked={masked} warm={warm}")
-        for mean, masked, warm in [(0.0, False, False), (0.0, True, False), (1e4, True, False), (1e4, True, True)]
+        for mean, masked, warm in [(0.0, False, False), (1e4, True, False), (1e4, True, True)]
     ],
 )
 
