@@ -177,15 +177,16 @@ def test_nothing_at_all(shape):
     np.testing.assert_array_equal(new.var, state.var)
 
 
-def test_states_that_differ_between_shards():
+@pytest.mark.parametrize("size", [3, 12])
+def test_states_that_differ_between_shards(size):
     """Where JAX tells them apart, the groups are normalized by the same numbers as with one state."""
-    s = Setting(groups=ROWS_OF.reshape(-1, 12))
+    s = Setting(groups=ROWS_OF.reshape(-1, size))
     means = np.float32([[0], [1000], [3], [-5]]) + np.zeros(C, np.float32)
 
     def forward(x, mean):
         state = {"mean": mean[0], "var": jnp.ones(C)}
         params = jbn.Params(s.scale, s.bias)
-        return jbn.bn_forward(params, state, x, True, axis_name="data", group_size=12, momentum=0.0)
+        return jbn.bn_forward(params, state, x, True, axis_name="data", group_size=size, momentum=0.0)
 
     specs = {"in_specs": P("data"), "out_specs": (P("data"), P("data"))}
     y, new = jax.jit(jax.shard_map(forward, mesh=mesh(), **specs))(s.x, means)
