@@ -13,7 +13,6 @@ All are set up as `benchmarks.peers` says. With ``--write`` the figures go to re
 README.md.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import readme
@@ -162,16 +160,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and print; write if asked to."""
-    parser = argparse.ArgumentParser(description="What one layer of each batch norm costs, without running it.")
-    parser.add_argument("--write", action="store_true", help="write results/costs.json and the table in README.md")
-    write = parser.parse_args().write
-    console = Console(width=max(Console().width, 110))  # readable in a log too
-
-    def absent(reason: str) -> None:
-        if write:
-            parser.error(reason)  # half a table must not replace a whole one
-        console.print(reason)
-
+    write, console, absent = readme.opened("costs", "What one layer of each batch norm costs, without running it.")
     for reason in map(missing, TARGETS):
         if reason:
             absent(reason)

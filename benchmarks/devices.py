@@ -19,7 +19,6 @@ devices hold the same. All are set up as `benchmarks.peers` says. With ``--write
 results/devices.json and, as a table, into README.md.
 """
 
-import argparse
 import json
 import math
 import re
@@ -34,7 +33,6 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import readme
@@ -332,19 +330,10 @@ def printed(found: dict[str, Any]) -> Table:
 
 def main() -> None:
     """Measure and print; write if asked to."""
-    parser = argparse.ArgumentParser(description="What each batch norm does on many devices.")
-    parser.add_argument("--write", action="store_true", help="write results/devices.json and the table in README.md")
-    write = parser.parse_args().write
+    write, console, absent = readme.opened("devices", "What each batch norm does on many devices.")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     warnings.simplefilter("ignore")  # what a library calls although it is deprecated is its own concern
-    console = Console(width=max(Console().width, 110))  # readable in a log too
-
-    def absent(reason: str) -> None:
-        if write:
-            parser.error(reason)  # half a table must not replace a whole one
-        console.print(reason)
-
     columns = []
     for peer in installed(absent):
         if peer.make is None:  # its devices are processes

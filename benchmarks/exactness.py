@@ -5,7 +5,6 @@ see the same x, from a fresh state, as `benchmarks.peers` sets them up. With ``-
 results/exactness.json and, as a table, into README.md.
 """
 
-import argparse
 import json
 import math
 import platform
@@ -15,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import readme
@@ -108,16 +106,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and print; write if asked to."""
-    parser = argparse.ArgumentParser(description="How exact each batch norm is in float32, against float64.")
-    parser.add_argument("--write", action="store_true", help="write results/exactness.json and the table in README.md")
-    write = parser.parse_args().write
-    console = Console(width=max(Console().width, 110))  # readable in a log too
-
-    def absent(reason: str) -> None:
-        if write:
-            parser.error(reason)  # half a table must not replace a whole one
-        console.print(reason)
-
+    write, console, absent = readme.opened("exactness", "How exact each batch norm is in float32, against float64.")
     rows = []
     for peer in installed(absent):
         with console.status(peer.name):

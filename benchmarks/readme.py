@@ -1,8 +1,11 @@
 """Tables that a benchmark writes into README.md, between ``<!-- name -->`` and ``<!-- /name -->``."""
 
+import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from rich.console import Console
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -11,6 +14,25 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table as it stands in the README."""
     lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
+
+
+def opened(name: str, description: str) -> tuple[bool, Console, Callable[[str], None]]:
+    """Read the command line of a benchmark whose table is ``name``.
+
+    Returns:
+        Whether to write, a console as wide as the tables, and what to call with the reason why something is absent.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--write", action="store_true", help=f"write results/{name}.json and the table in README.md")
+    write = parser.parse_args().write
+    console = Console(width=max(Console().width, 110))  # readable in a log too
+
+    def absent(reason: str) -> None:
+        if write:
+            parser.error(reason)  # half a table must not replace a whole one
+        console.print(reason)
+
+    return write, console, absent
 
 
 def between(name: str) -> str:
