@@ -52,7 +52,6 @@ class Operands(NamedTuple):
 def normalize(recipe: Recipe, mask: Array | None, m: Moments, operands: Operands) -> Array:
     """Return f((x - μ)·γ/√(σ² + ε) + β + residual) in the recipe's dtype, and 0 where the mask is false."""
     z, _ = _affine(recipe, mask, m, operands)
-    z = vary_as(z, *jax.tree.leaves((m, operands)))
     y = z if recipe.activation is None else recipe.activation(z, *operands.slopes)
     return (y if mask is None else jnp.where(mask, y, 0)).astype(recipe.dtype)
 
