@@ -5,9 +5,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
+
+pytest.importorskip("flax.nnx")  # without the warnings that Flax 0.12.0 gives while it is imported
+
+from flax import nnx
 
 import jbn
 import jbn.linen
+import jbn.nnx
 
 
 class Case(NamedTuple):
@@ -107,20 +113,34 @@ def by_function(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, 
 
 
 def by_linen(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
-    layer = jbn.linen.BatchNorm(not train, activation=case.activation, **linen_options(case), **options)
+    layer = jbn.linen.BatchNorm(not train, activation=case.activation, **module_options(case), **options)
     y, new = layer.apply(linen_variables(d), d.x, mask=d.mask, residual=d.residual, mutable=["batch_stats"])
     return y, new["batch_stats"]
 
 
+def by_nnx(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
+    layer = nnx_layer(jbn.nnx.BatchNorm, case, d, train, activation=case.activation, **options)
+    return layer(d.x, mask=d.mask, residual=d.residual), {"mean": layer.mean[...], "var": layer.var[...]}
+
+
 def by_flax(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Run the peer; what it lacks, the activation and the residual, is added in float32 after it."""
-    layer = nn.BatchNorm(not train, **linen_options(case), **options)
+    layer = nn.BatchNorm(not train, **module_options(case), **options)
     y, new = layer.apply(linen_variables(d), d.x, mask=d.mask, mutable=["batch_stats"])
+    return added(case, d, y), new["batch_stats"]
+
+
+def by_flax_nnx(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
+    layer = nnx_layer(nnx.BatchNorm, case, d, train, **options)
+    return added(case, d, layer(d.x, mask=d.mask)), {"mean": layer.mean[...], "var": layer.var[...]}
+
+
+def added(case: Case, d: Data, y: Any) -> Any:
     y = y if d.residual is None else y + d.residual
-    return y if case.activation is None else case.activation(y), new["batch_stats"]
+    return y if case.activation is None else case.activation(y)
 
 
-def linen_options(case: Case) -> dict[str, Any]:
+def module_options(case: Case) -> dict[str, Any]:
     return {name: getattr(case, name) for name in ("axis", "momentum", "epsilon", "use_scale", "use_bias")}
 
 
@@ -129,4 +149,12 @@ def linen_variables(d: Data) -> dict[str, Any]:
     return {"params": params, "batch_stats": {"mean": d.mean, "var": d.var}}
 
 
-DOORS = {"function": by_function, "linen": by_linen}
+def nnx_layer(norm: Any, case: Case, d: Data, train: bool, **options: Any) -> Any:
+    """Return a layer that holds the arrays of ``d``; with several feature axes they have more than one axis."""
+    layer = norm(case.features[0], use_running_average=not train, rngs=nnx.Rngs(0), **module_options(case), **options)
+    held = {name: getattr(d, name) for name in ("scale", "bias", "mean", "var")}
+    nnx.update(layer, {name: jax.numpy.asarray(value) for name, value in held.items() if value is not None})
+    return layer
+
+
+DOORS = {"function": by_function, "linen": by_linen, "nnx": by_nnx}

@@ -10,11 +10,18 @@ import pytest
 
 import jbn.linen
 from tests import oracle
-from tests.cases import CASES, Case, by_flax, by_linen, data
+from tests.cases import CASES, Case, by_flax, by_flax_nnx, by_linen, by_nnx, data
 
 MINE, THEIRS = jbn.linen.BatchNorm, nn.BatchNorm
 # Masked positions, which are 0 here, are left out; so is a mask of whole features, which Flax turns into NaN.
-over = pytest.mark.parametrize("case", [case for case in CASES if case.mask != (1, 4)], ids=str)
+KNOWN = [case for case in CASES if case.mask != (1, 4)]
+# Flax's NNX layer has one feature axis, and does its arithmetic in the dtype of y.
+OF_NNX = [case for case in KNOWN if isinstance(case.axis, int) and case.dtype == "float32"]
+over = pytest.mark.parametrize(
+    ("case", "ours", "flax_s"),
+    [*((case, by_linen, by_flax) for case in KNOWN), *((case, by_nnx, by_flax_nnx) for case in OF_NNX)],
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -87,10 +94,10 @@ def precision(case: Case, train: bool) -> str:
 
 @over
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_outputs_and_statistics(case, train):
+def test_outputs_and_statistics(case, ours, flax_s, train):
     d = data(case)
     valid = np.ones(case.shape, bool) if d.mask is None else np.broadcast_to(d.mask, case.shape)
-    (y, new), (z, old) = by_linen(case, d, train), by_flax(case, d, train, dtype=jnp.dtype(case.dtype))
+    (y, new), (z, old) = ours(case, d, train), flax_s(case, d, train, dtype=jnp.dtype(case.dtype))
     close(y, z, case, np.abs(oracle.wide(y)).max(), valid, precision(case, train))
     for name in ("mean", "var"):
         # Flax's float64 x makes the state float64, and E[x²] - E[x]² loses some ulps of E[x²].
@@ -99,7 +106,7 @@ def test_outputs_and_statistics(case, train):
 
 @over
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_gradients(case, train):
+def test_gradients(case, ours, flax_s, train):
     d = data(case)
     valid = np.ones(case.shape, bool) if d.mask is None else np.broadcast_to(d.mask, case.shape)
     g = np.where(valid, np.random.default_rng(1).standard_normal(case.shape), 0).astype(jnp.dtype(case.dtype))
@@ -112,7 +119,7 @@ def test_gradients(case, train):
 
         return jax.vjp(f, *(getattr(d, name) for name in names))[1](g)
 
-    mine, theirs = pull(by_linen), pull(by_flax, dtype=jnp.dtype(case.dtype), use_fast_variance=False)
+    mine, theirs = pull(ours), pull(flax_s, dtype=jnp.dtype(case.dtype), use_fast_variance=False)
     size = max(np.abs(oracle.wide(a)).max() for a in theirs)
     for name, a, b in zip(names, mine, theirs, strict=True):
         assert a.dtype == b.dtype

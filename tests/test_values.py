@@ -66,6 +66,24 @@ def test_gradients(case, door, train):
         )
 
 
+@over
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_every_door_gives_the_same_bits(case, train):
+    d = data(case)
+    names = [name for name in ("x", "scale", "bias", "residual") if getattr(d, name) is not None]
+
+    def everything(door):
+        def f(*values):
+            return door(case, d._replace(**dict(zip(names, values, strict=True))), train)
+
+        y, pull, state = jax.vjp(f, *(getattr(d, name) for name in names), has_aux=True)
+        return y, dict(state), pull(jax.numpy.ones_like(y))
+
+    first, *others = map(everything, DOORS.values())
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), first, other)
+
+
 @run
 @over
 def test_jit_changes_nothing_but_rounding(case, door):

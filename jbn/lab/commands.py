@@ -33,14 +33,36 @@ def _whole_number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise typer.BadParameter(f"got {str(text)!r}, expected a number greater than 0")
-    return number
+def _number(fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and fits(number)):
+            raise typer.BadParameter(f"got {str(text)!r}, expected {expected}")
+        return number
+
+    return parse
+
+
+_positive = _number(lambda number: number > 0, "a number greater than 0")
+_not_negative = _number(lambda number: number >= 0, "a number from 0 on")
+_share = _number(lambda number: 0 <= number < 1, "a number from 0 to below 1")
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise typer.BadParameter(f"got {str(text)!r}, expected {', '.join(choices[:-1])} or {choices[-1]}")
+        return text
+
+    return parse
+
+
+def _chosen(context: typer.Context) -> set[str]:
+    """Return the names of the options that were given on the command line."""
+    return {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
 
 
 def _print_version(wanted: bool) -> None:
@@ -108,15 +130,13 @@ def demo(
     if console.is_terminal:
         console.print("Loading JAX ...", style="dim")
     try:
-        from jbn.lab.demo import run
-        from jbn.lab.run_directory import OptionError, Options
+        from jbn.lab.demo import Options, run
+        from jbn.lab.run_directory import OptionError
     except KeyboardInterrupt:
         console.print("Stopped before training began; nothing is saved yet.")
         raise typer.Exit(130) from None
 
-    chosen = {
-        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
+    chosen = _chosen(context)
     options = Options(tuple(model), learning_rate, steps, batch_size, seed)
     try:
         run(options, out, devices=devices, resume=resume, chosen=chosen, console=console)
@@ -124,3 +144,163 @@ def demo(
         raise typer.BadParameter(str(error), param_hint=f"'{error.option}'") from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(parser=_one_of("dense", "conv", "resnet"), metavar="dense|conv|resnet", help="What to train.")
+    ] = "resnet",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of .npz files with images (n, h, w) or (n, h, w, c), uint8 or float, and labels (n,). "
+            "Default: handwritten digits.",
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the images to watch, as --data; the digits have some.")
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(parser=_whole_number(1, 100_000), metavar="N", help="Times through the data.")
+    ] = 10,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            parser=_whole_number(2, 2**24),
+            metavar="N",
+            help="Images a step, on all devices together. It decides the result; the number of devices does not.",
+        ),
+    ] = 128,
+    optimizer: Annotated[
+        str, typer.Option(parser=_one_of("sgd", "adamw"), metavar="sgd|adamw", help="sgd has Nesterov's momentum 0.9.")
+    ] = "sgd",
+    learning_rate: Annotated[
+        float | None, typer.Option(parser=_positive, metavar="RATE", help="Default: 0.05 for sgd, 0.001 for adamw.")
+    ] = None,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            parser=_one_of("cosine", "constant"), metavar="cosine|constant", help="The rate after its warmup."
+        ),
+    ] = "cosine",
+    warmup_epochs: Annotated[
+        float, typer.Option(parser=_not_negative, metavar="N", help="Epochs in which the rate grows from 0.")
+    ] = 1.0,
+    weight_decay: Annotated[
+        float, typer.Option(parser=_not_negative, metavar="W", help="Not of scale and bias.")
+    ] = 1e-4,
+    augment: Annotated[
+        list[str] | None,
+        typer.Option(
+            parser=_one_of("shift", "flip"), metavar="shift|flip", help="Change images at random; may be repeated."
+        ),
+    ] = None,
+    ema: Annotated[
+        float,
+        typer.Option(parser=_share, metavar="DECAY", help="Keep an average of weights too, such as 0.999; 0: none."),
+    ] = 0.0,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            parser=_one_of("float32", "bfloat16"),
+            metavar="float32|bfloat16",
+            help="Of the arithmetic; weights and statistics are float32.",
+        ),
+    ] = "float32",
+    seed: Annotated[
+        int,
+        typer.Option(parser=_whole_number(0, 2**32 - 1), metavar="N", help="Seed of weights, order and augmentation."),
+    ] = 0,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of checkpoints, metrics and results; shared by all machines.")
+    ] = Path("jbn-train"),
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            parser=_whole_number(1, 64), metavar="N", help="Devices of this process, simulated on a CPU. Default: all."
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where process 0 is reached, for a run of several processes."),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(parser=_whole_number(1, 100_000), metavar="N", help="How many processes there are.")
+    ] = None,
+    process_id: Annotated[
+        int | None, typer.Option(parser=_whole_number(0, 99_999), metavar="N", help="Which of them this is, from 0 on.")
+    ] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Let SLURM, Open MPI or the TPU slice tell these three.")
+    ] = False,
+    timeout: Annotated[
+        int,
+        typer.Option(
+            parser=_whole_number(5, 3600), metavar="SECONDS", help="After which a silent process is taken for lost."
+        ),
+    ] = 100,
+    save_every: Annotated[
+        int, typer.Option(parser=_whole_number(1, 2**31 - 1), metavar="N", help="Steps between checkpoints.")
+    ] = 100,
+    keep: Annotated[int, typer.Option(parser=_whole_number(1, 1000), metavar="N", help="Checkpoints to keep.")] = 3,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    at: Annotated[
+        int | None,
+        typer.Option(
+            parser=_whole_number(1, 2**31 - 1),
+            metavar="STEP",
+            help="With --resume: from this checkpoint, not the last.",
+        ),
+    ] = None,
+) -> None:
+    """Train a network with batch normalization on all devices of one or many processes.
+
+    The global batch decides the result: its rows are spread over the devices, and batch normalization sees all of
+    them. A run that was stopped or killed goes on with --resume, on any number of devices and processes.
+    SIGTERM and Ctrl-C save first. Exit status: 75 where another process was lost.
+    """
+    import jax
+    from rich.console import Console
+
+    from jbn.lab import processes
+    from jbn.lab.run_directory import FileError, OptionError
+    from jbn.lab.train import Options, Place, Stopped, go_on, run
+
+    options = Options(
+        model=model,
+        data=data,
+        validation=validation,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup_epochs=warmup_epochs,
+        weight_decay=weight_decay,
+        augment=tuple(sorted(set(augment or ()))),
+        ema=ema,
+        dtype=dtype,
+        seed=seed,
+    )
+    if at is not None and not resume:
+        raise typer.BadParameter(f"got {at}; expected --resume beside it", param_hint="'--at'")
+    place = Place(out, devices, resume, at, save_every, keep)
+    try:
+        processes.join(coordinator, num_processes, process_id, cluster=cluster, timeout=timeout)
+        run(options, place, chosen=_chosen(context), console=Console())
+        processes.leave()
+    except OptionError as error:
+        raise typer.BadParameter(str(error), param_hint=f"'{error.option}'") from None
+    except Stopped as stop:
+        typer.echo(f"jbn: {stop}", err=True)
+        processes.leave()
+        raise typer.Exit(stop.status) from None
+    except FileError as error:
+        processes.desert(f"{error}; the checkpoints before that are whole. {go_on()}")
+    except RuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        processes.lost(error)

@@ -1,6 +1,8 @@
 """Handwritten digits, split three ways, and the order in which they are shown."""
 
-from typing import NamedTuple
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -17,6 +19,67 @@ class Images(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+
+class Source(Protocol):
+    """A data set whose rows can be read in any order, by any process."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The height, width and channels of every image."""
+
+    @property
+    def classes(self) -> int:
+        """The largest label and one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A short text that differs where the data differ."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def rows(self, rows: np.ndarray) -> Images:
+        """Return the images of these rows, in this order."""
+
+    def where(self, row: int) -> str:
+        """Return in words where a row comes from."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A data set in memory."""
+
+    name: str
+    held: Images
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The height, width and channels of every image."""
+        height, width, channels = self.held.images.shape[1:]
+        return height, width, channels
+
+    @property
+    def classes(self) -> int:
+        """The largest label and one."""
+        return int(self.held.labels.max()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the labels in their order."""
+        return hashlib.sha256(self.held.labels.tobytes()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.held.labels)
+
+    def rows(self, rows: np.ndarray) -> Images:
+        """Return the images of these rows, in this order."""
+        return Images(self.held.images[rows], self.held.labels[rows])
+
+    def where(self, row: int) -> str:
+        """Return in words where a row comes from."""
+        return f"{self.name}, image {row}"
 
 
 class Digits(NamedTuple):

@@ -1,10 +1,8 @@
 """`jbn demo`: train the two textbook networks with and without batch normalization, and show what it did."""
 
 import shlex
-import shutil
-import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +17,27 @@ from jbn.lab.figures import draw_demo
 from jbn.lab.models import MODELS
 from jbn.lab.report import add_bar, finding, progress_bars, show_step, table_of
 from jbn.lab.results import network_results, versions
-from jbn.lab.run_directory import OptionError, Options
+from jbn.lab.run_directory import OptionError
 from jbn.lab.training import Interrupted, train
+
+
+@dataclass(frozen=True)
+class Options:
+    """What determines a run; `learning_rate` None stands for each model's own."""
+
+    model: tuple[str, ...]
+    learning_rate: float | None
+    steps: int
+    batch_size: int
+    seed: int
+
+    def rates(self) -> dict[str, float]:
+        """Return the learning rate of each model."""
+        return {name: self.learning_rate or MODELS[name].learning_rate for name in self.model}
+
+    def in_words(self) -> dict[str, str]:
+        """Return the learning rates as they take effect."""
+        return {"learning_rate": ", ".join(f"{rate:g} for {model}" for model, rate in self.rates().items())}
 
 
 class Variant(NamedTuple):
@@ -67,11 +84,8 @@ def run(options: Options, out: Path, *, devices: int, resume: bool, chosen: Coll
 
 def resume_command(out: Path, devices: int) -> str:
     """Return the command that goes on with the run in `out` on as many devices."""
-    program = [sys.argv[0]] if Path(sys.argv[0]).name == "jbn" else [sys.executable, "-m", "jbn"]
-    if shutil.which("jbn") == sys.argv[0]:
-        program = ["jbn"]
     same = [] if devices == 1 else ["--devices", str(devices)]
-    return shlex.join([*program, "demo", "--out", str(out), "--resume", *same])
+    return shlex.join([*run_directory.program(), "demo", "--out", str(out), "--resume", *same])
 
 
 def _write(options: Options, networks: list[dict[str, Any]], mesh: Mesh, out: Path) -> None:

@@ -21,17 +21,24 @@ class Batch(NamedTuple):
     valid: jax.Array | None
 
 
-def mesh_of(count: int) -> Mesh:
-    """Return the first `count` devices of this machine as a mesh; where there are CPUs alone, simulate them."""
-    if count > 1:
+def mesh_of(count: int | None) -> Mesh:
+    """Return the first `count` devices of each process as a mesh, all of them for None.
+
+    Where there are CPUs alone, `count` of them are simulated.
+    """
+    if count is not None and count > 1:
         # A process that used JAX before keeps the devices it has. Beside accelerators it is without effect.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices()
-    if count > len(devices):
-        here = f"{len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}"
-        raise OptionError("--devices", f"got {count}, but JAX finds {here} here; expected at most {len(devices)}")
-    return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
+    local = jax.local_devices()
+    if count is not None and count > len(local):
+        here = f"{len(local)} {local[0].platform} device{'s' if len(local) > 1 else ''}"
+        raise OptionError("--devices", f"got {count}, but JAX finds {here} here; expected at most {len(local)}")
+    of_each: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        of_each.setdefault(device.process_index, []).append(device)
+    chosen = [device for devices in of_each.values() for device in devices[:count]]
+    return jax.make_mesh((len(chosen),), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:

@@ -3,12 +3,12 @@
 import json
 import os
 import re
+import shutil
+import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
-
-from jbn.lab.models import MODELS
+from typing import Any, ClassVar, Protocol, TypeVar
 
 OPTIONS, CHECKPOINTS, RESULTS, FIGURE = "options.json", "checkpoints", "results.json", "figure.png"
 
@@ -21,19 +21,20 @@ class OptionError(ValueError):
         self.option = option
 
 
-@dataclass(frozen=True)
-class Options:
-    """What determines a run; `learning_rate` None stands for each model's own."""
+class FileError(Exception):
+    """A file of a run could not be read or written while it went on; other processes may not know."""
 
-    model: tuple[str, ...]
-    learning_rate: float | None
-    steps: int
-    batch_size: int
-    seed: int
 
-    def rates(self) -> dict[str, float]:
-        """Return the learning rate of each model."""
-        return {name: self.learning_rate or MODELS[name].learning_rate for name in self.model}
+class Options(Protocol):
+    """What determines a run: a frozen dataclass of JSON values, tuples among them."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def in_words(self) -> dict[str, str]:
+        """Return the options whose default depends on other options, as they take effect."""
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -49,6 +50,18 @@ def write_json(path: Path, content: Any) -> None:
     # Innermost lists on one line. A string holds no line break, so none is touched.
     text = re.sub(r"\[\n([^][{}]*)\]", lambda match: "[" + re.sub(r"\n *", " ", match[1]).strip() + "]", text)
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def option(name: str) -> str:
+    """Return the option of a field, as one types it."""
+    return "--" + name.replace("_", "-")
+
+
+def program() -> list[str]:
+    """Return how this program was called, as one would type it."""
+    if Path(sys.argv[0]).name != "jbn":
+        return [sys.executable, "-m", "jbn"]
+    return ["jbn"] if shutil.which("jbn") == sys.argv[0] else [sys.argv[0]]
 
 
 def start(out: Path, options: Options) -> None:
@@ -71,42 +84,41 @@ def start(out: Path, options: Options) -> None:
         ) from None
 
 
-def resume(out: Path, options: Options, chosen: Collection[str]) -> Options:
+def resume(out: Path, options: OptionsT, chosen: Collection[str]) -> OptionsT:
     """Return the options of the run in `out`; those that the user chose must be the same as before."""
-    recorded = _recorded_options(out)
+    recorded = _recorded(out, type(options))
     if not os.access(out, os.W_OK):
         raise OptionError("--out", f"cannot write to '{out}'; expected a directory to write to")
-    for name in (field.name for field in fields(Options) if field.name in chosen):
-        arrived, expected = getattr(options, name), getattr(recorded, name)
-        if name == "learning_rate":
-            if replace(recorded, learning_rate=arrived).rates() == recorded.rates():
-                continue
-            if expected is None:
-                rates = ", ".join(f"{rate:g} for {model}" for model, rate in recorded.rates().items())
-                expected = f"the default, {rates}"
-        if arrived != expected:
-            option = "--" + name.replace("_", "-")
+    for name in (field.name for field in fields(options) if field.name in chosen):
+        arrived = getattr(options, name)
+        as_before = replace(recorded, **{name: arrived})  # type: ignore[type-var]
+        if _in_words(as_before, name) != _in_words(recorded, name):
+            default = "the default, " if getattr(recorded, name) is None and name in recorded.in_words() else ""
+            expected = f"the run in '{out}' was started with {default}{_in_words(recorded, name)}"
             raise OptionError(
-                option,
-                f"got {_as_text(arrived)}, but the run in '{out}' was started with {_as_text(expected)}; "
-                f"leave {option} out to go on with it, or start a new run in another --out",
+                option(name),
+                f"got {_as_text(arrived)}, but {expected}; "
+                f"leave {option(name)} out to go on with it, or start a new run in another --out",
             )
     return recorded
 
 
-def _recorded_options(out: Path) -> Options:
+def _recorded(out: Path, kind: type[OptionsT]) -> OptionsT:
     try:
         content = json.loads((out / OPTIONS).read_text(encoding="utf-8"))
-        options = Options(**content)
-        return replace(options, model=tuple(options.model))
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
     except (FileNotFoundError, NotADirectoryError):
         raise OptionError(
             "--out", f"no run in '{out}'; expected the --out of an earlier run (or no --resume, to start one)"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise OptionError(
             "--resume", f"cannot read '{out / OPTIONS}' ({error}); expected the options of a run"
         ) from None
+
+
+def _in_words(options: Options, name: str) -> str:
+    return options.in_words().get(name, _as_text(getattr(options, name)))
 
 
 def _as_text(value: object) -> str:

@@ -1,0 +1,176 @@
+"""Checkpoints that a run goes on from on any number of devices: written aside, complete or absent, and checked."""
+
+import contextlib
+import functools
+import gc
+import logging
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jbn.lab.recipe import State
+from jbn.lab.run_directory import FileError, OptionError
+
+STATE, CONTENTS = "state", "contents"
+
+
+class Checkpoints:
+    """The last `keep` checkpoints of a run in a folder, named by their steps, written while training goes on."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        with _write_errors(self.folder):
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> Self:
+        """Return the checkpoints."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Let go of the folder, but where other processes may not come: closing waits for them."""
+        if kind is None or not issubclass(kind, FileError | RuntimeError):
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: State) -> None:
+        """Begin to write a state.
+
+        Raises:
+            FileError: the write before this one has failed, or this one cannot begin.
+        """
+        step = int(state.step)
+        with _write_errors(self.folder / str(step)):
+            arguments = {STATE: ocp.args.StandardSave(state._asdict()), CONTENTS: ocp.args.JsonSave(_contents(state))}
+            self._manager.save(step, args=ocp.args.Composite(**arguments))
+
+    def check(self) -> None:
+        """Raise `FileError` where what was begun has failed."""
+        with _write_errors(self.folder):
+            self._manager.check_for_errors()
+
+    def finish(self) -> None:
+        """Wait until what was begun is written; `FileError` where it cannot be."""
+        with _write_errors(self.folder):
+            self._manager.wait_until_finished()
+
+    def restore(self, like: State, mesh: Mesh) -> State:
+        """Return the last state, on the devices of `mesh`.
+
+        Args:
+            like: a state of the same network, or its shapes and dtypes.
+            mesh: the devices, as many as there are now.
+
+        Raises:
+            OptionError: the checkpoint cannot be read, is damaged or is of something else: the message has its path
+                and offers the one before it.
+        """
+        *before, chosen = self.steps()
+        whole = NamedSharding(mesh, PartitionSpec())
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), like)
+        with _quiet():
+            try:
+                return self._read(chosen, abstract)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:300]
+        # Not in the handler: the error of Orbax would stay alive, and what it holds would complain later.
+        offer = f"go on from the one before it with --resume --at {before[-1]}" if before else "no other is before it"
+        raise OptionError(
+            "--resume", f"the checkpoint '{self.folder / str(chosen)}' cannot be used ({reason}); {offer}"
+        )
+
+    def _read(self, step: int, like: State) -> State:
+        # Orbax casts what differs in dtype and does not see a flipped bit: both are told apart here.
+        stored = self._manager.restore(step, args=ocp.args.Composite(**{CONTENTS: ocp.args.JsonRestore()}))[CONTENTS]
+        expected = _kinds(like)
+        for name in sorted(stored.keys() | expected.keys()):
+            there = stored[name][0] if name in stored else "nothing"
+            if there != expected.get(name, "nothing"):
+                raise ValueError(f"{name} is {there}; this run expects {expected.get(name, 'nothing')}")
+        arguments = {STATE: ocp.args.StandardRestore(like._asdict())}
+        state = State(**self._manager.restore(step, args=ocp.args.Composite(**arguments))[STATE])
+        for name, (_, checksum) in _contents(state).items():
+            if checksum != stored[name][1]:
+                raise ValueError(f"the values of {name} are not those that were saved")
+        return state
+
+
+def set_aside(folder: Path, after: int) -> list[Path]:
+    """Move the checkpoints after that of a step into a folder of their own, out of the way of a run that goes on.
+
+    Raises:
+        OptionError: there is no checkpoint of that step.
+    """
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    if after not in steps:
+        raise OptionError("--at", f"got {after}, but '{folder}' holds {', '.join(map(str, steps)) or 'nothing'}")
+    aside = folder.with_name(f"{folder.name}-set-aside")
+    moved = []
+    for step in steps[steps.index(after) + 1 :]:
+        aside.mkdir(exist_ok=True)
+        places = (aside / f"{step}{suffix}" for suffix in ("", *(f".{again}" for again in range(1, 1000))))
+        moved.append((folder / str(step)).rename(next(place for place in places if not place.exists())))
+    return moved
+
+
+def _kinds(state: State) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(state._asdict())
+    return {jax.tree_util.keystr(path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _contents(state: State) -> dict[str, list[Any]]:
+    """Return the kind and a checksum of every array."""
+    values = (np.ascontiguousarray(leaf) for leaf in jax.device_get(jax.tree.leaves(state._asdict())))
+    return {
+        name: [kind, zlib.crc32(value.tobytes())]
+        for (name, kind), value in zip(_kinds(state).items(), values, strict=True)
+    }
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        for known in (
+            "No space left on device",
+            "File too large",
+            "Permission denied",
+            "Read-only file system",
+            "Disk quota exceeded",
+        ):
+            if known in reason:
+                reason = known
+        raise FileError(f"cannot write '{path}' ({reason[:300]})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let Orbax say nothing about a checkpoint that cannot be read: it logs, and its unfinished reads complain."""
+    hook, logger = getattr(sys.unraisablehook, "__wrapped__", sys.unraisablehook), logging.getLogger("absl")
+    level = logger.level
+
+    @functools.wraps(hook)
+    def of_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # a read that ends after this, in a thread of its own
+            hook(unraisable)
+
+    sys.unraisablehook = lambda _: None
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = of_others
+        logger.setLevel(level)

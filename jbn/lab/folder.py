@@ -1,0 +1,238 @@
+"""Images in a folder of `.npz` files, of which a process reads the rows it needs and no others."""
+
+import contextlib
+import hashlib
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
+
+import numpy as np
+
+from jbn.lab.data import Images
+from jbn.lab.run_directory import OptionError
+
+# The last layer has a unit for each class: a label beyond this is a mistake, and would not fit in memory.
+LARGEST_LABEL = 100_000
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """The images and labels of a folder, numbered through in the order of the file names; see `open_folder`.
+
+    Attributes:
+        path: The folder.
+        labels: int32 (n,), all of them, in memory.
+    """
+
+    path: Path
+    labels: np.ndarray
+    _parts: "tuple[_Part, ...]"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        return self._parts[0].image_shape
+
+    @cached_property
+    def classes(self) -> int:
+        """The largest label and one."""
+        return int(self.labels.max()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash of file names, shapes, dtypes and labels, not of images: equal where the same data is seen."""
+        seen = [(part.path.name, part.images.shape, part.images.dtype.str) for part in self._parts]
+        return hashlib.sha256(repr(seen).encode() + self.labels.astype("<i4").tobytes()).hexdigest()[:16]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0] + [part.images.shape[0] for part in self._parts[:-1]])
+
+    def rows(self, rows: np.ndarray) -> Images:
+        """Return the images and labels of `rows`, integers (k,) in [0, n), in this order; repeats are allowed.
+
+        Images are float32 (k, height, width, channels). What is larger than float32 becomes infinite.
+
+        Raises:
+            OptionError: A file vanished or changed since the folder was opened, or its images cannot be unpacked.
+            IndexError: A row is outside of [0, n).
+        """
+        if np.any((rows < 0) | (rows >= len(self))):
+            raise IndexError(f"rows reach from {rows.min()} to {rows.max()}; expected rows in [0, {len(self)})")
+        images = np.empty((len(rows), *self.image_shape), np.float32)
+        numbers = self._number(rows)
+        for number in np.unique(numbers):
+            chosen = numbers == number
+            images[chosen] = self._parts[number].rows(rows[chosen] - self._starts[number])
+        return Images(images, self.labels[rows])
+
+    def where(self, row: int) -> str:
+        """Return the file of a row and its place in it, for a message: "DIR/part-003.npz, image 17"."""
+        number = self._number(row)
+        return f"{self._parts[number].path}, image {row - self._starts[number]}"
+
+    def _number(self, rows: np.ndarray | int) -> np.ndarray:
+        """Return the number of the file of each row."""
+        # Of files that start at the same row, all but the last are empty.
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
+
+def open_folder(path: Path, option: str = "--data") -> Folder:
+    """Return all `.npz` files of a folder as one data set; this reads the labels and no image.
+
+    Each file has an array `images`, (n, height, width) or (n, height, width, channels), and an array `labels`, (n,).
+    uint8 images are divided by 255, float16, float32 and float64 ones are taken as they are. Labels are integers in
+    [0, 100000]. Images stored by `numpy.savez` stay on disk until their rows are asked for; those of a file written
+    by `numpy.savez_compressed` are unpacked into memory, all of them, when the first is asked for.
+
+    Args:
+        path: The folder. Files whose name starts with a dot are left out.
+        option: The option of the command line that named it, for errors.
+
+    Raises:
+        OptionError: There is no such folder, it holds no images, or a file in it is not as described.
+    """
+    expected = "expected a folder of .npz files, each with arrays 'images' and 'labels'"
+    try:
+        names = sorted(name for name in os.listdir(path) if name.endswith(".npz") and not name.startswith("."))
+    except OSError as error:
+        raise OptionError(option, f"cannot open '{path}' ({error.strerror}); {expected}") from None
+    if not names:
+        raise OptionError(option, f"no .npz file in '{path}'; {expected}")
+    parts, labels = zip(*(_open_part(path / name, option) for name in names), strict=True)
+    for part in parts:
+        if part.image_shape != parts[0].image_shape:
+            other, first = (f"'{each.path}' holds images of {each.image_shape}" for each in (part, parts[0]))
+            raise OptionError(
+                option, f"{other}, but {first}; expected one (height, width, channels) in all files: resize them first"
+            )
+    if not sum(map(len, labels)):
+        raise OptionError(option, f"no image in the .npz files of '{path}'; expected one at least")
+    return Folder(path, np.concatenate(labels), parts)
+
+
+class _Array(NamedTuple):
+    """What the header of an array says, and where in its file the values begin: None if it is compressed."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+    offset: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The images of one file, and the size and time that the file had when it was opened."""
+
+    path: Path
+    option: str
+    stamp: tuple[int, int]
+    images: _Array
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        height, width, channels = (*self.images.shape[1:], 1)[:3]
+        return height, width, channels
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return some images of this file, float32 (k, height, width, channels)."""
+        shape, fortran_order, dtype, offset = self.images
+        with _naming(self.path, self.option), self.path.open("rb") as file:
+            if _stamp(file) != self.stamp:
+                raise OptionError(
+                    self.option,
+                    f"'{self.path}' changed after it was opened; expected it to stay as it was: "
+                    "write other data into another folder, or start again",
+                )
+            # A map for each call, for one that is kept holds its file open, and a process may open some hundreds only.
+            order: Literal["C", "F"] = "F" if fortran_order else "C"
+            images = self._unpacked if offset is None else np.memmap(file, dtype, "r", offset, shape, order)
+            images = images[rows].reshape(len(rows), *self.image_shape)
+        if dtype == np.uint8:
+            return np.divide(images, 255, dtype=np.float32)
+        with np.errstate(over="ignore"):
+            return images.astype(np.float32)
+
+    @cached_property
+    def _unpacked(self) -> np.ndarray:
+        with zipfile.ZipFile(self.path) as archive:
+            return _read(archive, "images")
+
+
+def _open_part(path: Path, option: str) -> tuple[_Part, np.ndarray]:
+    def check(good: object, message: str) -> None:
+        if not good:
+            raise OptionError(option, f"'{path}' holds {message}")
+
+    with _naming(path, option), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        there = ", ".join(map(repr, names)) or "none"
+        for name in ("images", "labels"):
+            check(name in names, f"no array '{name}' (there: {there}); expected arrays 'images' and 'labels'")
+        images, head = _header(archive, file, "images"), _header(archive, file, "labels")
+        found = f"images of dtype {images.dtype} and shape {images.shape}"
+        known = images.dtype == np.uint8 or (images.dtype.kind == "f" and images.dtype.itemsize <= 8)
+        check(known, f"{found}; expected uint8 in [0, 255], or float16, float32 or float64: convert them")
+        shaped = len(images.shape) in (3, 4) and all(images.shape[1:])
+        check(shaped, f"{found}; expected (n, height, width) or (n, height, width, channels), all but n above zero")
+        found = f"labels of dtype {head.dtype} and shape {head.shape}"
+        count = images.shape[:1]
+        known = head.dtype.kind in "iu" and head.shape == count
+        check(known, f"{found}; expected integers of shape {count}, one for each of the images {images.shape}")
+        labels = _read(archive, "labels")
+        for index in np.flatnonzero((labels < 0) | (labels > LARGEST_LABEL))[:1]:
+            check(
+                False,
+                f"label {labels[index]} at index {index}; "
+                f"expected labels in [0, {LARGEST_LABEL}]: number the classes from 0",
+            )
+        return _Part(path, option, _stamp(file), images), labels.astype(np.int32)
+
+
+def _header(archive: zipfile.ZipFile, file: IO[bytes], name: str) -> _Array:
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as stream:
+        old = np.lib.format.read_magic(stream) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(stream)
+        before = stream.tell()
+    # The directory of the archive gives the lengths of name and extra field for its own copies of them only.
+    file.seek(info.header_offset + 26)
+    start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    size = before + math.prod(shape) * dtype.itemsize
+    # How long Python objects are is not known; they are refused for their dtype.
+    if not dtype.hasobject and (min(shape, default=0) < 0 or size != info.file_size):
+        raise ValueError(f"'{name}' has {info.file_size} bytes, but {dtype} {shape} takes {size}")
+    return _Array(shape, fortran_order, dtype, start + before if info.compress_type == zipfile.ZIP_STORED else None)
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def _stamp(file: IO[bytes]) -> tuple[int, int]:
+    stat = os.fstat(file.fileno())
+    return stat.st_size, stat.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _naming(path: Path, option: str) -> Iterator[None]:
+    """Turn all that broken bytes raise in zipfile, in zlib and in NumPy, and the file system, into one error."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except Exception as error:
+        reason = " ".join(str((isinstance(error, OSError) and error.strerror) or error).split())
+        fix = "copy it again, or write it again with numpy.savez"
+        raise OptionError(option, f"cannot read '{path}' ({reason}); expected a whole .npz file: {fix}") from None

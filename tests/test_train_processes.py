@@ -1,0 +1,248 @@
+"""Runs of `jbn train` in several processes, and what ends them."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from typer.testing import CliRunner
+
+from jbn.lab import train
+from jbn.lab.checkpoints import Checkpoints
+from jbn.lab.commands import app
+from jbn.lab.devices import mesh_of
+from jbn.lab.recipe import initial
+
+# Seconds after which a silent process is lost. JAX looks for signs of life every few seconds, and the machine is busy.
+TIMEOUT = 20
+
+# The command line in a process that does something when its n-th step is due. ReLU is replaced as in the fixture.
+ACTING = """
+import os, resource, signal, sys
+from flax import linen as nn
+nn.relu = nn.silu
+from jbn.__main__ import main
+from jbn.lab import train
+update, left, action = train.update, int(sys.argv.pop(1)), sys.argv.pop(1)
+def acting(*args):
+    global left
+    left -= 1
+    if left == 0:
+        exec(action)
+    return update(*args)
+train.update = acting
+main()
+"""
+KILL, TERM = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGKILL", "SIGTERM"))
+FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+NEVER = 10**9
+DENSE = ("--model", "dense", "--epochs", 2, "--batch-size", 50, "--save-every", 10, "--ema", 0.9, "--augment", "shift")
+STEPS = 44
+
+
+@pytest.fixture(autouse=True, scope="module")
+def smooth():
+    """Replace ReLU: at its kink a rounding error decides whether there is a gradient, and is one no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn, "relu", nn.silu)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
+def begin(*arguments, step=NEVER, action="pass"):
+    """Start the command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", ACTING, str(step), action, "train", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+
+
+def ended(process):
+    """Return the exit status and the output of a process."""
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output
+
+
+def both(*arguments, actions=({}, {})):
+    """Start two processes of one run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    shared = (*arguments, "--coordinator", coordinator, "--num-processes", 2, "--timeout", TIMEOUT)
+    return [begin(*shared, "--process-id", process, **action) for process, action in enumerate(actions)]
+
+
+def here(*arguments):
+    """Run the command line in this process, which has eight devices."""
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)], prog_name="jbn")
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def arrays(out):
+    """Return the last checkpoint of a run, by name."""
+    options = json.loads((out / "options.json").read_text())
+    options = train.Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
+    mesh = mesh_of(1)
+    work = train._work(options, *train._data(options), mesh, None)
+    like = jax.eval_shape(lambda: initial(work.recipe, work.training.source.image_shape))
+    with Checkpoints(out / "checkpoints", 3) as checkpoints:
+        state = checkpoints.restore(like, mesh)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def saved(out):
+    return sorted(path.name for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def assert_close(arrived, expected, tolerance):
+    assert arrived.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(
+            arrived[name], array, rtol=0, atol=tolerance * np.max(np.abs(array), initial=0), err_msg=name
+        )
+
+
+def assert_same_bits(arrived, expected):
+    assert arrived.keys() == expected.keys()
+    assert all(array.tobytes() == arrived[name].tobytes() for name, array in expected.items())
+
+
+def assert_one_line_a_step(out, steps):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Run on two devices of one process."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    here(*DENSE, "--devices", 2, "--out", out)
+    return out
+
+
+# One step further rounding errors begin to grow, a few times a step: of a network, not of its devices.
+@pytest.mark.parametrize("model", ["dense", "resnet"])
+def test_the_global_batch_decides(model, tmp_path):
+    options = ("--model", model, "--epochs", 1, "--batch-size", 90, "--augment", "flip", "--ema", 0.9)
+    pair = both(*options, "--devices", 2, "--out", tmp_path / "2x2")
+    for devices in (4, 1):
+        here(*options, "--devices", devices, "--out", tmp_path / f"1x{devices}")
+    first, second = map(ended, pair)
+    assert (first[0], second[0]) == (0, 0), first[1] + second[1]
+    assert "on 4 devices (cpu)" in first[1]
+    assert "epoch" not in second[1]  # one process says how it goes
+    expected = arrays(tmp_path / "1x4")
+    assert_close(arrays(tmp_path / "2x2"), expected, 1e-6)
+    assert_close(arrays(tmp_path / "1x1"), expected, 1e-5)
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("2x2", "1x4")]
+    assert [(result["processes"], result["devices"]) for result in results] == [(2, 4), (1, 4)]
+    for what in ("validation_loss", "average_loss"):
+        assert results[0][what] == pytest.approx(results[1][what], rel=1e-6)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_others_and_the_run_goes_on_elsewhere(victim, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    actions = [{}, {}]
+    actions[victim] = {"step": 25, "action": KILL}
+    pair = both(*DENSE, "--out", out, actions=actions)
+    assert ended(pair[victim])[0] == -signal.SIGKILL
+    lost = time.monotonic()
+    status, output = ended(pair[1 - victim])
+    assert time.monotonic() - lost < 2 * TIMEOUT
+    assert status == 75, output
+    assert f"jbn: process {1 - victim} lost another process after step 24. Go on with:\n" in output
+    assert output.splitlines()[-1].endswith(f"--process-id {1 - victim} --resume")
+    assert saved(out)[-1] in ("10", "20")
+    where = ("--devices", 3) if victim else ("--devices", 1)
+    output = here("--out", out, "--resume", "--save-every", 10, *where)
+    assert f"Going on with '{out}' after step {'' if victim is None else ''}" in output
+    assert_close(arrays(out), arrays(uninterrupted), 1e-4)
+    assert_one_line_a_step(out, STEPS)
+
+
+def test_a_killed_run_ends_the_same_to_the_bit_on_as_many_devices(uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    assert ended(begin(*DENSE, "--devices", 2, "--out", out, step=25, action=KILL))[0] == -signal.SIGKILL
+    assert saved(out)[-1] in ("10", "20")
+    assert f"Going on with '{out}' after step" in here("--out", out, "--resume", "--devices", 2)
+    assert_same_bits(arrays(out), arrays(uninterrupted))
+    assert_one_line_a_step(out, STEPS)
+
+
+def test_sigterm_to_one_process_saves_and_stops_all(uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    pair = both(*DENSE, "--out", out, actions=({}, {"step": 15, "action": TERM}))
+    for status, output in map(ended, pair):
+        assert status == 128 + signal.SIGTERM, output
+        assert f"jbn: stopped by SIGTERM after step 16 of {STEPS}, which is saved. Go on with:\n" in output
+    assert saved(out) == ["10", "16"]
+    resumed = both("--out", out, "--resume")
+    assert [ended(process)[0] for process in resumed] == [0, 0]
+    assert_close(arrays(out), arrays(uninterrupted), 1e-4)
+    assert_one_line_a_step(out, STEPS)
+
+
+def test_a_full_disk_loses_nothing_saved(uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    status, output = ended(begin(*DENSE, "--devices", 2, "--out", out, step=15, action=FULL))
+    assert status == 1, output
+    assert f"jbn: cannot write '{out / 'checkpoints'}" in output
+    assert "File too large" in output
+    assert saved(out) == ["10"]
+    here("--out", out, "--resume", "--devices", 2)
+    assert_same_bits(arrays(out), arrays(uninterrupted))
+
+
+def test_a_process_that_cannot_write_ends_the_others_too(tmp_path):
+    out = tmp_path / "run"
+    (first, _), (second, output) = map(ended, both(*DENSE, "--out", out, actions=({"step": 15, "action": FULL}, {})))
+    assert (first, second) == (1, 75)
+    assert "lost another process" in output
+    assert saved(out) == ["10"]
+
+
+def test_what_one_process_refuses_all_refuse(uninterrupted):
+    out = uninterrupted
+    for process, (status, output) in enumerate(map(ended, both(*DENSE, "--out", out))):
+        assert status == 2, output
+        assert f"'{out}' already holds a run" in output
+        assert ("says process 0" in output) == (process == 1)
+
+
+def test_an_option_that_differs_between_processes_is_named(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = (*DENSE, "--out", tmp_path / "run", "--num-processes", 2, "--timeout", TIMEOUT)
+        coordinator = ("--coordinator", f"127.0.0.1:{probe.getsockname()[1]}")
+    pair = [begin(*shared, *coordinator, "--process-id", process, "--seed", process) for process in (0, 1)]
+    for process, (status, output) in enumerate(map(ended, pair)):
+        assert status == 2, output
+        assert f"'--seed': stands for {process} in process {process} and for {1 - process} in process" in output
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_processes_that_do_not_come_are_not_waited_for(process, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    alone = ("--coordinator", address, "--num-processes", 2, "--process-id", process, "--timeout", 5)
+    status, output = ended(begin(*DENSE, *alone, "--out", tmp_path / "run"))
+    assert status == 75, output
+    assert output.endswith(
+        f"jbn: process {process} did not find the others; expected all of them within --timeout 5 seconds\n"
+    )
+    assert not (tmp_path / "run").exists()
