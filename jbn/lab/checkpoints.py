@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import logging
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator
@@ -19,16 +20,21 @@ from jbn.lab.recipe import State
 from jbn.lab.run_directory import FileError, OptionError
 
 STATE, CONTENTS = "state", "contents"
+# In the names of folders that are no checkpoint: Orbax's own mark of one that is being written.
+UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
     """The last `keep` checkpoints of a run in a folder, named by their steps, written while training goes on."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self.folder, self._keep = folder.absolute(), keep
+        # Orbax's manager would hide that one process cannot write until the others have waited ten minutes for it.
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         with _write_errors(self.folder):
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            if jax.process_index() == 0:
+                for path in self.folder.glob(f"*{UNFINISHED}*"):
+                    shutil.rmtree(path)
 
     def __enter__(self) -> Self:
         """Return the checkpoints."""
@@ -37,11 +43,11 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Let go of the folder, but where other processes may not come: closing waits for them."""
         if kind is None or not issubclass(kind, FileError | RuntimeError):
-            self._manager.close()
+            self._checkpointer.close()
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, in order."""
-        return sorted(self._manager.all_steps())
+        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
 
     def save(self, state: State) -> None:
         """Begin to write a state.
@@ -51,76 +57,88 @@ class Checkpoints:
         """
         step = int(state.step)
         with _write_errors(self.folder / str(step)):
+            self.finish()
+            if step in self.steps():  # a run goes on after its last step
+                return
             arguments = {STATE: ocp.args.StandardSave(state._asdict()), CONTENTS: ocp.args.JsonSave(_contents(state))}
-            self._manager.save(step, args=ocp.args.Composite(**arguments))
+            self._checkpointer.save(self.folder / str(step), args=ocp.args.Composite(**arguments))
 
     def check(self) -> None:
         """Raise `FileError` where what was begun has failed."""
         with _write_errors(self.folder):
-            self._manager.check_for_errors()
+            self._checkpointer.check_for_errors()
 
     def finish(self) -> None:
         """Wait until what was begun is written; `FileError` where it cannot be."""
         with _write_errors(self.folder):
-            self._manager.wait_until_finished()
+            self._checkpointer.wait_until_finished()
+            self._forget()
 
-    def restore(self, like: State, mesh: Mesh) -> State:
-        """Return the last state, on the devices of `mesh`.
+    def restore(self, like: State, mesh: Mesh, at: int | None = None) -> State:
+        """Return the state of a step, the last one for None, on the devices of `mesh`.
 
         Args:
             like: a state of the same network, or its shapes and dtypes.
             mesh: the devices, as many as there are now.
+            at: the step.
 
         Raises:
-            OptionError: the checkpoint cannot be read, is damaged or is of something else: the message has its path
-                and offers the one before it.
+            OptionError: there is no checkpoint of that step, or it cannot be read, is damaged or is of something else:
+                the message has its path and offers the one before it.
         """
-        *before, chosen = self.steps()
+        steps = self.steps()
+        if at is not None and at not in steps:
+            raise OptionError(
+                "--at", f"got {at}; expected one of {', '.join(map(str, steps))}, saved in '{self.folder}'"
+            )
+        chosen = steps[-1] if at is None else at
+        before = [step for step in steps if step < chosen]
         whole = NamedSharding(mesh, PartitionSpec())
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), like)
         with _quiet():
             try:
                 return self._read(chosen, abstract)
             except Exception as error:
-                reason = " ".join(str(error).split())[:300]
+                reason = " ".join(str(error).partition("See full TensorStore")[0].split())[:300]
         # Not in the handler: the error of Orbax would stay alive, and what it holds would complain later.
         offer = f"go on from the one before it with --resume --at {before[-1]}" if before else "no other is before it"
         raise OptionError(
             "--resume", f"the checkpoint '{self.folder / str(chosen)}' cannot be used ({reason}); {offer}"
         )
 
+    def set_aside(self, after: int) -> list[Path]:
+        """Move later checkpoints into a folder of their own, out of the way of a run that goes on."""
+        aside = self.folder.with_name(f"{self.folder.name}-set-aside")
+        moved = []
+        for step in [step for step in self.steps() if step > after]:
+            aside.mkdir(exist_ok=True)
+            places = (aside / f"{step}{suffix}" for suffix in ("", *(f".{again}" for again in range(1, 1000))))
+            moved.append((self.folder / str(step)).rename(next(place for place in places if not place.exists())))
+        return moved
+
+    def _forget(self) -> None:
+        """Delete all but the last checkpoints."""
+        if jax.process_index() == 0:
+            # Renamed first: a process killed meanwhile leaves no part of a checkpoint under its name.
+            for path in [self.folder / str(step) for step in self.steps()[: -self._keep]]:
+                shutil.rmtree(path.rename(path.with_name(path.name + UNFINISHED)))
+
     def _read(self, step: int, like: State) -> State:
         # Orbax casts what differs in dtype and does not see a flipped bit: both are told apart here.
-        stored = self._manager.restore(step, args=ocp.args.Composite(**{CONTENTS: ocp.args.JsonRestore()}))[CONTENTS]
+        folder = self.folder / str(step)
+        only_contents = ocp.args.Composite(**{CONTENTS: ocp.args.JsonRestore()})
+        stored = self._checkpointer.restore(folder, args=only_contents)[CONTENTS]
         expected = _kinds(like)
         for name in sorted(stored.keys() | expected.keys()):
             there = stored[name][0] if name in stored else "nothing"
             if there != expected.get(name, "nothing"):
                 raise ValueError(f"{name} is {there}; this run expects {expected.get(name, 'nothing')}")
-        arguments = {STATE: ocp.args.StandardRestore(like._asdict())}
-        state = State(**self._manager.restore(step, args=ocp.args.Composite(**arguments))[STATE])
+        only_state = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(like._asdict())})
+        state = State(**self._checkpointer.restore(folder, args=only_state)[STATE])
         for name, (_, checksum) in _contents(state).items():
             if checksum != stored[name][1]:
                 raise ValueError(f"the values of {name} are not those that were saved")
         return state
-
-
-def set_aside(folder: Path, after: int) -> list[Path]:
-    """Move the checkpoints after that of a step into a folder of their own, out of the way of a run that goes on.
-
-    Raises:
-        OptionError: there is no checkpoint of that step.
-    """
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-    if after not in steps:
-        raise OptionError("--at", f"got {after}, but '{folder}' holds {', '.join(map(str, steps)) or 'nothing'}")
-    aside = folder.with_name(f"{folder.name}-set-aside")
-    moved = []
-    for step in steps[steps.index(after) + 1 :]:
-        aside.mkdir(exist_ok=True)
-        places = (aside / f"{step}{suffix}" for suffix in ("", *(f".{again}" for again in range(1, 1000))))
-        moved.append((folder / str(step)).rename(next(place for place in places if not place.exists())))
-    return moved
 
 
 def _kinds(state: State) -> dict[str, str]:
@@ -141,6 +159,8 @@ def _contents(state: State) -> dict[str, list[Any]]:
 def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
+    except FileError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         for known in (

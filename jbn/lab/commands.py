@@ -150,7 +150,12 @@ def demo(
 def train(
     context: typer.Context,
     model: Annotated[
-        str, typer.Option(parser=_one_of("dense", "conv", "resnet"), metavar="dense|conv|resnet", help="What to train.")
+        str,
+        typer.Option(
+            parser=_one_of("dense", "conv", "resnet"),
+            metavar="dense|conv|resnet",
+            help="dense, conv: the networks of the demo; resnet: three residual blocks.",
+        ),
     ] = "resnet",
     data: Annotated[
         str | None,
@@ -161,7 +166,7 @@ def train(
         ),
     ] = None,
     validation: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of the images to watch, as --data; the digits have some.")
+        str | None, typer.Option(metavar="DIR", help="Folder of images to evaluate on, beside --data.")
     ] = None,
     epochs: Annotated[
         int, typer.Option(parser=_whole_number(1, 100_000), metavar="N", help="Times through the data.")
@@ -183,14 +188,16 @@ def train(
     schedule: Annotated[
         str,
         typer.Option(
-            parser=_one_of("cosine", "constant"), metavar="cosine|constant", help="The rate after its warmup."
+            parser=_one_of("cosine", "constant"),
+            metavar="cosine|constant",
+            help="The learning rate after its warmup: falling to 0, or the same.",
         ),
     ] = "cosine",
     warmup_epochs: Annotated[
         float, typer.Option(parser=_not_negative, metavar="N", help="Epochs in which the rate grows from 0.")
     ] = 1.0,
     weight_decay: Annotated[
-        float, typer.Option(parser=_not_negative, metavar="W", help="Not of scale and bias.")
+        float, typer.Option(parser=_not_negative, metavar="W", help="Pulls kernels towards 0; scale and bias are left.")
     ] = 1e-4,
     augment: Annotated[
         list[str] | None,
@@ -234,7 +241,11 @@ def train(
         int | None, typer.Option(parser=_whole_number(0, 99_999), metavar="N", help="Which of them this is, from 0 on.")
     ] = None,
     cluster: Annotated[
-        bool, typer.Option("--cluster", help="Let SLURM, Open MPI or the TPU slice tell these three.")
+        bool,
+        typer.Option(
+            "--cluster",
+            help="Learn --coordinator, --num-processes and --process-id from SLURM, Open MPI or the TPU slice.",
+        ),
     ] = False,
     timeout: Annotated[
         int,
@@ -260,7 +271,8 @@ def train(
 
     The global batch decides the result: its rows are spread over the devices, and batch normalization sees all of
     them. A run that was stopped or killed goes on with --resume, on any number of devices and processes.
-    SIGTERM and Ctrl-C save first. Exit status: 75 where another process was lost.
+    SIGTERM and Ctrl-C save first. Exit status: 0 done, 1 stopped by an error, 2 a wrong option or file,
+    75 another process was lost, 130 and 143 stopped by Ctrl-C and SIGTERM.
     """
     import jax
     from rich.console import Console

@@ -16,7 +16,7 @@ from jbn.lab.run_directory import OptionError
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with the run, start it again.
 LOST = 75
-MESSAGE_BYTES = 4096
+MESSAGE_BYTES = 2**14
 
 T = TypeVar("T")
 _kept: dict[str, Any] = {}

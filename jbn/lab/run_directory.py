@@ -122,4 +122,4 @@ def _in_words(options: Options, name: str) -> str:
 
 
 def _as_text(value: object) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+    return (" ".join(value) or "none") if isinstance(value, tuple) else str(value)

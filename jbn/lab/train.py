@@ -22,7 +22,7 @@ from rich.console import Console
 from jbn.lab import processes, run_directory
 from jbn.lab.batches import Batches
 from jbn.lab.blame import blame
-from jbn.lab.checkpoints import Checkpoints, set_aside
+from jbn.lab.checkpoints import Checkpoints
 from jbn.lab.data import Held, Source, digits
 from jbn.lab.devices import in_words, mesh_of, replicated
 from jbn.lab.folder import open_folder
@@ -121,11 +121,11 @@ def run(options: Options, place: Place, *, chosen: Collection[str], console: Con
         processes.together(lambda: run_directory.start(place.out, options) if first else None)
         processes.together(lambda: _seen(place.out))
     folder = place.out / run_directory.CHECKPOINTS
-    if (at := place.at) is not None:
-        for path in processes.together(lambda: set_aside(folder, at) if first else []):
-            console.print(f"Moved a later checkpoint to {path}", soft_wrap=True)
     with Checkpoints(folder, place.keep) as checkpoints, signals() as sent:
-        state = processes.together(lambda: _begin(work, checkpoints, place.out, console))
+        state = processes.together(lambda: _begin(work, checkpoints, place))
+        later = processes.together(lambda: checkpoints.set_aside(int(state.step)) if first else [])
+        for path in later:
+            console.print(f"Moved a later checkpoint to {path}", soft_wrap=True)
         with Metrics(place.out if first else None, int(state.step)) as metrics:
             state, seconds = _steps(work, state, checkpoints, metrics, sent, place)
         checkpoints.finish()
@@ -184,13 +184,13 @@ def _work(options: Options, training: Source, validation: Source | None, mesh: M
     return Work(recipe, batches, watched, mesh, console)
 
 
-def _begin(work: Work, checkpoints: Checkpoints, out: Path, console: Console) -> State:
+def _begin(work: Work, checkpoints: Checkpoints, place: Place) -> State:
     """Return the state that the run begins with, or goes on from."""
     shape = work.training.source.image_shape
     if not checkpoints.steps():
         return State(*replicated(initial(work.recipe, shape), work.mesh))
-    state = checkpoints.restore(jax.eval_shape(lambda: initial(work.recipe, shape)), work.mesh)
-    console.print(f"Going on with '{out}' after step {state.step} of {work.recipe.steps}", soft_wrap=True)
+    state = checkpoints.restore(jax.eval_shape(lambda: initial(work.recipe, shape)), work.mesh, place.at)
+    work.console.print(f"Going on with '{place.out}' after step {state.step} of {work.recipe.steps}", soft_wrap=True)
     return state
 
 
