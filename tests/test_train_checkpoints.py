@@ -88,6 +88,15 @@ def test_a_damaged_checkpoint_is_refused_or_read_exactly(tmp_path, states):
     assert_same_bits(restored(folder), states[1])
 
 
+def test_a_step_of_a_run_that_saved_none(whole, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(whole / "options.json", out)
+    result = train(out, ["--resume", "--devices", 1, "--at", 5])
+    assert result.exit_code == 2
+    assert "'--at': got 5; expected no --at, for nothing is saved in" in result.output
+
+
 def test_the_only_checkpoint_has_none_before_it(tmp_path, states):
     folder = saved(tmp_path / "checkpoints", states[:1])
     shutil.rmtree(folder / "0" / "state")

@@ -88,9 +88,8 @@ class Checkpoints:
         """
         steps = self.steps()
         if at is not None and at not in steps:
-            raise OptionError(
-                "--at", f"got {at}; expected one of {', '.join(map(str, steps))}, saved in '{self.folder}'"
-            )
+            saved = f"one of {', '.join(map(str, steps))}, saved" if steps else "no --at, for nothing is saved"
+            raise OptionError("--at", f"got {at}; expected {saved} in '{self.folder}'")
         chosen = steps[-1] if at is None else at
         before = [step for step in steps if step < chosen]
         whole = NamedSharding(mesh, PartitionSpec())

@@ -31,7 +31,7 @@ from jbn.lab.models import ConvNetwork, DenseNetwork, ResNet
 from jbn.lab.recipe import Batch, Measures, Recipe, State, evaluated, initial, update
 from jbn.lab.report import add_bar, progress_bars
 from jbn.lab.results import versions
-from jbn.lab.run_directory import OptionError
+from jbn.lab.run_directory import FileError, OptionError
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "dense": lambda **fields: DenseNetwork(batch_norm=True, **fields),
@@ -187,7 +187,7 @@ def _work(options: Options, training: Source, validation: Source | None, mesh: M
 def _begin(work: Work, checkpoints: Checkpoints, place: Place) -> State:
     """Return the state that the run begins with, or goes on from."""
     shape = work.training.source.image_shape
-    if not checkpoints.steps():
+    if not checkpoints.steps() and place.at is None:
         return State(*replicated(initial(work.recipe, shape), work.mesh))
     state = checkpoints.restore(jax.eval_shape(lambda: initial(work.recipe, shape)), work.mesh, place.at)
     work.console.print(f"Going on with '{place.out}' after step {state.step} of {work.recipe.steps}", soft_wrap=True)
@@ -292,7 +292,10 @@ def _conclude(
         "steps": int(state.step),
         "median_step_ms": round(float(np.median(seconds)) * 1e3, 4) if seconds else None,
     } | {name: value if math.isfinite(value) else None for name, value in found.items()}
-    run_directory.write_json(path, content)
+    try:
+        run_directory.write_json(path, content)
+    except OSError as error:
+        raise FileError(f"cannot write '{path}' ({error.strerror})") from error
     said = ", ".join(_in_words(found)) or "no validation data"
     pace = f", {content['median_step_ms']:g} ms a step" if seconds else ""
     work.console.print(
