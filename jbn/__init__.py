@@ -6,8 +6,12 @@ from ._forward import batch_norm as batch_norm
 from ._forward import bn_forward as bn_forward
 from ._forward import bn_init as bn_init
 from ._forward import moments as moments
+from ._freeze import decay_mask as decay_mask
+from ._freeze import freeze as freeze
+from ._freeze import trainable_mask as trainable_mask
 from ._moments import Moments as Moments
 from ._moments import merge as merge
+from ._recalibrate import recalibrate as recalibrate
 from ._remat import remat_policy as remat_policy
 
 __version__ = "0.1.0"

@@ -1,7 +1,6 @@
 """The rooms joined: ``bn_init``, ``bn_forward``, and the stateless ``batch_norm`` and ``moments``."""
 
-from collections.abc import Hashable, Mapping, MutableMapping, Sequence
-from copy import copy
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -76,6 +75,7 @@ def bn_forward(
     x: ArrayLike,
     train: bool,
     *,
+    update: bool | None = None,
     axis: Axis = -1,
     momentum: ArrayLike = 0.99,
     epsilon: float = 1e-5,
@@ -95,8 +95,9 @@ def bn_forward(
         \mu = \mathrm{E}[x],\ \sigma^2 = \mathrm{E}[(x - \mu)^2]
 
     With ``train=True`` the moments are those of all valid positions of the batch, over every shard of ``axis_name``,
-    and the state moves: :math:`\text{new} = \text{old} + (1 - \text{momentum})(\text{batch} - \text{old})`. With
-    ``train=False`` they are those of the state, which is returned as it is.
+    with ``train=False`` those of the state. With ``update`` the state moves towards those of the batch:
+    :math:`\text{new} = \text{old} + (1 - \text{momentum})(\text{batch} - \text{old})`. Unless given it is what
+    ``train`` is.
 
     Args:
         params: ``Params`` or a mapping with ``scale`` and ``bias``, each of the shape of the features, either or both
@@ -104,6 +105,7 @@ def bn_forward(
         state: ``State`` or a mapping with ``mean`` and ``var``, of the shape of the features.
         x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
         train: whether to use the statistics of the batch; a Python bool, known when tracing.
+        update: whether the state moves, or comes back as it is; a Python bool, that of ``train`` unless given.
         axis: the axis or axes of the features, the last unless given; parameters have their sizes in ascending order.
         momentum: weight of the old value, 0 to 1, a number or a traced scalar (PyTorch's is one minus it).
         epsilon: ε > 0, added to the variance.
@@ -111,13 +113,14 @@ def bn_forward(
             others give 0, and nothing in them reaches an output, a gradient or the state. For sequences x (N, T, C)
             of known lengths: ``(jnp.arange(T) < lengths[:, None])[..., None]``.
         axis_name: name or names of axes of ``jax.shard_map``, ``jax.pmap`` or ``jax.vmap`` whose shards form one
-            batch; ignored with ``train=False``. All of them must hold the same state. Under ``jax.jit`` a sharded
-            batch is one batch without it. In ``jax.shard_map`` without it statistics and states are those of a shard.
+            batch; ignored where no statistics are taken. All of them must hold the same state. Under ``jax.jit`` a
+            sharded batch is one batch without it. In ``jax.shard_map`` without it statistics and states are those of a
+            shard.
         axis_index_groups: groups of indices of that axis, each index in one of them, of any sizes; each group is a
             batch of its own.
         group_size: number of examples, positions on the first axis that is not one of features, that are a batch of
             their own: those of a shard, or those of several shards of ``axis_name``, in order. Groups inside a shard
-            need no other shard for y and its gradients, and sweep x twice. Groups are ignored with ``train=False``.
+            need no other shard for y and its gradients, and sweep x twice. Ignored where no statistics are taken.
         activation: f, a function of one array such as ``jax.nn.relu``, applied in the dtype of the arithmetic and
             recomputed in the backward pass. Arrays that it closes over, such as a learned slope, are differentiated
             too. Eager calls compile anew for a new function object and for one that holds arrays.
@@ -131,7 +134,8 @@ def bn_forward(
         feature whose batch statistics are not finite, or come from fewer than two rows, keeps its old ones.
 
     Raises:
-        ValueError: for shapes, ranges and names that do not fit, and for one value per feature in training.
+        ValueError: for shapes, ranges and names that do not fit, and for one value per feature where statistics are
+            taken.
         TypeError: for dtypes and kinds that do not fit.
 
     >>> import jax, jbn
@@ -146,19 +150,26 @@ def bn_forward(
     masked positions, averages shards with equal weights and returns float32 for bfloat16 x.
     """
     train = layouts.check_flag("train", train)
-    old = _entries("state", state, ("mean", "var"), required=True)
-    scale, bias = _entries("params", params, ("scale", "bias"))
+    update = train if update is None else layouts.check_flag("update", update)
+    old = layouts.entries("state", state, ("mean", "var"), required=True)
+    scale, bias = layouts.entries("params", params, ("scale", "bias"))
     recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype, *old)
-    for name, value in zip(("state.mean", "state.var"), old, strict=True):
+    gather = running.asked(old[0], recipe.layout.features)
+    known = running.opened(*old) if gather else old
+    for name, value in zip(("state.mean", "state.var"), known, strict=True):
         layouts.check_vector(name, value, recipe.layout)
     weight = layouts.new_weight(momentum)
-    if not train:
-        return _evaluate(recipe, valid, operands, *old), state
+    if not (train or update):
+        return _evaluate(recipe, valid, operands, *known), state
+    train = train and not (update and gather == "recalibrated")
     rows = _rows(recipe.layout, recipe.epsilon, axis_name, axis_index_groups, group_size)
-    check_replicas(rows.sync, operands.x, valid, old[0])
-    layouts.check_rows(rows.layout, int(np.min(rows.shared.shards())))
-    y, mean, var = _train(rows, recipe, unbiased, valid, operands, *old, weight)
-    return y, _replace(state, mean=mean, var=var)
+    if update:
+        check_replicas(rows.sync, operands.x, valid, old[0])
+    if train or not gather:
+        layouts.check_rows(rows.layout, int(np.min(rows.shared.shards())))
+    uses = _Uses(train, update, unbiased, gather is not None)
+    y, new = _with_statistics(rows, recipe, uses, valid, operands, *old, weight)
+    return y, running.replaced(state, **new) if update else state
 
 
 def batch_norm(
@@ -248,34 +259,50 @@ def moments(
     return _moments_of(Rows(layout, sync_over(axis_name), 0.0), valid, values)
 
 
+class _Uses(NamedTuple):
+    """What the statistics of the batch are taken for."""
+
+    train: bool  # y is normalized by them
+    update: bool  # the running ones move towards them
+    unbiased: bool  # as those of a sample
+    gather: bool  # they are kept as they are, for ``recalibrate``
+
+
 # One compiled call each, so that an eager step costs one dispatch and the second call traces nothing.
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _train(
+def _with_statistics(
     rows: Rows,
     recipe: Recipe,
-    unbiased: bool,
+    uses: _Uses,
     mask: Array | None,
     operands: Operands,
     mean: Array,
     var: Array,
     weight: ArrayLike,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, dict[str, Array]]:
     wide, operands = recipe.wide, _named(operands)
+    given = mean, var
+    mean, var = running.opened(mean, var) if uses.gather else given
     pilot = pilot_of(mean, wide)
     batch = named(MOMENTS, statistics(rows, operands.x, mask, pilot))
-    whole = rows.whole(batch, pilot)
-    seen = Moments(*(place_as(value, mean) if value.ndim else value for value in whole))
-    old = mean.astype(wide), place_as(var.astype(wide), mean)
-    new = running.exponential(*old, seen, jnp.asarray(weight, wide), unbiased)
-    y = _by_batch(rows, recipe, mask, batch, operands)
-    return y, new[0].astype(mean.dtype), place_as(new[1].astype(var.dtype), var)
+    new = {}
+    if uses.update:
+        whole = rows.whole(batch, pilot)
+        seen = Moments(*(place_as(value, mean) if value.ndim else value for value in whole))
+        if uses.gather:
+            moved = running.gathered(*given, seen)
+        else:
+            old = mean.astype(wide), place_as(var.astype(wide), mean)
+            moved = running.exponential(*old, seen, jnp.asarray(weight, wide), uses.unbiased)
+        new = {"mean": moved[0].astype(mean.dtype), "var": place_as(moved[1].astype(var.dtype), given[1])}
+    if uses.train:
+        return _by_batch(rows, recipe, mask, batch, operands), new
+    return _by_running(recipe, mask, operands, mean, var), new
 
 
 @partial(jax.jit, static_argnums=0)
 def _evaluate(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
-    mean, operands = mean.astype(recipe.wide), _named(operands)
-    known = Moments(jnp.zeros((), recipe.wide), mean, jnp.zeros_like(mean), var.astype(recipe.wide))
-    return normalize(recipe, mask, known, operands)
+    return _by_running(recipe, mask, _named(operands), mean, var)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -283,6 +310,13 @@ def _normalized(rows: Rows, recipe: Recipe, mask: Array | None, operands: Operan
     pilot, operands = jnp.zeros(rows.layout.features, recipe.wide), _named(operands)
     batch = named(MOMENTS, statistics(rows, operands.x, mask, pilot))
     return _by_batch(rows, recipe, mask, batch, operands), rows.whole(batch, pilot)
+
+
+def _by_running(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
+    """Normalize by the statistics of the state."""
+    mean = mean.astype(recipe.wide)
+    known = Moments(jnp.zeros((), recipe.wide), mean, jnp.zeros_like(mean), var.astype(recipe.wide))
+    return normalize(recipe, mask, known, operands)
 
 
 def _by_batch(rows: Rows, recipe: Recipe, mask: Array | None, batch: Moments, operands: Operands) -> Array:
@@ -352,41 +386,3 @@ def _read_rows(x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> tuple[Layout
     values = layouts.as_array("x", x)
     layout = layouts.layout_of(values, axis)
     return layout, values, layouts.check_mask(layouts.as_array("mask", mask), layout)
-
-
-def _entries(name: str, tree: Any, fields: tuple[str, ...], required: bool = False) -> tuple[Any, ...]:
-    """Read the fields of a NamedTuple or a mapping; what is absent is None."""
-    if isinstance(tree, Mapping):
-        found = dict(tree)
-    elif hasattr(tree, "_asdict"):
-        found = tree._asdict()
-    elif tree is None and not required:
-        found = {}
-    else:
-        raise TypeError(
-            f"{name} is of type {type(tree).__name__}; expected jbn.{name.capitalize()} or a mapping with "
-            f"{' and '.join(fields)}."
-        )
-    present = [field for field in fields if found.get(field) is not None]
-    if set(found) - set(fields) or (required and len(present) < len(fields)):
-        inner = [key for key, value in found.items() if isinstance(value, Mapping) and set(fields) & set(value)]
-        raise ValueError(
-            f"{name} has the entries {', '.join(sorted(map(str, found))) or 'none'}; expected {' and '.join(fields)}. "
-            + (
-                f"Pass {name}[{inner[0]!r}]."
-                if len(inner) == 1
-                else "The order is bn_forward(params, state, x, train)."
-            )
-        )
-    return tuple(layouts.as_array(field, found.get(field)) for field in fields)
-
-
-def _replace(state: StateT, **fields: Array) -> StateT:
-    """Return a state of the same type with new arrays."""
-    if isinstance(state, MutableMapping):
-        new = copy(state)
-        new.update(fields)
-        return new
-    if isinstance(state, Mapping):
-        return type(state)({**state, **fields})  # type: ignore[call-arg]
-    return state._replace(**fields)  # type: ignore[attr-defined, no-any-return]

@@ -1,7 +1,7 @@
 """Where the features are: axis, mask and parameter shapes; every shape and dtype error of the library."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,6 +114,33 @@ def as_array(name: str, value: Any) -> Any:
     return jnp.asarray(value)
 
 
+def entries(name: str, tree: Any, fields: tuple[str, ...], required: bool = False) -> tuple[Any, ...]:
+    """Read the fields of a NamedTuple or a mapping; what is absent is None."""
+    if isinstance(tree, Mapping):
+        found = dict(tree)
+    elif hasattr(tree, "_asdict"):
+        found = tree._asdict()
+    elif tree is None and not required:
+        found = {}
+    else:
+        raise TypeError(
+            f"{name} is of type {type(tree).__name__}; expected jbn.{name.capitalize()} or a mapping with "
+            f"{' and '.join(fields)}."
+        )
+    present = [field for field in fields if found.get(field) is not None]
+    if set(found) - set(fields) or (required and len(present) < len(fields)):
+        inner = [key for key, value in found.items() if isinstance(value, Mapping) and set(fields) & set(value)]
+        raise ValueError(
+            f"{name} has the entries {', '.join(sorted(map(str, found))) or 'none'}; expected {' and '.join(fields)}. "
+            + (
+                f"Pass {name}[{inner[0]!r}]."
+                if len(inner) == 1
+                else "The order is bn_forward(params, state, x, train)."
+            )
+        )
+    return tuple(as_array(field, found.get(field)) for field in fields)
+
+
 def feature_shape(num_features: Any) -> tuple[int, ...]:
     """Read ``num_features``, one size or several."""
     sizes = num_features if isinstance(num_features, tuple | list) else (num_features,)
@@ -195,6 +222,16 @@ def check_mask(mask: Array | None, layout: Layout) -> Array | None:
     return mask
 
 
+def broadcast_mask(mask: ArrayLike | None, x: Array) -> Array | None:
+    """Read a mask as Flax takes it: of any dtype and rank that broadcasts to x as in NumPy."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask, dtype=bool)
+    if all(m in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
+        mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
+    return mask
+
+
 def check_residual(residual: Array | None, layout: Layout) -> Array | None:
     """Refuse a residual that cannot be added to x as it is."""
     if residual is None:
@@ -208,14 +245,18 @@ def check_residual(residual: Array | None, layout: Layout) -> Array | None:
     return residual
 
 
+class OneValue(ValueError):
+    """One value per feature, where the statistics of a batch are asked for."""
+
+
 def check_rows(layout: Layout, shards: int) -> None:
     """Refuse to train on one value per feature: its variance is zero and the output is the bias, whatever x is."""
     if layout.values * shards == 1:
-        raise ValueError(
+        raise OneValue(
             f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
             f"{shards} shard{'s' * (shards > 1)}{f', group_size {layout.group}' * bool(layout.group)}), so its "
             "variance is zero. Expected at least two: use a larger batch or group, axis_name= to share statistics, or "
-            "train=False for a single example (use_running_average=True in Flax)."
+            "train=False, without update=, for a single example (use_running_average=True in Flax)."
         )
 
 

@@ -1,9 +1,15 @@
-"""How running statistics move."""
+"""How the state moves: running statistics, and the moments that ``recalibrate`` gathers."""
+
+from collections.abc import Mapping, MutableMapping
+from copy import copy
+from typing import TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._moments import Moments
+from ._moments import Moments, merge
+
+StateT = TypeVar("StateT")
 
 
 def exponential(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool) -> tuple[Array, Array]:
@@ -35,3 +41,55 @@ def exponential(mean: Array, var: Array, batch: Moments, weight: Array, unbiased
         lax.stop_gradient(jnp.where(usable, new_mean, mean)),
         lax.stop_gradient(jnp.where(usable, new_var, var)),
     )
+
+
+# The state that ``recalibrate`` passes has two more axes at the end, and holds the moments of the rows that its layer
+# has seen, which may be called more than once, beside the statistics:
+#
+#     mean[..., 0, :] = mean, pilot, offset             var[..., 0, :] = var, variance of the rows, count
+#
+# A count of inf says that there were none yet. The size of the last axis is the order: whether a layer normalizes as it
+# would, or by the statistics of the state; the fourth number is not used. A shape travels through every transformation
+# and is part of every cache key, so that nothing compiled before can answer a question that it was not asked.
+ORDERS = {"batch": 3, "recalibrated": 4}
+
+
+def asked(mean: Array, features: tuple[int, ...]) -> str | None:
+    """Return the order of ``recalibrate``, or None where the state is an ordinary one."""
+    return {(*features, 1, size): order for order, size in ORDERS.items()}.get(tuple(mean.shape))
+
+
+def ordered(mean: Array, var: Array, order: str) -> tuple[Array, Array]:
+    """Make room in a state for the moments of an order."""
+    room = ORDERS[order] - 1
+    mean, var = (jnp.stack([v, *[jnp.full_like(v, jnp.inf)] * room], -1)[..., None, :] for v in (mean, var))
+    return mean, var
+
+
+def opened(mean: Array, var: Array) -> tuple[Array, Array]:
+    """Return the statistics in the state of an order."""
+    return mean[..., 0, 0], var[..., 0, 0]
+
+
+def gathered(mean: Array, var: Array, batch: Moments) -> tuple[Array, Array]:
+    """Merge the moments of a batch into the state of an order."""
+    (known, pilot, offset), (old, spread, count) = ([half[..., 0, i] for i in range(3)] for half in (mean, var))
+    none = jnp.isinf(count)
+    before = Moments(*(jnp.where(none, 0, value) for value in (count, pilot, offset, spread)))
+    batch = Moments(*(value.astype(mean.dtype) for value in batch))
+    both = merge(before, batch._replace(count=jnp.broadcast_to(batch.count, batch.var.shape)))
+    unused = [known] * (mean.shape[-1] - 3)
+    new = [known, both.pilot, both.offset, *unused], [old, both.var, both.count, *unused]
+    new_mean, new_var = (jnp.stack(half, -1)[..., None, :] for half in new)
+    return new_mean, new_var
+
+
+def replaced(state: StateT, **fields: Array) -> StateT:
+    """Return a state of the same type with new arrays."""
+    if isinstance(state, MutableMapping):
+        new = copy(state)
+        new.update(fields)
+        return new
+    if isinstance(state, Mapping):
+        return type(state)({**state, **fields})  # type: ignore[call-arg]
+    return state._replace(**fields)  # type: ignore[attr-defined, no-any-return]

@@ -1,17 +1,19 @@
-"""``BatchNorm`` for Flax NNX, and ``replace``, which puts it into a model; it holds no arithmetic."""
+"""``BatchNorm`` for Flax NNX; ``replace`` puts it into a model, ``freeze`` freezes it; they hold no arithmetic."""
 
 import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
 from ._forward import batch_norm, bn_forward
-from ._layout import check_flag
+from ._freeze import Frozen, Patterns, select
+from ._layout import OneValue, broadcast_mask, check_flag
 
 ModelT = TypeVar("ModelT")
 
@@ -56,6 +58,8 @@ class BatchNorm(nnx.BatchNorm):
     True
     """
 
+    frozen = Frozen()  # of the class, so that a model saved or made before has it too
+
     def __init__(
         self,
         num_features: int,
@@ -96,15 +100,14 @@ class BatchNorm(nnx.BatchNorm):
         evaluate = check_flag(
             "use_running_average", self.use_running_average if use_running_average is None else use_running_average
         )
+        train, update = self.frozen.flags(evaluate)
         x = jnp.asarray(x)
-        if mask is not None:  # Flax takes any mask that broadcasts to x, of numbers too
-            mask = jnp.asarray(mask, dtype=bool)
-            if all(m in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
-                mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
+        mask = broadcast_mask(mask, x)
         params: dict[str, Any] = {
             "scale": None if self.scale is None else self.scale[...],
             "bias": None if self.bias is None else self.bias[...],
         }
+        params = jax.lax.stop_gradient(params) if self.frozen.affine else params
         options: dict[str, Any] = {
             "axis": self.axis,
             "epsilon": self.epsilon,
@@ -118,14 +121,14 @@ class BatchNorm(nnx.BatchNorm):
         }
         state = {"mean": self.mean[...], "var": self.var[...]}
         try:
-            y, state = bn_forward(params, state, x, not evaluate, momentum=self.momentum, **options)
-        except ValueError as error:
-            if "one value per channel" not in str(error):
-                raise
+            y, state = bn_forward(params, state, x, train, update=update, momentum=self.momentum, **options)
+        except OneValue as error:
             kept = f"This {type(self).__name__} of {self.num_features} features goes on and keeps its statistics."
             warnings.warn(f"{error} {kept}", stacklevel=2)
+            if not train:
+                return bn_forward(params, state, x, False, **options)[0]
             return batch_norm(x, **params, **options)[0]
-        if not evaluate:
+        if update:
             self.mean[...], self.var[...] = state["mean"], state["var"]
         return y
 
@@ -195,3 +198,61 @@ def replace(model: ModelT, **overrides: Any) -> tuple[ModelT, Replaced]:
         if new:  # not a new module, which those who hold the old one would not see
             object.__setattr__(norm, "__class__", BatchNorm)
     return model, done
+
+
+def freeze(
+    model: ModelT,
+    patterns: Patterns = "*",
+    *,
+    use_running_average: bool = True,
+    update: bool = False,
+    affine: bool = False,
+) -> tuple[ModelT, tuple[str, ...]]:
+    """Freeze the norms of a model, in place: it says what they do where the model trains, whoever calls ``train()``.
+
+    Where the model evaluates, frozen norms evaluate. ``jbn.freeze`` has a table of the ways to freeze, and says what
+    patterns match. The parameters of a frozen norm get gradients of zero with ``affine=True``; weight decay would
+    still move them: the optimizer needs ``jbn.trainable_mask``.
+
+    Args:
+        model: a module, or a list, tuple or dictionary of them; found are the norms at any depth.
+        patterns: one or several, matched with the paths of the norms, joined by ``/``: ``"backbone"``,
+            ``"layers/*/bn"``; all norms unless given. Norms that do not match stay as they are.
+        use_running_average: whether the running statistics normalize, instead of those of the batch.
+        update: whether the running statistics move.
+        affine: whether scale and bias are constants.
+
+    Returns:
+        The model that was given, and the paths of the norms that match. A module at several places has one path. To
+        undo it: ``freeze(model, patterns, use_running_average=False, update=True)``.
+
+    Raises:
+        ValueError: for a pattern that matches no norm, and for norms that match and are not jbn's; the model is as it
+            was.
+        TypeError: for patterns that are not strings, and flags that are neither True nor False.
+
+    >>> from flax import nnx
+    >>> import jbn.nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), jbn.nnx.BatchNorm(8, rngs=rngs), nnx.relu)
+    >>> model, paths = jbn.nnx.freeze(model, "layers/*")
+    >>> model.train()
+    >>> y = model(jax.random.normal(jax.random.key(0), (8, 4)))
+    >>> paths, bool((model.layers[1].mean[...] == 0).all())
+    (('layers/1',), True)
+    """
+    flags = {"use_running_average": use_running_average, "update": update, "affine": affine}
+    frozen = Frozen(**{name: check_flag(name, value) for name, value in flags.items()})
+    found: list[tuple[str, Any]] = [
+        ("/".join(map(str, path)), norm) for path, norm in nnx.iter_graph(model) if isinstance(norm, nnx.BatchNorm)
+    ]
+    hits = select([path for path, _ in found], patterns, "norms of the model")
+    chosen = [(path, norm) for (path, norm), hit in zip(found, hits, strict=True) if hit]
+    if others := [path for path, norm in chosen if not isinstance(norm, BatchNorm)]:
+        raise ValueError(
+            f"patterns match norms that are not jbn's and cannot be frozen: {', '.join(map(repr, others))}; expected "
+            "jbn.nnx.BatchNorm. Call jbn.nnx.replace(model) first, or leave them out."
+        )
+    for _, norm in chosen:
+        norm.frozen = frozen
+    return model, tuple(path for path, _ in chosen)

@@ -236,7 +236,7 @@ def test_loss_that_is_not_finite_is_said_and_recorded_as_null(diverged):
     ],
 )
 def test_wrong_values_are_one_clear_line(tmp_path, arguments, option, arrived, expected):
-    jax.devices()  # the eight of the tests; a process that has not looked for devices yet simulates as many as asked for
+    jax.devices()  # the eight of the tests: a process that has not looked yet simulates as many as asked for
     out = tmp_path / "run"
     result = demo("--out", out, *arguments)
     assert result.exit_code == 2, result.output

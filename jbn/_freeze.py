@@ -1,0 +1,180 @@
+"""What freezing needs beside the layers: statistics that stay, masks of parameters for optax, paths and patterns."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+Tree = TypeVar("Tree")
+Patterns = str | Sequence[str]
+
+# What scales and shifts by feature is not decayed: pulling a scale towards zero regularizes nothing.
+NOT_DECAYED = ("scale", "bias")
+
+
+def freeze(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
+    """Return the statistics after a step: the old ones at the layers that match, the new ones elsewhere.
+
+    It serves models of any library, whose layers know nothing of freezing: they normalize as before, and only what they
+    remember is chosen. The layers of jbn can be frozen in four ways, in evaluation they all evaluate:
+
+    ===========================================  ===============================  ===============================
+    where the network trains                     ``bn_forward``                   ``jbn.linen.freeze`` (a context),
+                                                                                  ``jbn.nnx.freeze`` (in place)
+    ===========================================  ===============================  ===============================
+    1. statistics fixed, scale and bias learn    ``train=False``                  the default
+    2. everything fixed                          ``train=False``, and of params   ``affine=True``
+                                                 ``jax.lax.stop_gradient``
+    3. running statistics used, and moving       ``train=False, update=True``     ``update=True``
+    4. those of the batch used, none remembered  ``train=True, update=False``     ``use_running_average=False``
+    ===========================================  ===============================  ===============================
+
+    A gradient of zero does not stop weight decay: with 2 the optimizer needs ``jbn.trainable_mask``.
+
+    Paths are the keys of a tree from its root, joined by ``/``: ``backbone/BatchNorm_0/mean``; boxes around arrays,
+    such as ``nnx.BatchStat``, add nothing. Patterns are those of ``fnmatch.fnmatchcase`` on the whole path: ``*``
+    crosses ``/``, ``?`` is one character, ``[ab]`` one of those. As a whole key ``**`` may also stand for no key:
+    ``backbone/**/bn`` matches ``backbone/bn``. What matches a node matches everything under it: ``backbone`` is all of
+    the backbone.
+
+    Args:
+        old: the statistics before the step, a tree of arrays such as ``batch_stats`` of Flax Linen, ``nnx.state(model,
+            nnx.BatchStat)`` or a dictionary of ``jbn.State``.
+        new: those after it, at the same paths.
+        patterns: one or several, of layers or of what is above them; all layers unless given.
+
+    Returns:
+        A tree of the structure of ``old``.
+
+    Raises:
+        ValueError: for a pattern that matches nothing, and for trees of different paths.
+        TypeError: for patterns that are not strings.
+
+    >>> import jbn
+    >>> old = {"backbone": {"bn": jbn.bn_init(2)[1]}, "head": {"bn": jbn.bn_init(2)[1]}}
+    >>> new = jax.tree.map(lambda value: value + 1, old)
+    >>> kept = jbn.freeze(old, new, "backbone")
+    >>> kept["backbone"]["bn"].var.tolist(), kept["head"]["bn"].var.tolist()
+    ([1.0, 1.0], [2.0, 2.0])
+    """
+    paths, before, structure = _flat(old)
+    others, after, _ = _flat(new)
+    if paths != others:
+        lost, more = (sorted(set(a) - set(b)) for a, b in ((paths, others), (others, paths)))
+        raise ValueError(
+            f"old and new differ: of {len(paths)} and {len(others)} paths, only old has {_some(lost)}, only new has "
+            f"{_some(more)}; expected the statistics of one model before and after a step, such as "
+            "variables['batch_stats'] and updates['batch_stats'] in Flax Linen."
+        )
+    chosen = zip(select(paths, patterns), before, after, strict=True)
+    return jax.tree.unflatten(structure, [b if kept else a for kept, b, a in chosen])
+
+
+def trainable_mask(params: Tree, frozen: Patterns) -> Tree:
+    """Return a tree of bools for optax: False where a pattern matches, True elsewhere.
+
+    Args:
+        params: a tree of arrays, such as ``params`` of Flax Linen or ``nnx.state(model, nnx.Param)``.
+        frozen: one pattern or several, see ``jbn.freeze``: ``"backbone"``, ``"**/BatchNorm_*"``, ``"*/scale"``.
+
+    Returns:
+        A tree of the structure of ``params``. As labels of ``optax.multi_transform`` it keeps frozen parameters to the
+        last bit, whatever their gradients and whatever weight decay and momentum would do. ``optax.masked(tx, mask)``
+        does not: it adds raw gradients where the mask is False. Optax takes a function of params too, and
+        ``nnx.Optimizer`` needs one, for it passes boxed params first and arrays later.
+
+    Raises:
+        ValueError: for a pattern that matches nothing.
+        TypeError: for patterns that are not strings.
+
+    >>> import functools, jbn, jax.numpy as jnp, optax
+    >>> params = {"backbone": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
+    >>> jbn.trainable_mask(params, "backbone")
+    {'backbone': {'kernel': False}, 'head': {'kernel': True}}
+    >>> mask = functools.partial(jbn.trainable_mask, frozen="backbone")
+    >>> tx = optax.multi_transform({True: optax.adamw(1e-3), False: optax.set_to_zero()}, mask)
+    """
+    paths, _, structure = _flat(params)
+    return jax.tree.unflatten(structure, [not hit for hit in select(paths, frozen)])
+
+
+def decay_mask(params: Tree) -> Tree:
+    """Return a tree of bools for weight decay: False for what is named scale or bias, True elsewhere.
+
+    Args:
+        params: a tree of arrays, as in ``trainable_mask``; the last key of a path is the name.
+
+    Returns:
+        A tree of the structure of ``params``. Optax takes the function itself; ``nnx.Optimizer`` needs that.
+
+    >>> import jbn, jax.numpy as jnp, optax
+    >>> jbn.decay_mask({"conv": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "bn": {"scale": jnp.ones(2)}})
+    {'bn': {'scale': False}, 'conv': {'bias': False, 'kernel': True}}
+    >>> tx = optax.adamw(1e-3, mask=jbn.decay_mask)
+    """
+    paths, _, structure = _flat(params)
+    return jax.tree.unflatten(structure, [path.rpartition("/")[2] not in NOT_DECAYED for path in paths])
+
+
+class Frozen(NamedTuple):
+    """How a layer is frozen where it trains; by default not at all. Where it evaluates, only ``affine`` counts."""
+
+    use_running_average: bool = False  # whether the running statistics normalize
+    update: bool = True  # whether the running statistics move
+    affine: bool = False  # whether scale and bias are constants
+
+    def flags(self, evaluate: bool) -> tuple[bool, bool]:
+        """Return ``train`` and ``update`` of ``bn_forward``."""
+        return not (evaluate or self.use_running_average), self.update and not evaluate
+
+
+def matches(path: str, patterns: Patterns) -> bool:
+    """Say whether a path, or a node above it, matches one of the patterns."""
+    return any(_hits(path, pattern) for pattern in _several(patterns))
+
+
+def select(paths: Sequence[str], patterns: Patterns, kind: str = "paths") -> list[bool]:
+    """Say of each path whether it matches; every pattern must match one of them."""
+    for pattern in _several(patterns):
+        if not any(_hits(path, pattern) for path in paths):
+            near = get_close_matches(pattern, paths, n=4, cutoff=0.0)
+            there = f" ({_some(near, len(paths))})" if near else ""
+            raise ValueError(
+                f"patterns: {pattern!r} matches none of the {len(paths)} {kind}{there}; expected patterns of fnmatch "
+                "for paths joined by '/'."
+            )
+    return [matches(path, patterns) for path in paths]
+
+
+def _several(patterns: Patterns) -> Sequence[str]:
+    several = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
+        raise TypeError(f"patterns is {patterns!r}; expected a string or a sequence of strings.")
+    return several
+
+
+def _hits(path: str, pattern: str) -> bool:
+    # A slash before every key and a second one between two, so that the stars of "/**/" can also be empty.
+    path = f"/{path}".replace("/", "//")
+    pattern = f"/{pattern}".replace("/", "//").replace("//**//", "/*/")
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}//*")
+
+
+def _flat(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Return the paths and the leaves of a tree, and its structure."""
+    leaves, structure = tree_flatten_with_path(tree)
+    return [_path(keys) for keys, _ in leaves], [leaf for _, leaf in leaves], structure
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    boxed = len(keys) > 1 and keys[-1] == GetAttrKey("value")  # nnx.Param, nn.Partitioned
+    return keystr(keys[:-1] if boxed else keys, simple=True, separator="/")
+
+
+def _some(paths: Sequence[str], number: int | None = None) -> str:
+    """Name a few paths."""
+    shown = ", ".join(map(repr, paths[:4])) or "none"
+    return shown + ", ..." * (len(paths[:4]) < (len(paths) if number is None else number))

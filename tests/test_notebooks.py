@@ -1,0 +1,99 @@
+import ast
+import platform
+import re
+import shutil
+
+import nbformat
+import pytest
+
+from notebooks.execute import NOTEBOOKS, executed
+
+# The machinery of the kernel, not what runs in it: what that warns of would be an output of the notebook.
+pytestmark = pytest.mark.filterwarnings("ignore")
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+NUMBER = r"[-+]?(\d[\d.]*(e[-+]?\d+)?|nan|inf)\b[.%]?"
+ABSOLUTE = r"(?<![\w./:])(/(home|root|work|tmp|usr|opt|var|mnt|srv|etc|content|Users)/|[A-Z]:\\)"
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def codes(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts(notebook):
+    """Return every source and every text that was printed."""
+    printed = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs(notebook)]
+    return [cell.source for cell in notebook.cells] + printed
+
+
+def outputs(notebook):
+    return [output for cell in codes(notebook) for output in cell.outputs]
+
+
+def shape(output):
+    """Return what a run on another machine has in common with this one: kinds, words and where numbers are."""
+    if output.output_type == "stream":
+        return output.name, " ".join(re.sub(NUMBER, " # ", output.text, flags=re.IGNORECASE).split())
+    return output.output_type, sorted(output.get("data", {}))
+
+
+def test_notebooks_are_numbered_without_gaps():
+    numbers = [int(path.name.split("_")[0]) for path in NOTEBOOKS]
+    assert numbers == list(range(1, len(NOTEBOOKS) + 1))
+    assert NOTEBOOKS
+
+
+@each
+def test_titles_and_sections_are_numbered_without_gaps(path):
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    number = path.name.split("_")[0]
+    sections = re.findall(r"^## (\S+)", text, re.MULTILINE)
+    assert re.findall(r"^# (\S+)", text, re.MULTILINE) == [f"{number}."]
+    assert sections == [f"{number}.{i}" for i in range(1, len(sections) + 1)]
+
+
+@each
+def test_a_fresh_run_prints_and_draws_what_is_saved(path, tmp_path):
+    shutil.copy(path, tmp_path)
+    # Three devices, where the saved run had another number: no cell may depend on it.
+    fresh = executed(tmp_path / path.name, tmp_path, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="3")
+    for saved, new in zip(codes(read(path)), codes(fresh), strict=True):
+        assert [shape(output) for output in saved.outputs] == [shape(output) for output in new.outputs], saved.source
+    assert {file.name for file in tmp_path.iterdir()} == {path.name}
+
+
+@each
+def test_the_saved_outputs_are_those_of_one_run_from_top_to_bottom(path):
+    notebook = read(path)
+    assert [cell.execution_count for cell in codes(notebook)] == list(range(1, len(codes(notebook)) + 1))
+    assert outputs(notebook)
+
+
+@each
+def test_no_output_is_an_error_or_a_warning(path):
+    kinds = {(output.output_type, output.get("name")) for output in outputs(read(path))}
+    assert kinds <= {("stream", "stdout"), ("display_data", None), ("execute_result", None)}
+
+
+@each
+def test_nothing_tells_of_the_machine(path):
+    notebook = read(path)
+    for text in texts(notebook):
+        assert not re.search(ABSOLUTE, text), text
+        assert platform.node() not in text
+        assert "\x1b" not in text
+    assert set(notebook.metadata) == {"kernelspec"}
+    assert notebook.metadata.kernelspec == {"display_name": "Python 3", "language": "python", "name": "python3"}
+    assert not any(cell.metadata for cell in notebook.cells)
+
+
+@each
+def test_the_last_cell_asserts_and_does_nothing_else(path):
+    last = read(path).cells[-1]
+    body = ast.parse(last.source).body if last.cell_type == "code" else []
+    assert sum(isinstance(node, ast.Assert) for node in body) >= 3
+    assert all(isinstance(node, ast.Assert | ast.Assign) for node in body)
