@@ -48,7 +48,7 @@ def _or_error(act: Callable[[], str]) -> str:
     try:
         return act()
     except (ValueError, TypeError) as error:
-        return type(error).__name__
+        return "ValueError" if isinstance(error, ValueError) else type(error).__name__
 
 
 def _accuracy(layer: type[nn.Module]) -> str:

@@ -144,7 +144,7 @@ class BatchNorm(nn.Module):
             return batch_norm(x, **params, **options)[0]
         state = {"mean": mean.value, "var": var.value}
         y, state = bn_forward(
-            lax.stop_gradient(params) if frozen.affine and not evaluate else params,
+            lax.stop_gradient(params) if frozen.affine else params,
             state,
             x,
             train,
@@ -294,7 +294,7 @@ def freeze(
         patterns: one or several ``fnmatch`` patterns for the paths of layers, see ``jbn.freeze``; all unless given.
         use_running_average: whether they normalize by their running statistics or by those of the batch.
         update: whether the running statistics move all the same.
-        affine: whether to stop the gradients of scale and bias too. Weight decay needs ``jbn.trainable_mask``.
+        affine: whether scale and bias are constants, in evaluation too. Weight decay needs ``jbn.trainable_mask``.
 
     Yields:
         ``Found(paths, skipped)``, which fills up as layers are called: those that match, and those that do not.

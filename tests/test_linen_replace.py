@@ -353,7 +353,7 @@ def test_unless_told_otherwise_all_layers_normalize_by_running_statistics_that_s
 @pytest.mark.parametrize("update", [True, False])
 def test_evaluation_and_initialization_stay_what_they_are(norm, contexts, update):
     model = stacked(norm)
-    variables, options = start(model), {"use_running_average": False, "update": update, "affine": True}
+    variables, options = start(model), {"use_running_average": False, "update": update}
 
     def both(model):
         def evaluate(variables):
@@ -365,6 +365,8 @@ def test_evaluation_and_initialization_stay_what_they_are(norm, contexts, update
     got = inside(contexts(**options), both, model)
     same(got, both(stacked(MINE)))
     assert np.abs(got[0][0]["params"]["first"]["scale"]).min() > 0
+    constant = inside(contexts(**options, affine=True), both, model)  # constants wherever the layer is used
+    assert not np.abs(constant[0][0]["params"]["first"]["scale"]).any()
 
 
 def test_freeze_reports_what_matches():

@@ -10,12 +10,13 @@ import pytest
 from flax import linen as nn
 from hypothesis import given
 
+from jbn import decay_mask
 from jbn.lab.batches import Batches
 from jbn.lab.blame import blame
 from jbn.lab.data import Held, Images, digits
 from jbn.lab.devices import mesh_of, replicated
 from jbn.lab.models import ConvNetwork, DenseNetwork, ResNet
-from jbn.lab.recipe import Recipe, State, augmented, decayed, evaluated, initial, update
+from jbn.lab.recipe import Recipe, State, augmented, evaluated, initial, update
 from jbn.linen import BatchNorm
 from tests import oracle
 
@@ -175,7 +176,7 @@ def test_weight_decay_is_for_kernels_alone(optimizer):
         ends.append(by_name(update(recipe, start, batch)[0].params))
     # The first step of Nesterov's momentum 0.9 goes 1.9 times the gradient; AdamW's decay passes both moments by.
     factor = rate * decay * (1.9 if optimizer == "sgd" else 1)
-    for name, wanted in by_name(decayed(state.params)).items():
+    for name, wanted in by_name(decay_mask(state.params)).items():
         assert wanted == ("kernel" in name)
         expected = ends[0][name] - factor * wanted * oracle.wide(before[name])
         atol = oracle.tolerance("float32", scale=np.abs(ends[0][name]).max()) if wanted else 0

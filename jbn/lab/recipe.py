@@ -11,8 +11,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-# Statistics and what scales and shifts by feature are not decayed: pulling a scale towards zero regularizes nothing.
-NOT_DECAYED = ("scale", "bias")
+from jbn import decay_mask
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Recipe:
     def transformation(self) -> optax.GradientTransformation:
         """Return the optimizer."""
         if self.optimizer == "adamw":
-            return optax.adamw(self.rate(), weight_decay=self.weight_decay, mask=decayed)
-        decay = optax.add_decayed_weights(self.weight_decay, decayed)
+            return optax.adamw(self.rate(), weight_decay=self.weight_decay, mask=decay_mask)
+        decay = optax.add_decayed_weights(self.weight_decay, decay_mask)
         return optax.chain(decay, optax.sgd(self.rate(), momentum=0.9, nesterov=True))
 
 
@@ -73,11 +72,6 @@ class Measures(NamedTuple):
     gradient_norm: Array  # () float32
     learning_rate: Array  # () float32
     signal: Array  # () int32, the largest of the signals
-
-
-def decayed(params: Any) -> Any:
-    """Return a tree of bools: which of the parameters weight decay is for."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
 @partial(jax.jit, static_argnames=("recipe", "shape"))
