@@ -119,6 +119,18 @@ def test_a_run_is_never_overwritten(whole):
     assert contents(whole) == before
 
 
+def test_data_that_changed_are_refused(tmp_path):
+    parts = random_data(30), random_data(34)
+    where, out = folder(tmp_path / "data", *parts), tmp_path / "run"
+    given = options(**{"--data": where, "--batch-size": 16})
+    assert train(out, given).exit_code == 0
+    assert train(out, ["--resume", "--devices", 1]).exit_code == 0
+    np.savez(where / "part-1.npz", images=parts[1].images, labels=parts[1].labels[::-1])
+    result = train(out, ["--resume", "--devices", 1])
+    assert result.exit_code == 2
+    assert f"'--data': is not what it was when the run in '{out}' began; expected the same files" in result.output
+
+
 def test_an_image_that_is_not_finite_ends_the_run_and_is_named(tmp_path):
     parts = random_data(30), random_data(34)
     parts[1].images[17, 0, 0] = np.inf

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -59,6 +59,7 @@ class Options:
     ema: float
     dtype: str
     seed: int
+    fingerprint: str = ""  # of the training data
 
     def rate(self) -> float:
         """Return the learning rate, that of the optimizer unless given."""
@@ -113,9 +114,11 @@ def run(options: Options, place: Place, *, chosen: Collection[str], console: Con
     console.quiet = not first
     if place.resume:
         options = processes.together(lambda: run_directory.resume(place.out, options, chosen))
-    processes.same({run_directory.option(name): repr(value) for name, value in asdict(options).items()})
     training, validation = processes.together(lambda: _data(options))
-    processes.same({"--data": f"the data {training.fingerprint}"})
+    began, options = options.fingerprint, replace(options, fingerprint=training.fingerprint)
+    processes.same({run_directory.option(name): repr(value) for name, value in asdict(options).items()})
+    if place.resume and began != training.fingerprint:
+        raise OptionError("--data", f"is not what it was when the run in '{place.out}' began; expected the same files")
     work = _work(options, training, validation, mesh, console)
     if not place.resume:  # last, so that what is refused leaves no folder behind
         processes.together(lambda: run_directory.start(place.out, options) if first else None)
