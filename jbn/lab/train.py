@@ -205,7 +205,12 @@ def _steps(
     step, seconds = int(state.step), []
     batch = batches.read(batches.rows(step, recipe.seed), sent.number)
     here = f"process {jax.process_index()}"
-    processes.at_loss(lambda: f"{here} lost another process after step {step}. {go_on()}")
+
+    def loss() -> str:
+        saved = [f"step {last} is saved" for last in checkpoints.steps()[-1:]] or ["nothing is saved yet"]
+        return f"{here} lost another process after step {step}; {saved[0]}. {go_on()}"
+
+    processes.at_loss(loss)
     with progress_bars(work.console) as progress:
         bar = add_bar(progress, type(recipe.network).__name__, recipe.steps)
         while step < recipe.steps:
