@@ -90,6 +90,7 @@ def both(*arguments, actions=({}, {})):
 
 def here(*arguments):
     """Run the command line in this process, which has eight devices."""
+    jax.devices()  # all of them, before the command asks for fewer
     result = CliRunner().invoke(app, ["train", *map(str, arguments)], prog_name="jbn")
     assert result.exit_code == 0, result.output
     return result.output
@@ -168,8 +169,8 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on_elsewhere(victim, un
     status, output = ended(pair[1 - victim])
     assert time.monotonic() - lost < 2 * TIMEOUT
     assert status == 75, output
-    where = f"lost another process after step 24; step {saved(out)[-1]} is saved. Go on with:\n"
-    assert f"jbn: process {1 - victim} {where}" in output
+    words = f"lost another process after step 24; step {saved(out)[-1]} is saved. Go on with:\n"
+    assert f"jbn: process {1 - victim} {words}" in output
     assert output.splitlines()[-1].endswith(f"--process-id {1 - victim} --resume")
     assert saved(out)[-1] in ("10", "20")
     where = ("--devices", 3) if victim else ("--devices", 1)
