@@ -10,6 +10,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # all eight of them, before a command under test asks for fewer
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, print_blob=True)
 hypothesis.settings.load_profile("ci")
