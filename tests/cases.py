@@ -27,6 +27,7 @@ class Case(NamedTuple):
     use_bias: bool = True
     momentum: float = 0.9
     epsilon: float = 1e-5
+    unbiased: bool = False
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -53,6 +54,8 @@ CASES = [
     Case((64, 5)),
     Case((7, 3), use_scale=False),
     Case((7, 3), use_bias=False),
+    Case((7, 3), unbiased=True),
+    Case((12, 4), mask=(12, 4), unbiased=True),
     Case((9, 2), use_scale=False, use_bias=False, momentum=0.0),
     Case((4, 6, 5, 3), activation=jax.nn.relu),
     Case((4, 6, 5, 3), activation=jax.nn.relu, residual=True, epsilon=1e-3),
@@ -108,18 +111,21 @@ def by_function(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, 
     params = {k: v for k, v in (("scale", d.scale), ("bias", d.bias)) if v is not None}
     return jbn.bn_forward(
         params, {"mean": d.mean, "var": d.var}, d.x, train, axis=case.axis, momentum=case.momentum,
-        epsilon=case.epsilon, mask=d.mask, activation=case.activation, residual=d.residual, **options,
+        epsilon=case.epsilon, mask=d.mask, activation=case.activation, residual=d.residual,
+        unbiased=case.unbiased, **options,
     )  # fmt: skip
 
 
 def by_linen(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
-    layer = jbn.linen.BatchNorm(not train, activation=case.activation, **module_options(case), **options)
+    new = {"activation": case.activation, "unbiased": case.unbiased}
+    layer = jbn.linen.BatchNorm(not train, **new, **module_options(case), **options)
     y, new = layer.apply(linen_variables(d), d.x, mask=d.mask, residual=d.residual, mutable=["batch_stats"])
     return y, new["batch_stats"]
 
 
 def by_nnx(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
-    layer = nnx_layer(jbn.nnx.BatchNorm, case, d, train, activation=case.activation, **options)
+    new = {"activation": case.activation, "unbiased": case.unbiased}
+    layer = nnx_layer(jbn.nnx.BatchNorm, case, d, train, **new, **options)
     return layer(d.x, mask=d.mask, residual=d.residual), {"mean": layer.mean[...], "var": layer.var[...]}
 
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jbn
 import jbn.linen
-from jbn.linen import OPTIONS, freeze, replace
+from jbn.linen import freeze, replace
+from jbn.linen._replace import OPTIONS
 from tests.test_linen_transforms import X, ensemble, layers, run, shared_batch, shared_module, wrapped
 
 MINE, THEIRS = jbn.linen.BatchNorm, nn.BatchNorm
@@ -160,7 +160,7 @@ def test_subclasses_with_code_of_their_own_keep_it():
 
 VALUES = {
     "momentum": 0.3, "epsilon": 0.1, "dtype": jnp.bfloat16, "axis_name": "batch",
-    "axis_index_groups": ((0, 1), (2,)), "activation": nn.relu, "group_size": 4,
+    "axis_index_groups": ((0, 1), (2,)), "activation": nn.relu, "group_size": 4, "unbiased": True,
 }  # fmt: skip
 
 

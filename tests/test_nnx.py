@@ -14,7 +14,8 @@ pytest.importorskip("flax.nnx")  # without the warnings that Flax 0.12.0 gives w
 from flax import nnx
 
 import jbn
-from jbn.nnx import OPTIONS, BatchNorm, replace
+from jbn.nnx import BatchNorm, replace
+from jbn.nnx._edit import OPTIONS
 from tests import oracle
 
 MINE, THEIRS = BatchNorm, nnx.BatchNorm
@@ -34,7 +35,7 @@ def close(a, b, size=1.0):
 def test_the_constructor_is_flax_s_with_new_arguments_last():
     mine, theirs = (list(inspect.signature(cls.__init__).parameters.values()) for cls in (MINE, THEIRS))
     assert mine[: len(theirs)] == theirs
-    assert [p.name for p in mine[len(theirs) :]] == ["activation", "group_size"]
+    assert [p.name for p in mine[len(theirs) :]] == ["activation", "group_size", "unbiased"]
 
 
 def test_the_call_is_flax_s_with_new_arguments_last():
