@@ -4,44 +4,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import count
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from ._running import ORDERS, ordered
+from ._gather import Seen, Vector, listed, survey_of
+from ._running import ORDERS
 
 StateT = TypeVar("StateT")
-Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 # When statistics count as those of the pass before: in standard deviations, and relative to the variance.
 _SETTLED = 1e-5
-
-
-class _Layer(NamedTuple):
-    """Where the statistics of a layer are among the leaves of the state."""
-
-    path: str
-    mean: int
-    var: int
-
-
-class _Seen(NamedTuple):
-    """The moments of the rows that a layer has seen, in float64."""
-
-    count: Vector  # type: ignore[assignment]
-    mean: Vector
-    var: Vector
-
-    def merge(self, other: "_Seen") -> "_Seen":
-        """Return the moments of both, as ``jbn.merge`` does in float32: counts of a whole data set need more."""
-        total = self.count + other.count
-        share = other.count / np.maximum(total, 1)
-        delta = other.mean - self.mean
-        spread = self.var + share * (other.var - self.var) + share * (1 - share) * delta * delta
-        return _Seen(total, self.mean + share * delta, spread)
 
 
 def recalibrate(
@@ -101,22 +75,14 @@ def recalibrate(
     Elsewhere: ``torch.optim.swa_utils.update_bn`` averages the statistics of batches with equal weights.
     """
     _check(apply, batches, upstream)
-    found, structure = jax.tree_util.tree_flatten_with_path(state)
-    layers, given = _layers(found), [leaf for _, leaf in found]
-    known = {
-        layer: (np.asarray(given[layer.mean], np.float64), np.asarray(given[layer.var], np.float64)) for layer in layers
-    }
+    survey = survey_of(state)
+    layers, known = survey.layers, survey.known()
     most = 1 if upstream == "batch" else 1 + sum(math.prod(mean.shape[:-1]) for mean, _ in known.values())
     for number in count(1):
-        leaves = list(given)
-        for layer, statistics in known.items():
-            wide = jax.dtypes.canonicalize_dtype(np.float64)
-            mean, var = (_like(v, given[i], wide) for v, i in zip(statistics, layer[1:], strict=True))
-            leaves[layer.mean], leaves[layer.var] = ordered(mean, var, upstream)
-        run = partial(_run, jax.jit(apply), params, jax.tree.unflatten(structure, leaves), layers=layers, state=state)
-        seen = _merged(layers, _results(run, batches, number, progress))
+        run = partial(survey.answer, jax.jit(apply), params, survey.ask(known, upstream))
+        seen = survey.merged(_results(run, batches, number, progress))
         if alone := [layer.path for layer in layers if not (seen[layer].count > 1).any()]:
-            raise ValueError(f"Fewer than two valid rows reached {_list(alone)}; expected some batch to have them.")
+            raise ValueError(f"Fewer than two valid rows reached {listed(alone)}; expected some batch to have them.")
         new = {layer: _chosen(seen[layer], *known[layer], unbiased) for layer in layers}
         settled = all(_near(known[layer], new[layer]) for layer in layers)
         known = new
@@ -124,52 +90,10 @@ def recalibrate(
             break
     if broken := [layer.path for layer in layers if not np.isfinite(seen[layer].var + seen[layer].mean).all()]:
         raise ValueError(
-            f"The statistics of {_list(broken)} are not finite; expected finite activations: look for NaN or inf in "
+            f"The statistics of {listed(broken)} are not finite; expected finite activations: look for NaN or inf in "
             "params and in batches, or mask the rows."
         )
-    for layer in layers:
-        for value, i in zip(known[layer], layer[1:], strict=True):
-            given[i] = _like(value, given[i], given[i].dtype)
-    return jax.tree.unflatten(structure, given)
-
-
-def _run(apply: Any, params: Any, ordered: Any, batch: Any, *, layers: list[_Layer], state: Any) -> list[Any]:
-    """Run one batch; where a layer cannot take the order, say which."""
-    try:
-        new = apply(params, ordered, batch)
-    except Exception as error:
-        plain, wide = jax.tree.leaves(state), jax.tree.leaves(ordered)
-
-        def runs(*indices: int) -> bool:
-            leaves = [wide[i] if i in indices else leaf for i, leaf in enumerate(plain)]
-            try:
-                jax.eval_shape(apply, params, jax.tree.unflatten(jax.tree.structure(state), leaves), batch)
-            except Exception:
-                return False
-            return True
-
-        strangers = [layer.path for layer in layers if not runs(layer.mean, layer.var)] if runs() else []
-        if not strangers:
-            raise
-        raise ValueError(f"{_list(strangers)} {_STRANGE}") from error
-    expected: Any = jax.tree.structure(ordered)
-    found = jax.tree.structure(new)
-    if expected != found:
-        raise ValueError(
-            f"apply returned a tree of the structure {found}; expected the new state, of that of state, {expected}: "
-            "a new state alone, without y."
-        )
-    before, after = (jax.tree.leaves(tree) for tree in (ordered, new))
-    if strangers := [layer.path for layer in layers if any(after[i].shape != before[i].shape for i in layer[1:])]:
-        raise ValueError(f"{_list(strangers)} {_STRANGE}")
-    return after
-
-
-_STRANGE = (
-    "gave no moments; expected every layer to call jbn.bn_forward, once or more, and to update its state. For Flax's "
-    "own layers use jbn.linen.replace() or jbn.nnx.replace(model); run apply as in training, with no layer frozen and "
-    "nothing that was exported or compiled ahead of time."
-)
+    return survey.filled(known)  # type: ignore[no-any-return]
 
 
 def _results(run: Any, batches: Iterable[Any], number: int, progress: Any) -> Iterator[list[Any]]:
@@ -189,20 +113,7 @@ def _results(run: Any, batches: Iterable[Any], number: int, progress: Any) -> It
     yield waiting
 
 
-def _merged(layers: list[_Layer], results: Iterator[list[Any]]) -> dict[_Layer, _Seen]:
-    seen: dict[_Layer, _Seen] = {}
-    with np.errstate(invalid="ignore", over="ignore"):
-        for leaves in results:
-            for layer in layers:
-                mean, var = (np.asarray(leaves[i], np.float64)[..., 0, :] for i in (layer.mean, layer.var))
-                if not np.isfinite(var[..., 2]).all():
-                    raise ValueError(f"{layer.path} {_STRANGE}")
-                new = _Seen(var[..., 2], mean[..., 1] + mean[..., 2], var[..., 1])
-                seen[layer] = seen[layer].merge(new) if layer in seen else new
-    return seen
-
-
-def _chosen(seen: _Seen, mean: Vector, var: Vector, unbiased: bool) -> tuple[Vector, Vector]:
+def _chosen(seen: Seen, mean: Vector, var: Vector, unbiased: bool) -> tuple[Vector, Vector]:
     new = seen.var * (seen.count / np.maximum(seen.count - 1, 1) if unbiased else 1)
     usable = (seen.count > 1) & np.isfinite(seen.mean) & np.isfinite(new)
     return np.where(usable, seen.mean, mean), np.where(usable, new, var)
@@ -212,31 +123,6 @@ def _near(old: tuple[Vector, Vector], new: tuple[Vector, Vector]) -> bool:
     spread, rounding = np.sqrt(new[1]), 2.0**-22 * np.abs(new[0])
     same = np.abs(new[0] - old[0]) <= _SETTLED * spread + rounding
     return bool((same & (np.abs(new[1] - old[1]) <= _SETTLED * new[1])).all())
-
-
-def _layers(found: list[tuple[Any, Any]]) -> list[_Layer]:
-    """Find every mean that has a var beside it."""
-    named: dict[tuple[str, ...], dict[str, int]] = {}
-    for i, (path, _) in enumerate(found):
-        keys = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-        keys = keys[:-1] if keys[-1:] == ("value",) else keys  # the variables of Flax NNX
-        if keys and keys[-1] in ("mean", "var"):
-            named.setdefault(keys[:-1], {})[keys[-1]] = i
-    layers = [
-        _Layer("/".join(path) or "the layer", where["mean"], where["var"])
-        for path, where in named.items()
-        if len(where) == 2
-    ]
-    if not layers:
-        paths = ", ".join(_name(path) for path, _ in found[:5]) or "nothing"
-        raise ValueError(f"state holds {paths}; expected statistics of layers, a mean and a var beside each other.")
-    return layers
-
-
-def _like(value: Vector, leaf: Any, dtype: Any) -> Array:
-    """Put a value where a leaf is."""
-    cast = value.astype(dtype)
-    return jax.device_put(cast, leaf.sharding) if getattr(leaf, "committed", False) else jnp.asarray(cast)
 
 
 def _check(apply: object, batches: object, upstream: object) -> None:
@@ -254,11 +140,3 @@ def _check(apply: object, batches: object, upstream: object) -> None:
             f"batches is of type {type(batches).__name__}, which can be read once; upstream='recalibrated' reads it "
             "again and again. Expected a list, or an object whose __iter__ starts anew."
         )
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "the state"
-
-
-def _list(paths: list[str]) -> str:
-    return ", ".join(paths[:5]) + f" and {len(paths) - 5} more" * (len(paths) > 5)
