@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike, DTypeLike
 
 from ._axes import cuts_of
@@ -95,7 +96,8 @@ class Layout(NamedTuple):
     def valid(self, mask: Array) -> Array:
         """Count the valid rows, for all features together or, if the mask tells features apart, for each one."""
         # In the dtype of the sums of x, XLA makes one collective of both. Up to 2²⁴ float32 counts exactly.
-        exact = jnp.float32 if math.prod(self.shape[i] for i in self.rows) < 2**24 else jnp.int32
+        most = math.prod(self.shape[i] for i in self.rows)
+        exact = jnp.float32 if not is_symbolic_dim(most) and most < 2**24 else jnp.int32
         if self.group is not None:
             first = self.rows[0]
             mask = jnp.broadcast_to(mask, (*mask.shape[:first], self.examples, *mask.shape[first + 1 :]))
@@ -265,6 +267,11 @@ def groups_of(group_size: object, layout: Layout, shards: int) -> tuple[int | No
     if not isinstance(group_size, int | np.integer) or isinstance(group_size, bool):
         raise TypeError(f"group_size is {group_size!r}; expected an integer, the number of examples in a group.")
     size, local = int(group_size), layout.examples
+    if is_symbolic_dim(local):
+        raise ValueError(
+            f"group_size is {size}, but x of shape {layout.shape} has a symbolic number of examples; expected a known "
+            "one, as the number of groups is known when tracing: export the size of the batch, or without groups."
+        )
     total = f"the {local * shards} examples of x" + f", {local} on each of {shards} shards" * (shards > 1)
     if size < 1 or local * shards % size:
         raise ValueError(

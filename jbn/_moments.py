@@ -195,11 +195,11 @@ def _around(
     Without the guard the second sweep is always taken. Groups inside a shard have none: under ``jax.jit`` it would ask
     all devices whether any group is far, and they need not talk otherwise.
     """
-    if isinstance(valid, int):
+    if isinstance(valid, Array):
+        first, second, count = sync.total(*sums(pilot), valid.astype(pilot.dtype))
+    else:
         first, second = sync.total(*sums(pilot))
         count = jnp.asarray(valid * sync.shards(), pilot.dtype)
-    else:
-        first, second, count = sync.total(*sums(pilot), valid.astype(pilot.dtype))
     if sync.groups is not None:  # one for each group, or one for each of its features
         count = count.reshape(count.shape + (1,) * (pilot.ndim - count.ndim))
     once = _moments(count, pilot, first, second)
