@@ -1,5 +1,7 @@
 """Batch normalization for JAX: exact statistics, one derivative, state in and state out."""
 
+from ._fold import affine as affine
+from ._fold import fold as fold
 from ._forward import Params as Params
 from ._forward import State as State
 from ._forward import batch_norm as batch_norm

@@ -1,0 +1,443 @@
+"""Whole models folded, in Linen and in NNX: what is folded, what is kept, and that nothing but rounding changes."""
+
+import re
+from collections import Counter
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("flax.nnx")  # without the warnings that Flax 0.12.0 gives while it is imported
+
+from flax import nnx
+
+import jbn.linen
+import jbn.nnx
+from benchmarks.resnet50 import NORMS, NNXResNet50, ResNet50, Sizes
+from tests import oracle
+from tests.test_resnet50 import COMPILER, filled, images, shapes
+
+IMAGES, ROWS = (4, 8, 8, 3), (6, 3)
+
+
+def conv(name, inputs, outputs, size=(3, 3), **options):
+    return "Conv", name, (inputs, outputs, size), options
+
+
+def up(name, inputs, outputs, size=(3, 3), **options):
+    return "ConvTranspose", name, (inputs, outputs, size), options
+
+
+def dense(name, inputs, outputs, **options):
+    return "Dense", name, (inputs, outputs), options
+
+
+def norm(name, features, **options):
+    return "BatchNorm", name, (features,), options
+
+
+class Net(NamedTuple):
+    """One network in both libraries: ``body(call, x)`` calls layers by ``call(layer, x)``."""
+
+    body: Any
+    pairs: tuple[tuple[str, str], ...]
+    kept: tuple[str, ...] = ()
+    x: tuple[int, ...] = IMAGES
+    theirs: bool = True  # whether Flax's norm can do it
+
+
+def chain(*steps):
+    def body(call, x):
+        for step in steps:
+            x = step(x) if callable(step) else call(step, x)
+        return x
+
+    return body
+
+
+def twice(call, x):
+    y = call(conv("a", 3, 4), x)
+    return call(norm("n", 4), y) + y
+
+
+def returned(call, x):
+    y = call(conv("a", 3, 4), x)
+    return call(norm("n", 4), y), y
+
+
+def shared_layer(call, x):
+    y = call(norm("n", 3), call(conv("a", 3, 3), x))
+    return call(norm("m", 3), call(conv("a", 3, 3), y))
+
+
+def shared_norm(call, x):
+    y = call(norm("n", 3), call(conv("a", 3, 3), x))
+    return call(norm("n", 3), call(conv("b", 3, 3), y))
+
+
+def block(call, x):
+    y = call(norm("n1", 6, activation=nn.relu), call(conv("c1", 3, 6, use_bias=False), x))
+    y = call(conv("c2", 6, 6, use_bias=False), y)
+    x = call(norm("n0", 6), call(conv("c0", 3, 6, (1, 1)), x))
+    return call(norm("n2", 6, activation=nn.relu), y, residual=x)
+
+
+def masked(call, x):
+    y = call(conv("a", 3, 4), x)
+    return call(norm("n", 4, activation=nn.silu), y, mask=jnp.arange(4)[:, None, None, None] < 3)
+
+
+def ours(norm_call, **options):
+    kind, name, sizes, given = norm_call
+    return kind, name, sizes, {**given, **options}
+
+
+AN = (("a", "n"),)
+NETS = {
+    "conv, norm, relu": Net(chain(conv("a", 3, 4), norm("n", 4), nn.relu), AN),
+    "no bias": Net(chain(conv("a", 3, 4, use_bias=False), norm("n", 4)), AN),
+    "no scale": Net(chain(conv("a", 3, 4), norm("n", 4, use_scale=False)), AN),
+    "neither scale nor bias": Net(chain(conv("a", 3, 4), norm("n", 4, use_scale=False, use_bias=False)), AN),
+    "another epsilon": Net(chain(conv("a", 3, 4), norm("n", 4, epsilon=0.1)), AN),
+    "strides, dilation, groups": Net(
+        chain(conv("a", 3, 4, strides=(2, 1)), conv("b", 4, 6, kernel_dilation=2, feature_group_count=2), norm("n", 6)),
+        (("b", "n"),),
+    ),
+    "depthwise": Net(chain(conv("a", 3, 6, feature_group_count=3), norm("n", 6)), AN),
+    "1-D": Net(chain(lambda x: x[:, 0], conv("a", 3, 4, (3,)), norm("n", 4)), AN),
+    "3-D": Net(chain(lambda x: x[:, None], conv("a", 3, 4, (1, 3, 2)), norm("n", 4)), AN),
+    "transposed": Net(chain(up("a", 3, 4, strides=(2, 2)), norm("n", 4)), AN),
+    "transposed, kernel too": Net(
+        chain(up("a", 3, 4, strides=(2, 2), transpose_kernel=True, use_bias=False), norm("n", 4)), AN
+    ),
+    "dense": Net(chain(dense("a", 3, 5), norm("n", 5), jnp.tanh), AN, x=ROWS),
+    "dense on images": Net(chain(dense("a", 3, 5, use_bias=False), norm("n", 5)), AN),
+    "two in a row": Net(chain(dense("a", 3, 5), norm("n", 5), norm("m", 5)), AN, ("m",), x=ROWS),
+    "norm, dense": Net(chain(norm("n", 3), dense("a", 3, 5)), (("n", "a"),), x=ROWS),
+    "norm, conv without padding": Net(chain(norm("n", 3), conv("a", 3, 4, padding="VALID")), (("n", "a"),)),
+    "norm, conv around": Net(chain(norm("n", 3), conv("a", 3, 4, padding="CIRCULAR")), (("n", "a"),)),
+    "norm, conv 1×1": Net(chain(norm("n", 3), conv("a", 3, 4, (1, 1), use_bias=False)), (("n", "a"),)),
+    "norm, conv padded with zeros": Net(chain(norm("n", 3), conv("a", 3, 4)), (), ("n",)),
+    "norm, transposed": Net(chain(norm("n", 3), up("a", 3, 4, (1, 1))), (), ("n",)),
+    "norm, relu, dense": Net(chain(norm("n", 3), nn.relu, dense("a", 3, 5)), (), ("n",), x=ROWS),
+    "norm with relu, dense": Net(chain(norm("n", 3, activation=nn.relu), dense("a", 3, 5)), (), ("n",), ROWS, False),
+    "norms on both sides": Net(chain(norm("m", 3), dense("a", 3, 5), norm("n", 5)), (*AN, ("m", "a")), x=ROWS),
+    "a norm between two": Net(chain(dense("a", 3, 5), norm("n", 5), dense("b", 5, 4)), AN, x=ROWS),
+    "relu between": Net(chain(conv("a", 3, 4), nn.relu, norm("n", 4)), (), ("n",)),
+    "a sum beside it": Net(twice, (), ("n",)),
+    "returned beside it": Net(returned, (), ("n",)),
+    "a layer called twice": Net(shared_layer, (), ("n", "m")),
+    "a norm called twice": Net(shared_norm, (), ("n",)),
+    "features on another axis": Net(chain(conv("a", 3, 4), norm("n", 8, axis=1)), (), ("n",)),
+    "features on the last axis, counted": Net(chain(conv("a", 3, 4), norm("n", 4, axis=3)), AN),
+    "a residual block": Net(block, (("c1", "n1"), ("c0", "n0"), ("c2", "n2")), theirs=False),
+    "a mask": Net(masked, AN, theirs=False),
+    "no norm": Net(chain(conv("a", 3, 4)), ()),
+}
+
+
+class OfLinen(nn.Module):
+    body: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        layers: dict[str, Any] = {}
+
+        def call(layer, x, **options):
+            kind, name, sizes, given = layer
+            if name not in layers:
+                sizes = sizes[1:] if kind != "BatchNorm" else (True,)
+                layers[name] = (self.norm if kind == "BatchNorm" else getattr(nn, kind))(*sizes, name=name, **given)
+            return layers[name](x, **options)
+
+        return self.body(call, x)
+
+
+class OfNNX(nnx.Module):
+    def __init__(self, body, norm, x):
+        self.body, self.norm = body, norm
+        self(x)  # makes the layers
+
+    def __call__(self, x):
+        def call(layer, x, **options):
+            kind, name, sizes, given = layer
+            if not hasattr(self, name):
+                make = self.norm if kind == "BatchNorm" else getattr(nnx, {"Dense": "Linear"}.get(kind, kind))
+                setattr(self, name, make(*sizes, rngs=nnx.Rngs(0), **given))
+            return getattr(self, name)(x, **options)
+
+        return self.body(call, x)
+
+
+def numbers(tree):
+    """Fill a tree with what a trained network might hold."""
+    rng = np.random.default_rng(0)
+    leaves, structure = jax.tree.flatten_with_path(tree)
+
+    def leaf(path, value):
+        name = "".join(map(str, path[-2:]))
+        noise = rng.standard_normal(value.shape)
+        return jnp.asarray(np.abs(noise) + 0.5 if "var" in name else noise, value.dtype)
+
+    return structure.unflatten(leaf(path, value) for path, value in leaves)
+
+
+def by_linen(net, ours):
+    """Return outputs before and after, what was folded, and the paths that have variables left."""
+    model = OfLinen(net.body, jbn.linen.BatchNorm if ours else nn.BatchNorm)
+    x = numbers(jnp.zeros(net.x))
+    variables = numbers(model.init(jax.random.key(0), x))
+    apply, folded, folds = jbn.linen.fold(model, variables, x)
+    assert jbn.linen.foldable(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype)) == folds
+    return (
+        model.apply(variables, x),
+        jax.jit(apply)(folded, x),
+        folds,
+        {*folded["params"], *folded.get("batch_stats", ())},
+    )
+
+
+def by_nnx(net, ours):
+    x = numbers(jnp.zeros(net.x))
+    model = OfNNX(net.body, jbn.nnx.BatchNorm if ours else nnx.BatchNorm, x)
+    nnx.update(model, numbers(nnx.state(model)))
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    folded, folds = jbn.nnx.fold(model, x)
+    assert jbn.nnx.foldable(model, jax.ShapeDtypeStruct(x.shape, x.dtype)) == folds
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))  # it stays as it was
+    model.eval()
+    return (
+        model(x),
+        nnx.jit(lambda model, x: model(x))(folded, x),
+        folds,
+        set(nnx.to_pure_dict(nnx.state(folded))),
+    )
+
+
+DOORS = {"linen": by_linen, "nnx": by_nnx}
+door = pytest.mark.parametrize("door", DOORS)
+
+
+@door
+@pytest.mark.parametrize(
+    ("name", "ours"), [(name, ours) for name, net in NETS.items() for ours in (True, False) if ours or net.theirs]
+)
+def test_what_is_folded_and_what_is_kept(name, ours, door):
+    net = NETS[name]
+    before, after, folds, left = DOORS[door](net, ours)
+    assert set(folds.pairs) == set(net.pairs)
+    assert set(folds.kept) == set(net.kept)
+    norms = {path for pair in folds.pairs for path in pair if path in "nmn0n1n2"}
+    assert not left & norms
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert a.dtype == b.dtype
+        # Sums over at most 27 products, before and after, of values as large as those that the norm divides.
+        np.testing.assert_allclose(b, a, rtol=0, atol=oracle.tolerance("float32", scale=16 * np.abs(a).max()))
+
+
+def test_nothing_of_a_resnet_50_is_left_but_convolutions():
+    """The digits: 53 of 53 norms, 1e-5 relative; the program: that of the same network without norms."""
+    model, x = ResNet50(Sizes(width=8, classes=10)), images(jnp.float32)
+    variables = filled(shapes(model, jnp.float32), jnp.float32)
+    apply, folded, folds = jbn.linen.fold(model, variables, x, train=False)
+    assert len(folds.pairs) == NORMS
+    assert not folds.kept
+    evaluate = partial(model.apply, train=False)
+    want, got = jax.jit(evaluate)(variables, x), jax.jit(partial(apply, train=False))(folded, x)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+    operations = [opcodes(f, v, x) for f, v in ((evaluate, variables), (partial(apply, train=False), folded))]
+    assert operations[0]["rsqrt"] > 0
+    assert operations[0]["subtract"] >= NORMS
+    # One product is the mean over positions at the end.
+    assert {"rsqrt", "subtract", "divide", "sqrt"}.isdisjoint(operations[1])
+    assert operations[1]["multiply"] <= 1
+    assert operations[1]["convolution"] == operations[0]["convolution"]
+
+
+def opcodes(f, *args):
+    """Count the operations of a compiled program, those inside of fusions too."""
+    text = jax.jit(f).lower(*args).compile(COMPILER).as_text()
+    return Counter(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = \S+ ([a-z][a-z-]*)\(", text, re.MULTILINE))
+
+
+def test_a_resnet_50_of_nnx():
+    model, x = NNXResNet50(Sizes(width=8, classes=10), rngs=nnx.Rngs(0)), images(jnp.float32)
+    nnx.update(model, numbers(nnx.state(model, nnx.BatchStat)))
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.scale[...] = jnp.full(module.num_features, 0.9)  # that of the last one of a block is 0
+    folded, folds = jbn.nnx.fold(model, x)
+    assert (len(folds.pairs), folds.kept) == (NORMS, ())
+    model.eval()
+
+    def evaluated(model):
+        graph, state = nnx.split(model)
+        return jax.jit(lambda state: nnx.merge(graph, state)(x)).lower(state).compile(COMPILER)(state)
+
+    want, got = evaluated(model), evaluated(folded)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    assert not [variable for variable in jax.tree.leaves(nnx.state(folded, nnx.BatchStat))]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm, jbn.linen.BatchNorm], ids=["Flax's", "jbn's"])
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=str)
+def test_outputs_keep_their_dtype(norm, dtype):
+    x = numbers(jnp.zeros(ROWS)).astype(jnp.bfloat16)
+    model = nn.Sequential([nn.Dense(4, dtype=jnp.bfloat16), norm(True, dtype=dtype), nn.relu])
+    variables = numbers(model.init(jax.random.key(0), x))
+    apply, folded, _ = jbn.linen.fold(model, variables, x)
+    want, got = model.apply(variables, x), apply(folded, x)
+    assert want.dtype == got.dtype
+    np.testing.assert_allclose(
+        oracle.wide(got), oracle.wide(want), rtol=0, atol=oracle.tolerance("bfloat16", scale=np.abs(want).max())
+    )
+
+
+def test_a_part_of_the_pairs():
+    model = OfLinen(NETS["norms on both sides"].body, nn.BatchNorm)
+    x = numbers(jnp.zeros(ROWS))
+    variables = numbers(model.init(jax.random.key(0), x))
+    apply, folded, folds = jbn.linen.fold(model, variables, x, pairs=[("m", "a")])
+    assert folds.kept == ("n",)
+    np.testing.assert_allclose(apply(folded, x), model.apply(variables, x), atol=1e-5)
+
+
+def mlp(norm=nn.BatchNorm, **options):
+    return nn.Sequential([nn.Dense(4), norm(**options), nn.relu])
+
+
+REFUSED = {
+    "unknown": (
+        [("layers_0", "layers_2")],
+        r"pairs has \('layers_0', 'layers_2'\).*there is \('layers_0', 'layers_1'\)",
+    ),
+    "reversed": ([("layers_1", "layers_0")], r"expected \(layer, norm\) or \(norm, layer\)"),
+    "twice": ([("layers_0", "layers_1")] * 2, "'layers_1' more than once"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_pairs_that_the_call_does_not_show_are_refused(case):
+    pairs, message = REFUSED[case]
+    x = jnp.ones(ROWS)
+    model = mlp(use_running_average=True)
+    with pytest.raises(ValueError, match=message):
+        jbn.linen.fold(model, model.init(jax.random.key(0), x), x, pairs=pairs)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm, jbn.linen.BatchNorm], ids=["Flax's", "jbn's"])
+def test_a_norm_that_trains_is_refused(norm):
+    x = jnp.ones(ROWS)
+    model = mlp(norm, use_running_average=False)
+    with pytest.raises(ValueError, match="layers_1 normalizes by the batch"):
+        jbn.linen.foldable(model, model.init(jax.random.key(0), x), x)
+
+    class Switched(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return norm(use_running_average=not train, name="bn")(nn.Dense(4)(x))
+
+    model = Switched()
+    apply, folded, _ = jbn.linen.fold(model, model.init(jax.random.key(0), x, False), x, train=False)
+    with pytest.raises(ValueError, match="bn is folded into the layer beside it and cannot train"):
+        apply(folded, x, train=True, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("norm", [nnx.BatchNorm, jbn.nnx.BatchNorm], ids=["Flax's", "jbn's"])
+def test_a_norm_that_trains_is_refused_in_nnx(norm):
+    class Switched(nnx.Module):
+        def __init__(self):
+            self.fc, self.bn = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), norm(4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, train=None):
+            return self.bn(self.fc(x), use_running_average=None if train is None else not train)
+
+    with pytest.raises(ValueError, match="bn normalizes by the batch"):
+        jbn.nnx.foldable(Switched(), jnp.ones(ROWS), train=True)
+    folded, folds = jbn.nnx.fold(Switched(), jnp.ones(ROWS))
+    assert folds.pairs == (("fc", "bn"),)
+    folded(jnp.ones(ROWS), train=False)
+    with pytest.raises(ValueError, match="is folded into the layer beside it"):
+        folded(jnp.ones(ROWS), train=True)
+    folded.train()
+    with pytest.raises(ValueError, match="is folded into the layer beside it"):
+        folded(jnp.ones(ROWS))
+
+
+def test_layers_with_code_of_their_own_are_kept():
+    class Standardized(nn.Conv):
+        @nn.compact
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
+    class Renamed(nn.Conv):
+        pass
+
+    x = numbers(jnp.zeros(IMAGES))
+    for layer, pairs in ((Standardized, ()), (Renamed, (("layers_0", "layers_1"),))):
+        model = nn.Sequential([layer(4, (3, 3)), nn.BatchNorm(True)])
+        variables = numbers(model.init(jax.random.key(0), x))
+        apply, folded, folds = jbn.linen.fold(model, variables, x)
+        assert folds.pairs == pairs
+        np.testing.assert_allclose(apply(folded, x), model.apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", ["remat", "jit", "scan"])
+def test_layers_under_transformations(wrap):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            y = nn.relu(nn.BatchNorm(True, name="n")(nn.Dense(3, name="a")(x)))
+            return (y, None) if wrap == "scan" else y
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if wrap == "scan":
+                axes = {"params": 0, "batch_stats": 0}
+                return nn.scan(Block, axes, split_rngs={"params": True}, length=2)(name="block")(x, None)[0]
+            return {"remat": nn.remat, "jit": nn.jit}[wrap](Block)(name="block")(x)
+
+    x = numbers(jnp.zeros(ROWS))
+    variables = numbers(Model().init(jax.random.key(0), x))
+    apply, folded, folds = jbn.linen.fold(Model(), variables, x)
+    # The parameters of a scan are stacked; and its layers run more than once.
+    assert folds.pairs == (() if wrap == "scan" else (("block/a", "block/n"),))
+    np.testing.assert_allclose(apply(folded, x), Model().apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_that_others_share_stay_theirs():
+    class Tied(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.a, self.n, self.b = (
+                nnx.Linear(3, 3, rngs=rngs),
+                nnx.BatchNorm(3, rngs=rngs),
+                nnx.Linear(3, 3, rngs=rngs),
+            )
+            self.b.kernel = self.a.kernel
+
+        def __call__(self, x):
+            return self.b(nnx.relu(self.n(self.a(x))))
+
+    model, x = Tied(), numbers(jnp.zeros(ROWS))
+    nnx.update(model, numbers(nnx.state(model)))
+    folded, _ = jbn.nnx.fold(model, x)
+    model.eval()
+    np.testing.assert_allclose(folded(x), model(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(folded.b.kernel[...], model.b.kernel[...])
+
+
+def test_partitioned_kernels_stay_partitioned():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model = nn.Sequential([nn.Dense(4, use_bias=False, kernel_init=init), nn.BatchNorm(True)])
+    variables = model.init(jax.random.key(0), jnp.ones(ROWS))
+    apply, folded, _ = jbn.linen.fold(model, variables, jnp.ones(ROWS))
+    assert folded["params"]["layers_0"]["kernel"].names == (None, "model")
+    np.testing.assert_allclose(apply(folded, jnp.ones(ROWS)), model.apply(variables, jnp.ones(ROWS)), atol=1e-5)
