@@ -235,7 +235,7 @@ class Model(nnx.Module):
 
 
 KINDS = ["nothing", "function", "module"]
-PATHS = {"layers.0.bn", "layers.1.bn", "named.last"}
+PATHS = {"layers/0/bn", "layers/1/bn", "named/last"}
 
 
 def test_replace_finds_every_norm_once():
@@ -286,12 +286,12 @@ def test_replace_takes_a_norm_or_a_container(container):
     same, replaced = replace(model)
     assert same is model
     assert type(layer) is MINE
-    assert replaced.paths in [("",), ("0",), ("a.b",)]
+    assert replaced.paths in [("",), ("0",), ("a/b",)]
 
 
 def test_different_places_may_have_one_name():
     norms = [make(THEIRS) for _ in range(2)]
-    assert replace({"a.b": norms[0], "a": {"b": norms[1]}})[1] == (("a.b", "a.b"), ())
+    assert replace({"a/b": norms[0], "a": {"b": norms[1]}})[1] == (("a/b", "a/b"), ())
     assert {type(norm) for norm in norms} == {MINE}
 
 
@@ -316,7 +316,7 @@ def test_replace_warns_where_there_is_nothing():
     with pytest.warns(UserWarning, match=r"of type Linear and holds no flax.nnx.BatchNorm\.") as caught:
         assert replace(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))[1] == ((), ())
     assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match=r"subclasses, which keep their own code, are inner\.own"):
+    with pytest.warns(UserWarning, match=r"subclasses, which keep their own code, are inner/own"):
         replace({"inner": {"own": Own(4, rngs=nnx.Rngs(0))}})
 
 

@@ -18,7 +18,7 @@ OPTIONS = (
 
 
 class Replaced(NamedTuple):
-    """What ``replace`` found in a model, as paths such as ``layers.3.bn``; that of the model itself is empty."""
+    """What ``replace`` found in a model, as paths such as ``layers/3/bn``; that of the model itself is empty."""
 
     paths: tuple[str, ...]  # norms that are jbn's now, those that were already among them
     skipped: tuple[str, ...]  # subclasses of Flax's norm, which keep their own code
@@ -51,13 +51,11 @@ def replace(model: ModelT, **overrides: Any) -> tuple[ModelT, Replaced]:
     >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.relu)
     >>> model, replaced = jbn.nnx.replace(model, momentum=0.9)
     >>> replaced
-    Replaced(paths=('layers.1',), skipped=())
+    Replaced(paths=('layers/1',), skipped=())
     """
     if unknown := sorted(set(overrides) - set(OPTIONS)):
         raise TypeError(f"replace() got {', '.join(unknown)}; expected overrides named {', '.join(OPTIONS)}.")
-    found = [
-        (".".join(map(str, path)), norm) for path, norm in nnx.iter_graph(model) if isinstance(norm, nnx.BatchNorm)
-    ]
+    found = _norms(model)
     ours = [(path, norm) for path, norm in found if type(norm) is nnx.BatchNorm or isinstance(norm, BatchNorm)]
     done = Replaced(tuple(path for path, _ in ours), tuple(path for path, norm in found if (path, norm) not in ours))
     if not ours:
@@ -118,9 +116,7 @@ def freeze(
     """
     flags = {"use_running_average": use_running_average, "update": update, "affine": affine}
     frozen = Frozen(**{name: check_flag(name, value) for name, value in flags.items()})
-    found: list[tuple[str, Any]] = [
-        ("/".join(map(str, path)), norm) for path, norm in nnx.iter_graph(model) if isinstance(norm, nnx.BatchNorm)
-    ]
+    found = _norms(model)
     hits = select([path for path, _ in found], patterns, "norms of the model")
     chosen = [(path, norm) for (path, norm), hit in zip(found, hits, strict=True) if hit]
     if others := [path for path, norm in chosen if not isinstance(norm, BatchNorm)]:
@@ -131,3 +127,9 @@ def freeze(
     for _, norm in chosen:
         norm.frozen = frozen
     return model, tuple(path for path, _ in chosen)
+
+
+def _norms(model: Any) -> list[tuple[str, Any]]:
+    """Return the norms of a model with their paths, Flax's and jbn's."""
+    found = ((path, norm) for path, norm in nnx.iter_graph(model) if isinstance(norm, nnx.BatchNorm))
+    return [("/".join(map(str, path)), norm) for path, norm in found]
