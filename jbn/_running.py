@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._moments import Moments, merge
+from ._moments import Moments, merge, quotient
 
 StateT = TypeVar("StateT")
 
@@ -31,7 +31,7 @@ def exponential(mean: Array, var: Array, batch: Moments, weight: Array, unbiased
     """
     target = batch.var
     if unbiased:
-        target = target * (batch.count / jnp.maximum(batch.count - 1, 1))
+        target = target * quotient(batch.count, batch.count - 1)
     # m·old + (1 - m)·new loses ten times more digits at a large mean; and where the pilot is the old mean, the
     # difference is the offset, exact.
     new_mean = mean + weight * ((batch.pilot - mean) + batch.offset)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jbn
+from jbn._moments import quotient
 from tests import oracle
 
 batches = st.builds(
@@ -105,3 +106,24 @@ def test_a_variance_is_never_negative():
     """Σ(x-k)²/n - d² of constant rows is rounding noise, of either sign."""
     values = np.random.default_rng(0).standard_normal(4096).astype(np.float32) / 1000
     assert jbn.batch_norm(np.broadcast_to(values, (37, 4096)))[1].var.min() >= 0
+
+
+def test_a_count_divides_to_rounding_where_the_device_does_not():
+    """A TPU v5e divides to 2e-5: here every quotient of the program is off by as much."""
+    counts = jnp.arange(1, 2001, dtype=jnp.float32)
+
+    def on_such_a_device(f, *args):
+        program = jax.make_jaxpr(f)(*args)
+        values = dict(zip(program.jaxpr.invars, args, strict=True))
+        for step in program.jaxpr.eqns:
+            read = [v.val if hasattr(v, "val") else values[v] for v in step.invars]  # a literal has a value of its own
+            value = step.primitive.bind(*read, **step.params)
+            values[step.outvars[0]] = value * (1 + 2e-5) if step.primitive.name == "div" else value
+        return values[program.jaxpr.outvars[0]]
+
+    rough = on_such_a_device(lambda n: 1 / n, counts)
+    assert np.abs(oracle.wide(rough) * oracle.wide(counts) - 1).max() > 1e-5
+    for part in (jnp.ones_like(counts), counts, counts + 1):
+        got = on_such_a_device(quotient, part, counts)
+        want = oracle.wide(part) / oracle.wide(counts)
+        assert np.abs(oracle.wide(got) / want - 1).max() <= 2 * oracle.ULP["float32"]
