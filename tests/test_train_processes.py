@@ -101,7 +101,7 @@ def arrays(out):
     options = json.loads((out / "options.json").read_text())
     options = train.Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
     mesh = mesh_of(1)
-    work = train._work(options, *train._data(options), mesh, None)
+    work = train._work(options, *train.data_of(options), mesh, None)
     like = jax.eval_shape(lambda: initial(work.recipe, work.training.source.image_shape))
     with Checkpoints(out / "checkpoints", 3) as checkpoints:
         state = checkpoints.restore(like, mesh)

@@ -24,15 +24,22 @@ STATE, CONTENTS = "state", "contents"
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 
+class Unreadable(Exception):
+    """A checkpoint that cannot be read, is damaged or is of something else: the message has its path and the reason."""
+
+
 class Checkpoints:
-    """The last `keep` checkpoints of a run in a folder, named by their steps, written while training goes on."""
+    """The last `keep` checkpoints of a run in a folder, named by their steps, written while training goes on.
+
+    With `keep` 0 they are only read, whoever writes meanwhile.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self._keep = folder.absolute(), keep
         # Orbax's manager would hide that one process cannot write until the others have waited ten minutes for it.
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         with _write_errors(self.folder):
-            if jax.process_index() == 0:
+            if keep and jax.process_index() == 0:
                 for path in self.folder.glob(f"*{UNFINISHED}*"):
                     shutil.rmtree(path)
 
@@ -92,18 +99,23 @@ class Checkpoints:
             raise OptionError("--at", f"got {at}; expected {saved} in '{self.folder}'")
         chosen = steps[-1] if at is None else at
         before = [step for step in steps if step < chosen]
+        offer = f"go on from the one before it with --resume --at {before[-1]}" if before else "no other is before it"
+        try:
+            return self.read(chosen, like, mesh)
+        except Unreadable as error:
+            raise OptionError("--resume", f"{error}; {offer}") from None
+
+    def read(self, step: int, like: State, mesh: Mesh) -> State:
+        """Return the state of a step on the devices of `mesh`, or raise `Unreadable`; `like` as in `restore`."""
         whole = NamedSharding(mesh, PartitionSpec())
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), like)
         with _quiet():
             try:
-                return self._read(chosen, abstract)
+                return self._read(step, abstract)
             except Exception as error:
                 reason = " ".join(str(error).partition("See full TensorStore")[0].split())[:300]
         # Not in the handler: the error of Orbax would stay alive, and what it holds would complain later.
-        offer = f"go on from the one before it with --resume --at {before[-1]}" if before else "no other is before it"
-        raise OptionError(
-            "--resume", f"the checkpoint '{self.folder / str(chosen)}' cannot be used ({reason}); {offer}"
-        )
+        raise Unreadable(f"the checkpoint '{self.folder / str(step)}' cannot be used ({reason})")
 
     def set_aside(self, after: int) -> list[Path]:
         """Move later checkpoints into a folder of their own, out of the way of a run that goes on."""

@@ -342,3 +342,54 @@ def train(
         if jax.process_count() == 1:
             raise
         processes.lost(error)
+
+
+@app.command()
+def diagnose(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="The --out of jbn train, for its last checkpoint, or one of its checkpoints: DIR/checkpoints/100.",
+        ),
+    ],
+    batch_size: Annotated[
+        int | None,
+        typer.Option(parser=_whole_number(2, 2**24), metavar="N", help="Training images to look at. Default: a batch."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(parser=_whole_number(0, 2**32 - 1), metavar="N", help="Seed of the choice of images.")
+    ] = 0,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the statistics of every channel too.")
+    ] = None,
+) -> None:
+    """Say what is wrong with the batch normalization of a network that jbn train has saved.
+
+    Runs one batch of the training data and compares what the layers see with what they remember. Writes nothing into
+    the run. Exit status: 0 nothing found, 1 something found, 2 a wrong option or a checkpoint that cannot be read.
+    """
+    from rich.console import Console
+
+    from jbn.lab.diagnosis import diagnosed, draw_diagnosis, table_of
+    from jbn.lab.run_directory import OptionError, write_atomically
+
+    console = Console()
+    try:
+        if figure is not None and (figure.suffix != ".png" or not figure.parent.is_dir()):
+            raise OptionError(
+                "--figure", f"got '{figure}'; expected a name that ends in .png, in a folder that is there"
+            )
+        found = diagnosed(checkpoint, batch_size=batch_size, seed=seed)
+        console.print(found.title, soft_wrap=True, markup=False, highlight=False)
+        console.print(table_of(found.diagnosis))
+        for message in str(found.diagnosis).splitlines():
+            console.print(message, soft_wrap=True, markup=False, highlight=False)
+        if figure is not None:
+            write_atomically(figure, lambda partial: draw_diagnosis(found, partial))
+            console.print(f"Wrote {figure}", soft_wrap=True)
+    except OptionError as error:
+        raise typer.BadParameter(str(error), param_hint=f"'{error.option}'") from None
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write '{figure}' ({error.strerror})", param_hint="'--figure'") from None
+    raise typer.Exit(1 if found.diagnosis.findings else 0)

@@ -86,24 +86,25 @@ def start(out: Path, options: Options) -> None:
 
 def resume(out: Path, options: OptionsT, chosen: Collection[str]) -> OptionsT:
     """Return the options of the run in `out`; those that the user chose must be the same as before."""
-    recorded = _recorded(out, type(options))
+    before = recorded(out, type(options))
     if not os.access(out, os.W_OK):
         raise OptionError("--out", f"cannot write to '{out}'; expected a directory to write to")
     for name in (field.name for field in fields(options) if field.name in chosen):
         arrived = getattr(options, name)
-        as_before = replace(recorded, **{name: arrived})  # type: ignore[type-var]
-        if _in_words(as_before, name) != _in_words(recorded, name):
-            default = "the default, " if getattr(recorded, name) is None and name in recorded.in_words() else ""
-            expected = f"the run in '{out}' was started with {default}{_in_words(recorded, name)}"
+        as_before = replace(before, **{name: arrived})  # type: ignore[type-var]
+        if _in_words(as_before, name) != _in_words(before, name):
+            default = "the default, " if getattr(before, name) is None and name in before.in_words() else ""
+            expected = f"the run in '{out}' was started with {default}{_in_words(before, name)}"
             raise OptionError(
                 option(name),
                 f"got {_as_text(arrived)}, but {expected}; "
                 f"leave {option(name)} out to go on with it, or start a new run in another --out",
             )
-    return recorded
+    return before
 
 
-def _recorded(out: Path, kind: type[OptionsT]) -> OptionsT:
+def recorded(out: Path, kind: type[OptionsT]) -> OptionsT:
+    """Return the options of the run in `out`."""
     try:
         content = json.loads((out / OPTIONS).read_text(encoding="utf-8"))
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})

@@ -114,7 +114,7 @@ def run(options: Options, place: Place, *, chosen: Collection[str], console: Con
     console.quiet = not first
     if place.resume:
         options = processes.together(lambda: run_directory.resume(place.out, options, chosen))
-    training, validation = processes.together(lambda: _data(options))
+    training, validation = processes.together(lambda: data_of(options))
     began, options = options.fingerprint, replace(options, fingerprint=training.fingerprint)
     processes.same({run_directory.option(name): repr(value) for name, value in asdict(options).items()})
     if place.resume and began != training.fingerprint:
@@ -142,7 +142,8 @@ def _seen(out: Path) -> None:
         raise OptionError("--out", f"'{out}' of process 0 is not seen here; expected a folder that all machines share")
 
 
-def _data(options: Options) -> tuple[Source, Source | None]:
+def data_of(options: Options) -> tuple[Source, Source | None]:
+    """Return the training data and, where there are some, the validation data."""
     if options.data is None:
         if options.validation is not None:
             raise OptionError(
@@ -168,11 +169,12 @@ def _data(options: Options) -> tuple[Source, Source | None]:
     return training, validation
 
 
-def _work(options: Options, training: Source, validation: Source | None, mesh: Mesh, console: Console) -> Work:
-    batches = Batches(training, options.batch_size, mesh)
-    dtype = jnp.bfloat16 if options.dtype == "bfloat16" else None
-    recipe = Recipe(
-        network=NETWORKS[options.model](classes=training.classes, dtype=dtype),
+def recipe_of(options: Options, batches: Batches) -> Recipe:
+    """Return the recipe of a run whose training data are cut into these batches."""
+    return Recipe(
+        network=NETWORKS[options.model](
+            classes=batches.source.classes, dtype=jnp.bfloat16 if options.dtype == "bfloat16" else None
+        ),
         optimizer=options.optimizer,
         learning_rate=options.rate(),
         schedule=options.schedule,
@@ -183,8 +185,12 @@ def _work(options: Options, training: Source, validation: Source | None, mesh: M
         ema=options.ema,
         seed=options.seed,
     )
+
+
+def _work(options: Options, training: Source, validation: Source | None, mesh: Mesh, console: Console) -> Work:
+    batches = Batches(training, options.batch_size, mesh)
     watched = None if validation is None else Batches(validation, options.batch_size, mesh)
-    return Work(recipe, batches, watched, mesh, console)
+    return Work(recipe_of(options, batches), batches, watched, mesh, console)
 
 
 def _begin(work: Work, checkpoints: Checkpoints, place: Place) -> State:

@@ -1,0 +1,201 @@
+"""`jbn diagnose`: a checkpoint of `jbn train` and one batch of its data, as a diagnosis, a table and a figure."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Column, Table
+
+from jbn._diagnose import Diagnosis, diagnose
+from jbn.lab.batches import Batches
+from jbn.lab.checkpoints import Checkpoints, Unreadable
+from jbn.lab.devices import mesh_of
+from jbn.lab.figures import COLOURS
+from jbn.lab.models import MOMENTUM
+from jbn.lab.recipe import Batch, Recipe, augmented, initial
+from jbn.lab.run_directory import CHECKPOINTS, OPTIONS, FileError, OptionError, recorded
+from jbn.lab.train import Options, data_of, recipe_of
+
+EPSILON = 1e-5  # of the networks of `jbn train`, as MOMENTUM is
+
+
+class Diagnosed(NamedTuple):
+    """A diagnosis, and of what."""
+
+    title: str
+    diagnosis: Diagnosis
+
+
+def diagnosed(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
+    """Run one batch of the training data through a checkpoint, on one device; nothing is written.
+
+    Args:
+        path: the folder of a run, for its last checkpoint, or one of its checkpoints.
+        batch_size: how many images, that of the run for None.
+        seed: of the choice of images.
+
+    Raises:
+        OptionError: there is no such checkpoint, or it or its data cannot be read.
+    """
+    out, step = _run_of(path)
+    with _about(f"cannot tell the run in '{out}'"):
+        options = recorded(out, Options)
+    mesh = mesh_of(1)
+    with _about(f"cannot use the data of the run in '{out}'"):
+        training, _ = data_of(replace(options, validation=None))
+        if options.fingerprint != training.fingerprint:
+            raise FileError("they are not what they were when it began")
+        batches = Batches(training, batch_size or options.batch_size, mesh)
+        batch = batches.read(batches.rows(0, seed))
+    recipe = recipe_of(options, Batches(training, options.batch_size, mesh))
+    like = jax.eval_shape(lambda: initial(recipe, training.image_shape))
+    with Checkpoints(out / CHECKPOINTS, keep=0) as checkpoints, _about("cannot go on"):
+        steps = checkpoints.steps()
+        chosen = max(steps, default=0) if step is None else step
+        if chosen not in steps:
+            saved = f"saved are those of steps {', '.join(map(str, steps))}" if steps else "none is saved"
+            raise FileError(f"no checkpoint of step {chosen or 'any'} in '{checkpoints.folder}'; {saved}")
+        state = checkpoints.read(chosen, like, mesh)
+    found = diagnose(
+        _as_trained(recipe),
+        state.params,
+        state.batch_stats,
+        batch,
+        epsilon=EPSILON,
+        momentum=MOMENTUM,
+        updates=int(state.step),
+    )
+    return Diagnosed(f"{options.model} in '{out}' after step {state.step}, {batches.size} training images", found)
+
+
+@cache
+def _as_trained(recipe: Recipe) -> Any:
+    """Return the network as a step runs it: on augmented images, some of which may be padding."""
+
+    def apply(params: Any, stats: Any, batch: Batch) -> Any:
+        variables, images = {"params": params, "batch_stats": stats}, augmented(recipe, jnp.int32(0), batch.images)
+        _, new = recipe.network.apply(variables, images, train=True, valid=batch.valid, mutable=["batch_stats"])
+        return new["batch_stats"]
+
+    return apply
+
+
+def _run_of(path: Path) -> tuple[Path, int | None]:
+    """Return the folder of a run, and the step of the checkpoint in it, None for the last."""
+    whole = path.resolve()
+    inside = whole.parent.name == CHECKPOINTS and whole.name.isdigit()
+    out, step = (whole.parent.parent, int(whole.name)) if inside else (path, None)
+    if not (out / OPTIONS).exists():
+        raise OptionError(
+            "CHECKPOINT",
+            f"no run of jbn train in '{out}'; expected its --out, or a checkpoint such as "
+            f"'{Path('jbn-train', CHECKPOINTS, '100')}'",
+        )
+    return out, step
+
+
+@contextlib.contextmanager
+def _about(what: str) -> Iterator[None]:
+    """Turn what is wrong with a file into an error of the one argument of the command."""
+    try:
+        yield
+    except (OptionError, FileError, Unreadable) as error:
+        raise OptionError("CHECKPOINT", f"{what}: {error}") from None
+
+
+def table_of(diagnosis: Diagnosis) -> Table:
+    """Return a row for each layer, with the figures of its worst channel."""
+    numbers = ("channels", "values", "z\nmean", "z\nvar", "gap", "prior\nleft", "least\nvar", "mean/\nstd")
+    table = Table(
+        Column("layer", overflow="fold", min_width=11),
+        *(Column(name, justify="right", no_wrap=True) for name in numbers),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="all of the worst channel: values in the batch; z: batch against running statistics, in standard "
+        "errors; gap: y in evaluation against training, in standard deviations of the output",
+    )
+    flagged = {finding.path for finding in diagnosis.findings}
+    for layer in diagnosis.layers:
+        table.add_row(
+            layer.path,
+            str(layer.count.size),
+            f"{layer.count.min():.0f}",
+            _most(np.abs(layer.z_mean)),
+            _most(np.abs(layer.z_var)),
+            _most(layer.gap),
+            "-" if np.isnan(layer.prior) else f"{layer.prior:.0%}",
+            f"{layer.batch_var.min():.0e}",
+            _most(layer.ratio),
+            style="bold" if layer.path in flagged else None,
+        )
+    return table
+
+
+def _most(values: np.ndarray) -> str:
+    """Return the largest number in five characters."""
+    most = np.max(values, where=~np.isnan(values), initial=-1)
+    return "-" if most < 0 else f"{most:.2f}" if most < 100 else f"{most:.0f}" if most < 1000 else f"{most:.0e}"
+
+
+def draw_diagnosis(diagnosed: Diagnosed, path: Path) -> None:
+    """Draw every channel of every layer, in the order of the data: gap, variance and |mean|/std; save it as PNG."""
+    layers = diagnosed.diagnosis.layers
+    figure = Figure(figsize=(max(8, 3 + 0.8 * len(layers)), 9), layout="constrained")
+    gap, variance, ratio = figure.subplots(3, sharex=True)
+    marked = np.concatenate([_marked(diagnosed.diagnosis, layer.path, layer.count.shape) for layer in layers])
+    # Channels of a layer side by side, from the first to the last.
+    places = np.concatenate(
+        [i + np.linspace(-0.35, 0.35, layer.count.size + 2)[1:-1] for i, layer in enumerate(layers)]
+    )
+
+    def of(name: str) -> np.ndarray:
+        return np.concatenate([getattr(layer, name).ravel() for layer in layers])
+
+    _draw(variance, places, of("running_var"), np.zeros_like(marked), "0.3", "running", dot="_")
+    for axis, name, limit in ((gap, "gap", 1), (variance, "batch_var", EPSILON), (ratio, "ratio", 100)):
+        _draw(axis, places, of(name), marked, COLOURS[True], "batch")
+        axis.axhline(limit, color="0.3", linewidth=0.8, linestyle=":", label="limit (of the gap: from 64 images on)")
+        axis.set_yscale("log")
+        axis.grid(color="0.4", alpha=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    gap.set(title=diagnosed.title, ylabel="gap of y between evaluation\nand training (standard deviations)")
+    variance.set_ylabel("variance")
+    ratio.set(ylabel="|mean| / standard deviation", xticks=range(len(layers)), xlim=(-0.5, len(layers) - 0.5))
+    ratio.set_xticklabels([layer.path for layer in layers], rotation=30, ha="right", rotation_mode="anchor")
+    named = [axis.get_legend_handles_labels() for axis in (variance, gap, ratio)]
+    handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, format="png", dpi=130)
+
+
+def _marked(diagnosis: Diagnosis, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return for each channel of a layer whether a finding names it."""
+    marked = np.zeros(shape, bool)
+    for channels in (finding.channels for finding in diagnosis.findings if finding.path == path):
+        marked[tuple(np.reshape(channels, (-1, len(shape))).T)] = True
+    return marked.ravel()
+
+
+def _draw(
+    axis: Axes, places: np.ndarray, values: np.ndarray, marked: np.ndarray, colour: str, label: str, dot: str = "."
+) -> None:
+    """Draw channels as dots, those with a finding in another colour; at the edges those that have no logarithm."""
+    with_logarithm, zero = np.isfinite(values) & (values > 0), values == 0
+    at_edge: dict[str, Any] = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+    for here, paint, name in ((~marked, colour, label), (marked, COLOURS[False], "with a finding")):
+        for which, marker, height, called, more in (
+            (here & with_logarithm, dot, values, name, {"markersize": 8 if dot == "_" else 5}),
+            (here & zero, "v", np.full_like(values, 0.02), "0", at_edge),
+            (here & ~with_logarithm & ~zero, "x", np.full_like(values, 0.98), "infinite or NaN", at_edge),
+        ):
+            if which.any():
+                axis.plot(places[which], height[which], marker, color=paint, label=called, **{"markersize": 5} | more)
