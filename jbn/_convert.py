@@ -192,8 +192,9 @@ def _renamed(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Pa
     if not isinstance(names, Mapping):
         raise TypeError(f"names is of type {type(names).__name__}; expected a mapping or a function of paths.")
     found: dict[Path, Path | None] = {}
-    for old, new in names.items():
-        if _checked(old, new) is not None and new.count("*") != old.count("*"):
+    for old, value in names.items():
+        new = _checked(old, value)
+        if new is not None and new.count("*") != old.count("*"):
             raise ValueError(f"names: {old!r} becomes {new!r}; expected as many stars on both sides.")
         # A slash after every key; the last group is what lies under the path.
         pattern = re.compile(re.escape(_slashed(origin.split(old))).replace(r"\*", "([^/]*)") + "(.*)")

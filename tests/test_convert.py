@@ -113,6 +113,21 @@ def test_what_each_library_has():
     assert isinstance(state["layers"]["0"].mean, jax.Array)
 
 
+def test_arrays_of_numpy_are_contiguous():
+    """Writers of files read their memory as it lies."""
+    variables = {"params": {"conv": {"kernel": np.ones((2, 3, 4, 5), np.float32)}}}
+    like = {"conv.weight": np.ones((5, 4, 2, 3), np.float32)}
+    for shapes in (None, like):
+        assert jbn.convert(variables, "linen", "torch", like=shapes)["conv.weight"].flags.c_contiguous
+
+
+def test_a_norm_with_more_arrays_loses_none():
+    tree = jbn.convert(layer(), "jbn", "keras", names={"": "bn"}) | {"bn/renorm_mean": np.ones(3, np.float32)}
+    params, state = jbn.convert(tree, "keras", "jbn")
+    assert set(params["bn"]) == {"scale", "bias", "renorm_mean"}
+    assert set(state["bn"]) == {"mean", "var"}
+
+
 def test_items_of_lists_are_numbers_in_nnx():
     model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
     kernel = RNG.standard_normal((4, 3)).astype("float32")
@@ -190,6 +205,12 @@ def test_count_converts_the_variance_where_conventions_differ(source, target, un
     equal((new[0], new[1].mean), (tree[0], tree[1].mean))
     want = (tree[1].var.astype(np.float64) * factor).astype(np.float32)
     np.testing.assert_array_equal(new[1].var, want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_count_keeps_the_dtype(dtype):
+    tree = torch_norm(dtype=dtype)
+    assert jbn.convert(tree, "torch", "keras", count=9)["moving_variance"].dtype == tree["running_var"].dtype
 
 
 def test_counts_by_pattern():
@@ -349,7 +370,10 @@ def test_the_number_of_batches_is_that_of_like():
 
 
 def test_nothing_is_shared_with_the_source():
-    tree = torch_norm("bn.")
+    room = np.zeros(64, np.float32)
+    start = -room.ctypes.data % 64 // 4
+    mean = room[start : start + 32]  # where jax would take the memory as it is
+    tree = {**torch_norm("bn.", 32), "bn.running_mean": mean}
     got = [jbn.convert(tree, "torch", library) for library in ("torch", "linen")]
     before = jax.tree.map(np.array, got)
     for value in tree.values():

@@ -68,6 +68,7 @@ REFUSED = {
         {"names": {"layer1.bn": "a"}},
         r"names: 'layer1.bn' matches none of the 1 layers of tree: layer1.bn1",
     ),
+    "a star is in a key": (under("a.b.bn"), "torch", "jbn", {"names": {"*.bn": "*"}}, r"'\*.bn' matches none"),
     "part of a key": (under("layer11"), "torch", "jbn", {"names": {"layer1": "a"}}, r"'layer1' matches none"),
     "stars": (under("a"), "torch", "jbn", {"names": {"*": "a"}}, r"'\*' becomes 'a'; expected as many stars"),
     "kind": (UP, "torch", "linen", {"kinds": {"up": "conv"}}, r"kinds: 'up' has 'conv'; expected one of 'transposed'"),

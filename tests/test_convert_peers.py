@@ -125,6 +125,7 @@ def test_modules_of_haiku_in_modules(hk):
     found = jbn.convert(tree, "haiku", "linen", names=names)
     assert found["params"]["mlp"]["layers_0"]["kernel"].shape == (3, 4)
     assert set(found["params"]["norm"]) == {"scale"}
+    assert found["params"]["norm"]["scale"].shape == found["batch_stats"]["norm"]["var"].shape == (3,)
     again = jbn.convert(found, "linen", "haiku", like=tree, names={new: old for old, new in names.items()})
     assert jax.tree.structure(again) == jax.tree.structure(tree)
 
@@ -210,7 +211,7 @@ def test_equinox(equinox, variables, trained, mode):
 @pytest.mark.parametrize("mode", ["batch", "ema"])
 @pytest.mark.parametrize("updates", [1, 3])
 def test_equinox_after_few_updates(equinox, eqx, variables, mode, updates):
-    """Averages are divided by 1 - momentum**count, and that of the variance begins with 1; what it evaluates with arrives."""
+    """Averages are divided by 1 - momentum**count, and variances begin with 1; what it evaluates with arrives."""
     like, evaluate, step = equinox
     tree = jbn.convert(variables, "linen", "equinox", like=like(mode), **OF_EQUINOX)
     fresh = eqx.nn.make_with_state(eqx.nn.BatchNorm)  # for the values that a state begins with
@@ -221,6 +222,24 @@ def test_equinox_after_few_updates(equinox, eqx, variables, mode, updates):
     x, _ = nets.batch(9)
     found = back(tree, "equinox", variables, **OF_EQUINOX)
     assert gap(nets.evaluate(NET, found, x), evaluate(tree, x)) <= EVALUATED
+
+
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+def test_the_next_update_of_equinox(eqx, mode):
+    """It moves what was converted by 1 - momentum, as any other, and does not begin anew."""
+    params, state = jbn.bn_init(3)
+    like = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", momentum=0.75, mode=mode)
+    norm, kept = jbn.convert((params, state._replace(mean=jnp.full(3, 4.0))), "jbn", "equinox", like=like)
+    _, kept = jax.vmap(norm, (0, None), (0, None), axis_name="batch")(jnp.zeros((5, 3)), kept)
+    _, new = jbn.convert((norm, kept), "equinox", "jbn")
+    np.testing.assert_allclose(new.mean, 3.0)
+    np.testing.assert_allclose(new.var, 0.75)
+
+
+def test_a_bias_has_one_axis(eqx):
+    theirs = eqx.nn.Conv2d(3, 4, 2, key=jax.random.key(0))
+    found = jbn.convert((theirs, None), "equinox", "torch")
+    assert {name: value.shape for name, value in found.items()} == {"weight": (4, 3, 2, 2), "bias": (4,)}
 
 
 def test_groups_of_a_transposed_convolution_of_equinox(eqx):

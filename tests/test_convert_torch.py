@@ -1,11 +1,15 @@
 """convert and PyTorch: the layers of its package evaluate alike, and train alike for ten steps."""
 
+from collections import OrderedDict
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jbn
+import jbn.linen
 from tests import nets
 from tests.nets import EPSILON, EVALUATED, FLAT, MOMENTUM, TRAINED, gap
 
@@ -61,6 +65,68 @@ def test_a_model_evaluates_alike(torch, model, kind):
     assert gap(evaluate(torch, model, images(x)), nets.evaluate(net, variables, x)) <= EVALUATED
     back = jbn.convert(model.state_dict(), "torch", "linen", like=variables, **options)
     assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (back, variables)), strict=True))
+
+
+def test_a_residual_network_by_names(torch):
+    """The names of torchvision, to those of modules in modules, and back."""
+
+    def norm_after(*conv, **options):
+        return torch.nn.Conv2d(*conv, bias=False, **options), torch.nn.BatchNorm2d(conv[1])
+
+    class Block(torch.nn.Module):
+        def __init__(self, before, after):
+            super().__init__()
+            self.conv1, self.bn1 = norm_after(before, after, 3, padding=1)
+            self.conv2, self.bn2 = norm_after(after, after, 3, padding=1)
+            self.downsample = torch.nn.Sequential(*norm_after(before, after, 1)) if before != after else None
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+            return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+    class Stage(nn.Module):
+        features: int
+
+        @nn.compact
+        def __call__(self, x):
+            def norm_after(window, name, x):
+                y = nn.Conv(self.features, (window, window), use_bias=False, name=f"{name}conv")(x)
+                return jbn.linen.BatchNorm(True, name=f"{name}norm")(y)
+
+            y = norm_after(3, "second_", nn.relu(norm_after(3, "first_", x)))
+            return nn.relu(y + (norm_after(1, "short_", x) if x.shape[-1] != self.features else x))
+
+    class Ours(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(jbn.linen.BatchNorm(True, name="stem_norm")(nn.Conv(4, (3, 3), use_bias=False, name="stem")(x)))
+            return Stage(6, name="stage2_block1")(Stage(6, name="stage2_block0")(Stage(4, name="stage1_block0")(x)))
+
+    stem = norm_after(3, 4, 3, padding=1)
+    names = ("conv1", "bn1", "relu", "layer1", "layer2")
+    parts = *stem, torch.nn.ReLU(), torch.nn.Sequential(Block(4, 4)), torch.nn.Sequential(Block(4, 6), Block(6, 6))
+    theirs = torch.nn.Sequential(OrderedDict(zip(names, parts, strict=True)))
+    for value in theirs.state_dict().values():
+        value.copy_(torch.rand(value.shape) - 0.3 * (value.ndim > 1)) if value.ndim else None
+    x = np.random.default_rng(0).standard_normal((2, 5, 5, 3), np.float32)
+    like = jax.eval_shape(Ours().init, jax.random.key(0), x)
+    ways = {
+        "layer*.*.conv1": "stage*_block*/first_conv",
+        "layer*.*.bn1": "stage*_block*/first_norm",
+        "layer*.*.conv2": "stage*_block*/second_conv",
+        "layer*.*.bn2": "stage*_block*/second_norm",
+        "layer*.*.downsample.0": "stage*_block*/short_conv",
+        "layer*.*.downsample.1": "stage*_block*/short_norm",
+        "conv1": "stem",
+        "bn1": "stem_norm",
+    }
+    variables = jbn.convert(theirs.state_dict(), "torch", "linen", like=like, names=ways)
+    assert (
+        gap(jax.jit(Ours().apply)(variables, x), evaluate(torch, theirs, images(x)).transpose(0, 2, 3, 1)) <= EVALUATED
+    )
+    there = {new: old for old, new in ways.items()}
+    back = jbn.convert(variables, "linen", "torch", like=theirs.state_dict(), names=there)
+    assert all(torch.equal(back[name], value) for name, value in theirs.state_dict().items())
 
 
 def test_ten_steps_stay_together(torch, model):
