@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from ._axes import Sync, vary_as
 from ._layout import Layout
@@ -94,10 +93,11 @@ def _merge(a: Moments, b: Moments) -> Moments:
     )
 
 
-def quotient(part: ArrayLike, count: Array) -> Array:
+def quotient(part: Array | float, count: Array) -> Array:
     """Divide by a count, or by 1 where it is 0, to rounding.
 
-    TPUs up to v5 divide to 2e-5 (198 ulps in JAX's table, docs.jax.dev/en/latest/accuracy.html): so does what is left.
+    TPUs up to v5 divide to 2e-5 (198 ulps in JAX's table, docs.jax.dev/en/latest/accuracy.html), and what that leaves
+    over is divided once more.
     """
     count = jnp.maximum(count, 1)
     rough = part / count
