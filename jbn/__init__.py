@@ -1,5 +1,10 @@
 """Batch normalization for JAX: exact statistics, one derivative, state in and state out."""
 
+from ._check import check as check
+from ._convert import convert as convert
+from ._convert_options import convert_options as convert_options
+from ._diagnose import Diagnosis as Diagnosis
+from ._diagnose import diagnose as diagnose
 from ._fold import affine as affine
 from ._fold import fold as fold
 from ._forward import Params as Params
@@ -15,5 +20,7 @@ from ._moments import Moments as Moments
 from ._moments import merge as merge
 from ._recalibrate import recalibrate as recalibrate
 from ._remat import remat_policy as remat_policy
+from .files import load_arrays as load_arrays
+from .files import save_arrays as save_arrays
 
 __version__ = "0.1.0"
