@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -105,10 +106,10 @@ def convert(
     wanted = None if like is None else _layers("like", lambda like: by_address(goal.addresses(like), like), like)
     if wanted is None and goal.make is None:
         raise ValueError(f"like is None; expected a tree of {target} to fill, for it holds more than arrays.")
-    everywhere = {"*": count} if isinstance(count, int) else count
+    everywhere = count if count is None or isinstance(count, Mapping) else {"*": count}
     kind = _by_path("kinds", kinds, origin, layers, KINDS.__contains__, f"one of {', '.join(map(repr, KINDS))}")
     shape = _by_path("flattened", flattened, origin, layers, _is_shape, "a shape (C, H, W), features first")
-    number = _by_path("count", everywhere, origin, layers, lambda n: isinstance(n, int) and n > 1, "2 or more values")
+    number = _by_path("count", everywhere, origin, layers, _is_count, "2 or more values")
     found: dict[Path, Layer] = {}
     came: dict[Path, str] = {}
     for path, new in _renamed(names, origin, goal, list(layers)).items():
@@ -156,6 +157,10 @@ def _layers(argument: str, read: Callable[[Any], Mapping[Address, Any]], tree: A
     return layers
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and int(value) > 1
+
+
 def _is_shape(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) > 1 and all(isinstance(n, int) and n > 0 for n in value)
 
@@ -171,6 +176,8 @@ def _by_path(
     """Return what was said by pattern for each path; the first that matches counts."""
     found: dict[Path, Value] = {}
     paths = ["/".join(path) for path in layers]
+    if not isinstance(said or {}, Mapping):
+        raise TypeError(f"{argument} is {said!r}; expected a mapping of patterns.")
     for pattern, value in (said or {}).items():
         if not fits(value):
             raise ValueError(f"{argument}: {pattern!r} has {value!r}; expected {expected}.")
@@ -234,13 +241,13 @@ def _check_complete(
     theirs = {(*path, name): leaf for path, layer in wanted.items() for name, leaf in layer.items()}
     lost, lacking = [at for at in ours if at not in theirs], [goal.spell(at) for at in theirs if at not in ours]
     if lost or lacking:
-        near = {at: get_close_matches(goal.spell(at), lacking, n=1, cutoff=0.0) for at in lost}
-        shown = [
-            f"{goal.spell(at)!r} from {came[at[:-1]]!r}" + "".join(f" (near {n!r})" for n in near[at]) for at in lost
-        ]
+        shown = []
+        for at in lost[:4]:
+            near = "".join(f" (near {name!r})" for name in get_close_matches(goal.spell(at), lacking, n=1, cutoff=0.0))
+            shown.append(f"{goal.spell(at)!r} from {came[at[:-1]]!r}{near}")
         raise ValueError(
-            f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: {_some(shown)}. Of "
-            f"{len(theirs)} in like {len(lacking)} are lacking: {_some(map(repr, lacking))}. Expected names that bring "
+            f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: {_some(shown, len(lost))}. "
+            f"Of {len(theirs)} in like {len(lacking)} are lacking: {_some(map(repr, lacking))}. Expected names that bring "
             "them together, None for what is left out; in like only what is to be filled; embeddings named in kinds."
         )
     pairs = {goal.spell(at): (value, theirs[at]) for at, value in ours.items()}

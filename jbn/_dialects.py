@@ -80,7 +80,7 @@ class Dialect(NamedTuple):
         if "weight" in plain and "weight" in layer:
             plain["weight"] = _meaning(layer["weight"], layer.get("bias"), kind)
         memory = self.memory if self.names.get("mean", "mean") in layer else ()
-        found = {plain.get(own, own): value for own, value in layer.items() if own not in memory}
+        found = _renamed(layer, {own: plain.get(own, own) for own in layer if own not in memory})
         if "kernel" in found:
             found["kernel"] = self.inward(found["kernel"], kind)
         if self.padded:
@@ -89,18 +89,15 @@ class Dialect(NamedTuple):
 
     def encode(self, layer: Layer, kind: str | None, like: Mapping[str, Any] | None) -> Layer:
         """Bring a layer out of the form above; ``like`` holds its arrays as they are wanted."""
-        own = dict(self.names)
-        if "kernel" not in layer and ("scale" in layer or "mean" in layer):
-            own["bias"] = self.shift
-        found = {}
+        norm = "kernel" not in layer and ("scale" in layer or "mean" in layer)
+        own = {name: self.shift if norm and name == "bias" else self.names.get(name, name) for name in layer}
+        found = _renamed(layer, own)
         for name, value in layer.items():
-            leaf = value if like is None else like.get(own.get(name, name), value)
-            shape = tuple(leaf.shape)
+            shape = value.shape if like is None else tuple(like.get(own[name], value).shape)
             if name == "kernel":
-                value = self.outward(value, kind, None if like is None else shape)
+                found[own[name]] = self.outward(value, kind, None if like is None else shape)
             elif name in VECTORS and _squeezed(shape) == _squeezed(value.shape):
-                value = value.reshape(shape)
-            found[own.get(name, name)] = value
+                found[own[name]] = value.reshape(shape)
         if "mean" in layer:
             memory = {name: make(found, (like or {}).get(name)) for name, make in self.memory.items()}
             found |= {name: value for name, value in memory.items() if like is None or name in like}
@@ -112,6 +109,17 @@ def _meaning(weight: Array, bias: Array | None, kind: str | None) -> str:
     if kind == "embedding":
         return "embedding"
     return "scale" if weight.ndim < 2 or (bias is not None and bias.shape == weight.shape) else "kernel"
+
+
+def _renamed(layer: Layer, names: Mapping[str, str]) -> Layer:
+    """Give the arrays of a layer other names; those without one are left out."""
+    found = {new: layer[old] for old, new in names.items()}
+    if len(found) < len(names):
+        same = {old: new for old, new in names.items() if list(names.values()).count(new) > 1}
+        raise ValueError(
+            f"has {' and '.join(same)}, which all become {next(iter(same.values()))}; expected one of them."
+        )
+    return found
 
 
 def _squeezed(shape: Shape) -> Shape:
@@ -136,7 +144,8 @@ def translate(layer: Layer, origin: Dialect, goal: Dialect, like: Mapping[str, A
         layer["var"] = (layer["var"] * np.float64(factor if goal.unbiased else 1 / factor)).astype(layer["var"].dtype)
     if said.flattened and origin.features_first != goal.features_first:
         layer = _reordered(layer, said.flattened, goal.features_first)
-    if said.kind in TRANSPOSED and "kernel" in layer and (said.kind in origin.gradient) != (said.kind in goal.gradient):
+    turned = said.kind in TRANSPOSED and (said.kind in origin.gradient) != (said.kind in goal.gradient)
+    if turned and "kernel" in layer and layer["kernel"].ndim > 2:
         if like is None:
             raise ValueError("is a transposed convolution; expected like, which says in how many groups.")
         layer["kernel"] = adjoint(layer["kernel"], _groups(layer["kernel"], said.kind, goal, like))
@@ -188,11 +197,11 @@ def _outward(kernel: Array, kind: str | None, like: Shape | None) -> Array:
 
 def _by_channel_inward(kernel: Array, kind: str | None) -> Array:
     """Keras has (*window, in, multiplier) where others have (*window, 1, in · multiplier)."""
-    return kernel.reshape(*kernel.shape[:-2], 1, -1) if kind == "depthwise" else kernel
+    return kernel.reshape(*kernel.shape[:-2], 1, -1) if kind == "depthwise" and kernel.ndim > 2 else kernel
 
 
 def _by_channel_outward(kernel: Array, kind: str | None, like: Shape | None) -> Array:
-    if kind != "depthwise":
+    if kind != "depthwise" or kernel.ndim < 3:
         return kernel
     if like is None:
         raise ValueError("needs like, whose kernel (*window, in, multiplier) says how many channels come in.")
@@ -202,7 +211,7 @@ def _by_channel_outward(kernel: Array, kind: str | None, like: Shape | None) -> 
 
 def _swapped(kernel: Array, kind: str | None, like: Shape | None = None) -> Array:
     """Haiku has (*window, out, in) in transposed convolutions."""
-    return kernel.swapaxes(-1, -2) if kind in TRANSPOSED else kernel
+    return kernel.swapaxes(-1, -2) if kind in TRANSPOSED and kernel.ndim > 2 else kernel
 
 
 def _updates(written: Layer, leaf: Any) -> Array:

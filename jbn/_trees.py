@@ -91,12 +91,19 @@ def in_equinox(tree: Any) -> Addresses:
             (norm.batch_counter, "counter"),
             (norm.ema_first_time_index, "first_time"),
         ):
-            places = [] if index is None else zip(jax.tree.leaves(positions.get(index)), names, strict=True)
-            where |= {at: (path, name) for at, name in places}
+            if index is not None:
+                where |= {at: (path, name) for at, name in zip(_position(positions, index), names, strict=True)}
     return [
         *(_address(_path(keys)) if hasattr(leaf, "shape") else None for keys, leaf in tree_flatten_with_path(model)[0]),
         *(where.get(at, (("eqx.nn.State",), str(at))) for at in range(size)),
     ]
+
+
+def _position(positions: Any, index: Any) -> list[int]:
+    try:
+        return jax.tree.leaves(positions.get(index))
+    except (AttributeError, KeyError) as error:
+        raise TypeError("has norms without a state; expected (model, state) of eqx.nn.make_with_state.") from error
 
 
 def evaluated(tree: Any) -> dict[Address, Any]:

@@ -215,7 +215,7 @@ def test_count_keeps_the_dtype(dtype):
 
 def test_counts_by_pattern():
     tree = {**torch_norm("a.bn."), **torch_norm("b.bn."), **torch_norm("c.bn.")}
-    state = jbn.convert(tree, "torch", "nnx", count={"b": 2, "[ab].bn": 4})
+    state = jbn.convert(tree, "torch", "nnx", count={"b": np.int64(2), "[ab].bn": 4})
     ratios = [float((state[name]["bn"]["var"] / tree[f"{name}.bn.running_var"])[0]) for name in "abc"]
     assert ratios == pytest.approx([3 / 4, 1 / 2, 1])
 
@@ -266,6 +266,16 @@ def test_depthwise_kernels_of_keras():
     np.testing.assert_array_equal(flat[:, :, 0, 5], kernel[:, :, 2, 1])
     back = jbn.convert(variables, "linen", "keras", like={"dw/kernel": kernel}, kinds={"dw": "depthwise"})
     np.testing.assert_array_equal(back["dw/kernel"], kernel)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "depthwise"])
+@pytest.mark.parametrize("library", ["torch", "keras"])
+def test_a_dense_layer_among_convolutions_stays_one(kind, library):
+    """A pattern may name a whole decoder."""
+    variables = {"params": {"decoder": {"fc": {"kernel": RNG.standard_normal((3, 3)).astype("float32")}}}}
+    plain, named = (jbn.convert(variables, "linen", library, kinds=said) for said in (None, {"decoder": kind}))
+    equal(named, plain)
+    equal(jbn.convert(named, library, "linen", kinds={"decoder": kind}), variables)
 
 
 def test_embeddings_are_not_transposed():

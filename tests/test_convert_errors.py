@@ -119,6 +119,14 @@ REFUSED = {
     ),
     "count": (BN, "torch", "jbn", {"count": 1}, r"count: '\*' has 1; expected 2 or more"),
     "no count": (BN, "torch", "jbn", {"count": {"": 2.5}}, r"count: '' has 2.5; expected"),
+    "names that become one": (
+        {"a": {"kernel": np.ones((2, 3)), "scale": F}},
+        "nnx",
+        "torch",
+        {},
+        r"^a of tree has kernel and scale, which all become weight; expected one of them",
+    ),
+    "names that mean one": ({"a/bias": F, "a/beta": F}, "keras", "jbn", {}, r"^a of tree has bias and beta, which all"),
     "count elsewhere": (BN, "torch", "jbn", {"count": {"bn": 9}}, r"count, .*'bn' matches none of the 1 layers"),
     "left over": (
         {**under("bn"), "fc.weight": np.ones((2, 3))},
@@ -223,6 +231,7 @@ OF_OTHER_KINDS = {
     "like": (BN, "torch", "jbn", {"like": {}}, r"like is of type dict; expected a pair"),
     "no array": ({"a.weight": "x"}, "torch", "jbn", {}, r"^a of tree has a leaf of type str; expected an array"),
     "a key": ({"a": {"key": jax.random.key(0)}}, "nnx", "torch", {}, r"^a of tree is a key of random numbers"),
+    "kinds": (BN, "torch", "jbn", {"kinds": "transposed"}, r"kinds is 'transposed'; expected a mapping of patterns"),
     "names": (BN, "torch", "jbn", {"names": "bn"}, r"names is of type str; expected a mapping or a function"),
     "a name": (BN, "torch", "jbn", {"names": {"": 3}}, r"names: '' becomes 3; expected a string or None"),
     "a name of a function": (BN, "torch", "jbn", {"names": lambda path: 3}, r"names: '' becomes 3; expected"),

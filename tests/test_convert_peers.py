@@ -236,6 +236,14 @@ def test_the_next_update_of_equinox(eqx, mode):
     np.testing.assert_allclose(new.var, 0.75)
 
 
+def test_norms_without_their_state(eqx):
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+    other = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="ema")[1]
+    for wrong in (None, other):
+        with pytest.raises(TypeError, match=r"tree has norms without a state; expected \(model, state\) of eqx"):
+            jbn.convert((norm, wrong), "equinox", "jbn")
+
+
 def test_a_bias_has_one_axis(eqx):
     theirs = eqx.nn.Conv2d(3, 4, 2, key=jax.random.key(0))
     found = jbn.convert((theirs, None), "equinox", "torch")
