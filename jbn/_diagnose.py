@@ -59,8 +59,8 @@ def diagnose(
     ``dead``           a channel that is constant in this batch
     ``near-constant``  one whose deviation is below a tenth of √ε, or a millionth of its mean
     ``below epsilon``  one whose variance is below ε
-    ``prior``          a gap because the initial 0 and 1 are still in the running statistics, half as large
-    ``stale``          a gap that this does not explain
+    ``prior``          a gap, if only half of one, because the initial 0 and 1 are still in the running statistics
+    ``stale``          a gap that the prior does not explain
     ``far mean``       |mean|/std of 100 or more, where other implementations lose digits
     =================  =============================================================================================
 
@@ -79,9 +79,13 @@ def diagnose(
         updates: how often the running statistics were updated.
 
     Returns:
-        ``Diagnosis(layers, findings)``. Of each layer path and statistics, float64 arrays of the shape of its features,
-        see ``help(jbn.Diagnosis)``; of each finding path, kind, channels and a message that says what it means and what
-        to do. ``print`` shows the messages.
+        ``Diagnosis(layers, findings)``; ``print`` shows the messages of the findings. Of each layer, in the order of
+        the data, ``path`` and float64 arrays of the shape of its features: ``count`` and ``independent``, values per
+        channel; ``running_mean``, ``running_var``, ``batch_mean``, ``batch_var``; ``z_mean``, ``z_var``; ``gap``, and
+        what it is between the batch and a mixture of p prior and 1 - p batch, ``gap_by_prior``, and between this and
+        the running statistics, ``gap_beyond_prior``; ``ratio``, |mean|/std of the batch; and p, ``prior``, a number,
+        NaN where nothing tells. Of each finding ``path``, ``kind``, ``channels`` (indices, or index tuples) and
+        ``message``, which says what it means and what to do.
 
     Raises:
         ValueError: for a state without statistics, and layers that are not jbn's or do not update, with their paths.
@@ -192,7 +196,8 @@ def _broken(named: Any, batch: Any, seen: dict[Layer, Seen], before: dict[Layer,
     why = "Params and batch are finite: what comes before it overflowed, so look for values too large for their dtype."
     if held:
         why = f"So are values of {listed(held)}: mend or mask them."
-    for layer in () if params else sorted(layer for layer in broken if not before[layer] & broken):
+    least = min((len(before[layer] & broken) for layer in broken), default=0)  # 0, but for layers in a circle
+    for layer in () if params else sorted(layer for layer in broken if len(before[layer] & broken) == least):
         where = ~np.isfinite(seen[layer].mean + seen[layer].var)
         others = len(broken) - 1
         spread = f" and so in {others} other layer{'s' * (others > 1)}" if others else ""

@@ -82,6 +82,15 @@ def test_a_share_that_is_told_is_not_fitted():
     assert finding.kind == "stale"
 
 
+@pytest.mark.parametrize("channel", ALL)
+def test_what_the_prior_does_not_explain_is_a_finding_beside_it(channel):
+    state = changed(STATE | {"stem": mixed(0.5)}, "stem/norm/mean", put(channel, 30.0))
+    prior, stale = diagnose(apply, PARAMS, state, rows(2048, 9)).findings
+    assert (prior.kind, prior.channels) == ("prior", ALL)
+    assert "50% of the running statistics" in prior.message
+    assert (stale.kind, stale.channels) == ("stale", (channel,))
+
+
 def test_layers_are_in_the_order_of_the_data():
     assert [layer.path for layer in diagnose(apply, PARAMS, STATE, rows(32)).layers] == [STEM, HEAD]
 
@@ -118,6 +127,18 @@ def test_the_first_layer_that_is_not_finite_names_the_input():
     (finding,) = diagnose(apply, changed(PARAMS, "head/w", scaled([1], 1e38)), STATE, rows(32)).findings
     assert "other layer" not in finding.message
     assert "overflowed" in finding.message
+
+
+def test_layers_that_wait_for_each_other_are_all_named_where_they_are_not_finite():
+    def twice(params, state, x):
+        for _ in range(2):
+            x, state = forward(params, state, x, True)
+        return state
+
+    assert found(diagnose(twice, PARAMS, STATE, put(3, np.nan)(rows(32)))) == [
+        (HEAD, "non-finite", ALL),
+        (STEM, "non-finite", ALL),
+    ]
 
 
 # Few values, masks, shards, scans
@@ -185,8 +206,12 @@ def test_layers_in_a_scan():
 
     state = jbn.recalibrate(stacked, params, state, [rows(2048, 9)])
     assert found(diagnose(stacked, params, state, rows(64))) == []
-    state["norm"]["mean"] = state["norm"]["mean"].at[2, 1].add(30)
+    given = state["norm"]["mean"]
+    state["norm"]["mean"] = given.at[2, 1].add(30)
     assert found(diagnose(stacked, params, state, rows(64))) == [("norm", "stale", ((2, 1),))]
+    state["norm"]["mean"] = given.at[2].add(0.8 * jnp.sqrt(state["norm"]["var"][2]))
+    every = tuple((2, channel) for channel in ALL)
+    assert found(diagnose(stacked, params, state, rows(2048, 9))) == [("norm", "stale", every)]
     params["w"][1, :, 3] = 0
     state = jbn.recalibrate(stacked, params, state, [rows(2048, 9)])
     assert found(diagnose(stacked, params, state, rows(64))) == [("norm", "dead", ((1, 3),))]
