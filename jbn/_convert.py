@@ -246,9 +246,10 @@ def _check_complete(
             near = "".join(f" (near {name!r})" for name in get_close_matches(goal.spell(at), lacking, n=1, cutoff=0.0))
             shown.append(f"{goal.spell(at)!r} from {came[at[:-1]]!r}{near}")
         raise ValueError(
-            f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: {_some(shown, len(lost))}. "
-            f"Of {len(theirs)} in like {len(lacking)} are lacking: {_some(map(repr, lacking))}. Expected names that bring "
-            "them together, None for what is left out; in like only what is to be filled; embeddings named in kinds."
+            f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: "
+            f"{_some(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
+            f"{_some(map(repr, lacking))}. Expected names that bring them together, None for what is left "
+            "out; in like only what is to be filled; embeddings named in kinds."
         )
     pairs = {goal.spell(at): (value, theirs[at]) for at, value in ours.items()}
     other = [

@@ -115,10 +115,9 @@ def _renamed(layer: Layer, names: Mapping[str, str]) -> Layer:
     """Give the arrays of a layer other names; those without one are left out."""
     found = {new: layer[old] for old, new in names.items()}
     if len(found) < len(names):
-        same = {old: new for old, new in names.items() if list(names.values()).count(new) > 1}
-        raise ValueError(
-            f"has {' and '.join(same)}, which all become {next(iter(same.values()))}; expected one of them."
-        )
+        new = next(new for new in found if [*names.values()].count(new) > 1)
+        same = " and ".join(old for old in names if names[old] == new)
+        raise ValueError(f"has {same}, which all become {new}; expected one of them.")
     return found
 
 

@@ -126,7 +126,13 @@ REFUSED = {
         {},
         r"^a of tree has kernel and scale, which all become weight; expected one of them",
     ),
-    "names that mean one": ({"a/bias": F, "a/beta": F}, "keras", "jbn", {}, r"^a of tree has bias and beta, which all"),
+    "names that mean one": (
+        {"a/bias": F, "a/beta": F},
+        "keras",
+        "jbn",
+        {},
+        r"^a of tree has beta and bias, which all become bias",
+    ),
     "count elsewhere": (BN, "torch", "jbn", {"count": {"bn": 9}}, r"count, .*'bn' matches none of the 1 layers"),
     "left over": (
         {**under("bn"), "fc.weight": np.ones((2, 3))},

@@ -237,7 +237,7 @@ def test_the_next_update_of_equinox(eqx, mode):
 
 
 def test_norms_without_their_state(eqx):
-    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+    norm, _ = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
     other = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="ema")[1]
     for wrong in (None, other):
         with pytest.raises(TypeError, match=r"tree has norms without a state; expected \(model, state\) of eqx"):
