@@ -47,10 +47,10 @@ def diagnosed(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
         OptionError: there is no such checkpoint, or it or its data cannot be read.
     """
     out, step = _run_of(path)
-    with _about(f"cannot tell the run in '{out}'"):
+    with _about():
         options = recorded(out, Options)
     mesh = mesh_of(1)
-    with _about(f"cannot use the data of the run in '{out}'"):
+    with _about(f"cannot use the data of the run in '{out}': "):
         training, _ = data_of(replace(options, validation=None))
         if options.fingerprint != training.fingerprint:
             raise FileError("they are not what they were when it began")
@@ -58,7 +58,7 @@ def diagnosed(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
         batch = batches.read(batches.rows(0, seed))
     recipe = recipe_of(options, Batches(training, options.batch_size, mesh))
     like = jax.eval_shape(lambda: initial(recipe, training.image_shape))
-    with Checkpoints(out / CHECKPOINTS, keep=0) as checkpoints, _about("cannot go on"):
+    with Checkpoints(out / CHECKPOINTS, keep=0) as checkpoints, _about():
         steps = checkpoints.steps()
         chosen = max(steps, default=0) if step is None else step
         if chosen not in steps:
@@ -104,12 +104,12 @@ def _run_of(path: Path) -> tuple[Path, int | None]:
 
 
 @contextlib.contextmanager
-def _about(what: str) -> Iterator[None]:
+def _about(what: str = "") -> Iterator[None]:
     """Turn what is wrong with a file into an error of the one argument of the command."""
     try:
         yield
     except (OptionError, FileError, Unreadable) as error:
-        raise OptionError("CHECKPOINT", f"{what}: {error}") from None
+        raise OptionError("CHECKPOINT", f"{what}{error}") from None
 
 
 def table_of(diagnosis: Diagnosis) -> Table:
@@ -146,12 +146,12 @@ def _most(values: np.ndarray) -> str:
     return "-" if most < 0 else f"{most:.2f}" if most < 100 else f"{most:.0f}" if most < 1000 else f"{most:.0e}"
 
 
-def draw_diagnosis(diagnosed: Diagnosed, path: Path) -> None:
-    """Draw every channel of every layer, in the order of the data: gap, variance and |mean|/std; save it as PNG."""
-    layers = diagnosed.diagnosis.layers
+def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -> Figure:
+    """Draw every channel of every layer, in the order of the data: gap, variance and |mean|/std."""
+    layers = diagnosis.layers
     figure = Figure(figsize=(max(8, 3 + 0.8 * len(layers)), 9), layout="constrained")
     gap, variance, ratio = figure.subplots(3, sharex=True)
-    marked = np.concatenate([_marked(diagnosed.diagnosis, layer.path, layer.count.shape) for layer in layers])
+    marked = np.concatenate([_marked(diagnosis, layer.path, layer.count.shape) for layer in layers])
     # Channels of a layer side by side, from the first to the last.
     places = np.concatenate(
         [i + np.linspace(-0.35, 0.35, layer.count.size + 2)[1:-1] for i, layer in enumerate(layers)]
@@ -161,20 +161,20 @@ def draw_diagnosis(diagnosed: Diagnosed, path: Path) -> None:
         return np.concatenate([getattr(layer, name).ravel() for layer in layers])
 
     _draw(variance, places, of("running_var"), np.zeros_like(marked), "0.3", "running", dot="_")
-    for axis, name, limit in ((gap, "gap", 1), (variance, "batch_var", EPSILON), (ratio, "ratio", 100)):
+    for axis, name, limit in ((gap, "gap", 0.25), (variance, "batch_var", epsilon), (ratio, "ratio", 100)):
         _draw(axis, places, of(name), marked, COLOURS[True], "batch")
-        axis.axhline(limit, color="0.3", linewidth=0.8, linestyle=":", label="limit (of the gap: from 64 images on)")
+        axis.axhline(limit, color="0.3", linewidth=0.8, linestyle=":", label="where findings begin")
         axis.set_yscale("log")
         axis.grid(color="0.4", alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-    gap.set(title=diagnosed.title, ylabel="gap of y between evaluation\nand training (standard deviations)")
+    gap.set(title=title, ylabel="gap of y between evaluation\nand training (standard deviations)")
     variance.set_ylabel("variance")
     ratio.set(ylabel="|mean| / standard deviation", xticks=range(len(layers)), xlim=(-0.5, len(layers) - 0.5))
     ratio.set_xticklabels([layer.path for layer in layers], rotation=30, ha="right", rotation_mode="anchor")
     named = [axis.get_legend_handles_labels() for axis in (variance, gap, ratio)]
     handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, format="png", dpi=130)
+    return figure
 
 
 def _marked(diagnosis: Diagnosis, path: str, shape: tuple[int, ...]) -> np.ndarray:
