@@ -39,5 +39,6 @@ def executed(path: Path, folder: Path, **environment: str) -> NotebookNode:
 
 if __name__ == "__main__":
     for path in [Path(name) for name in sys.argv[1:]] or NOTEBOOKS:
-        nbformat.write(executed(path, path.parent), path)
+        # Those of a CPU: the plugins of other platforms would complain where there is none of these.
+        nbformat.write(executed(path, path.parent, JAX_PLATFORMS="cpu"), path)
         print(path.name)

@@ -157,7 +157,7 @@ def test_table_and_figure_of_what_is_broken(name, tmp_path):
     assert all(len(line) <= 80 for line in text.splitlines())
     assert HEAD in text
     assert "…" not in text
-    lab.draw_diagnosis(found, tmp_path / "figure.png")
+    lab.figure_of(found.diagnosis, found.title).savefig(tmp_path / "figure.png")
     marked = lab._marked(found.diagnosis, expected[0], (6,))
     assert tuple(np.flatnonzero(marked)) == expected[2]
 

@@ -371,7 +371,7 @@ def diagnose(
     """
     from rich.console import Console
 
-    from jbn.lab.diagnosis import diagnosed, draw_diagnosis, table_of
+    from jbn.lab.diagnosis import diagnosed, figure_of, table_of
     from jbn.lab.run_directory import OptionError, write_atomically
 
     console = Console()
@@ -386,7 +386,8 @@ def diagnose(
         for message in str(found.diagnosis).splitlines():
             console.print(message, soft_wrap=True, markup=False, highlight=False)
         if figure is not None:
-            write_atomically(figure, lambda partial: draw_diagnosis(found, partial))
+            drawn = figure_of(found.diagnosis, found.title)
+            write_atomically(figure, lambda partial: drawn.savefig(partial, format="png", dpi=130))
             console.print(f"Wrote {figure}", soft_wrap=True)
     except OptionError as error:
         raise typer.BadParameter(str(error), param_hint=f"'{error.option}'") from None
