@@ -94,6 +94,13 @@ def test_the_examples_of_the_readme_run(capsys):
     assert abs(std - 1) < 0.05
 
 
+def test_a_tool_is_shown_in_six_lines():
+    section = re.search(r"^## In and out\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]  # type: ignore[index]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == section.count("\n### ")
+    assert max(len([line for line in block.splitlines() if line]) for block in blocks) <= 6
+
+
 def test_the_readme_has_two_commands():
     commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     assert [command.count("\n") for command in commands] == [1, 1]
