@@ -2,6 +2,7 @@ import ast
 import platform
 import re
 import shutil
+import tomllib
 
 import nbformat
 import pytest
@@ -28,6 +29,16 @@ def texts(notebook):
     """Return every source and every text that was printed."""
     printed = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs(notebook)]
     return [cell.source for cell in notebook.cells] + printed
+
+
+def test_badges_open_the_notebook_that_they_are_in():
+    project = tomllib.loads((NOTEBOOKS[0].parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project["urls"]["Repository"].removeprefix("https://github.com/")
+    found = {path: re.findall(r"\]\((https://colab\S+)\)", "\n".join(texts(read(path)))) for path in NOTEBOOKS}
+    assert any(found.values())
+    for path, links in found.items():
+        where = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{path.name}"
+        assert all(link == where for link in links)
 
 
 def outputs(notebook):
