@@ -117,7 +117,7 @@ def test_nothing_is_written_into_the_run(whole):
     (unfinished / "half").write_text("of a process that still writes")
     before, times = contents(whole), {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     time.sleep(0.01)
-    assert diagnose(whole).exit_code in (0, 1)
+    assert "after step 18," in first(diagnose(whole))
     assert contents(whole) == before
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == times
     shutil.rmtree(unfinished)
@@ -220,7 +220,7 @@ def test_nothing_is_saved(copied):
 def test_a_damaged_checkpoint(copied):
     shutil.rmtree(copied / "checkpoints" / "18" / "state")
     refused(diagnose(copied), f"the checkpoint '{copied / 'checkpoints' / '18'}' cannot be used (")
-    assert diagnose(copied / "checkpoints" / "15").exit_code == 1
+    assert "after step 15," in first(diagnose(copied / "checkpoints" / "15"))
 
 
 @pytest.mark.parametrize("text", ["{", '{"model": "dense"}', "[]"])
