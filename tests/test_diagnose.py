@@ -13,7 +13,7 @@ from flax import nnx
 import jbn
 import jbn.linen
 import jbn.nnx
-from jbn._diagnose import diagnose
+from jbn import diagnose
 
 C = 6
 EPSILON = 1e-5

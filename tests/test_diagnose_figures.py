@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn
-from jbn._diagnose import diagnose
+from jbn import diagnose
 from tests import oracle
 from tests.shards import mesh
 from tests.test_diagnose import (

@@ -34,7 +34,8 @@ def texts(notebook):
 def test_badges_open_the_notebook_that_they_are_in():
     project = tomllib.loads((NOTEBOOKS[0].parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     repository = project["urls"]["Repository"].removeprefix("https://github.com/")
-    found = {path: re.findall(r"\]\((https://colab[^)]+/github/[^)]+)\)", "\n".join(texts(read(path)))) for path in NOTEBOOKS}
+    badge = re.compile(r"\]\((https://colab[^)]+/github/[^)]+)\)")
+    found = {path: badge.findall("\n".join(texts(read(path)))) for path in NOTEBOOKS}
     assert any(found.values())
     for path, links in found.items():
         where = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{path.name}"

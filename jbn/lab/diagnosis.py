@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Column, Table
 
-from jbn._diagnose import Diagnosis, diagnose
+from jbn import Diagnosis, diagnose
 from jbn.lab.batches import Batches
 from jbn.lab.checkpoints import Checkpoints, Unreadable
 from jbn.lab.devices import mesh_of
