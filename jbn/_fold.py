@@ -84,7 +84,7 @@ def fold(
             "IOHW" with groups being (inputs, outputs of a group, h, w).
         padding: with "next" and a kernel of more than one position, that of the convolution, as Flax spells it. Zeros
             beside x are not normalized, so "SAME" and the like have no exact answer. Nor has a transposed convolution,
-            which no argument tells apart.
+            or one that dilates x, which no argument tells apart.
         epsilon: ε > 0, that of the normalization.
 
     Returns:
@@ -214,10 +214,14 @@ def _spread(vector: Array, letter: str, shape: tuple[int, ...], axis: int, other
     return jnp.expand_dims(table, tuple(i for i in range(len(shape)) if i not in (axis, other)))
 
 
-def without_zeros(padding: Padding | None, sizes: Sequence[int]) -> bool:
-    """Say whether a convolution with a kernel of these sizes pads no zeros, which a normalization would not see."""
+def without_zeros(
+    padding: Padding | None, sizes: int | Sequence[int], dilation: int | Sequence[int] | None = 1
+) -> bool:
+    """Say whether a convolution puts no zeros beside x or between its values: a normalization does not see them."""
+    if np.any(np.asarray(dilation or 1) != 1):
+        return False
     if padding is None or isinstance(padding, str):
-        return all(size == 1 for size in sizes) or padding in _WITHOUT_ZEROS
+        return bool(np.all(np.asarray(sizes) == 1)) or padding in _WITHOUT_ZEROS
     return not np.any(np.asarray(padding))
 
 

@@ -78,6 +78,11 @@ def masked(call, x):
     return call(norm("n", 4, activation=nn.silu), y, mask=jnp.arange(4)[:, None, None, None] < 3)
 
 
+def standardized(x, kernel, *args, **kwargs):
+    return jax.lax.conv_general_dilated(x, kernel - kernel.mean((0, 1, 2), keepdims=True), *args, **kwargs)
+
+
+HALF = np.arange(27 * 4).reshape(3, 3, 3, 4) % 2
 AN = (("a", "n"),)
 NETS = {
     "conv, norm, relu": Net(chain(conv("a", 3, 4), norm("n", 4), nn.relu), AN),
@@ -110,6 +115,19 @@ NETS = {
     "norms on both sides": Net(chain(norm("m", 3), dense("a", 3, 5), norm("n", 5)), (*AN, ("m", "a")), x=ROWS),
     "a norm between two": Net(chain(dense("a", 3, 5), norm("n", 5), dense("b", 5, 4)), AN, x=ROWS),
     "relu between": Net(chain(conv("a", 3, 4), nn.relu, norm("n", 4)), (), ("n",)),
+    "norm over another axis, dense": Net(chain(norm("n", 8, axis=1), dense("a", 8, 5)), (), ("n",), (4, 8, 8, 8)),
+    "norm, conv that dilates x": Net(
+        chain(norm("n", 3), conv("a", 3, 4, padding=((0, 0), (0, 0)), input_dilation=2)), (), ("n",)
+    ),
+    "conv of a masked kernel": Net(
+        chain(norm("n", 3), conv("a", 3, 4, padding="VALID", mask=jnp.asarray(HALF)), norm("m", 4)), (), ("n", "m")
+    ),
+    "conv of a standardized kernel": Net(
+        chain(conv("a", 3, 4, conv_general_dilated=standardized), norm("n", 4)), (), ("n",)
+    ),
+    "a kernel size of one number": Net(
+        chain(lambda x: x[:, 0], norm("n", 3), conv("a", 3, 4, 3, padding="VALID")), (("n", "a"),)
+    ),
     "a sum beside it": Net(twice, (), ("n",)),
     "returned beside it": Net(returned, (), ("n",)),
     "a layer called twice": Net(shared_layer, (), ("n", "m")),

@@ -214,12 +214,22 @@ def test_layers_with_code_of_their_own_are_kept():
     class Renamed(nn.Conv):
         pass
 
+    class Doubled(nn.BatchNorm):
+        @nn.compact
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
     x = numbers(jnp.zeros(IMAGES))
-    for layer, pairs in ((Standardized, ()), (Renamed, (("layers_0", "layers_1"),))):
-        model = nn.Sequential([layer(4, (3, 3)), nn.BatchNorm(True)])
+    both = (("layers_0", "layers_1"),)
+    for layer, norm, pairs in (
+        (Standardized, nn.BatchNorm, ()),
+        (Renamed, nn.BatchNorm, both),
+        (nn.Conv, Doubled, ()),
+    ):
+        model = nn.Sequential([layer(4, (3, 3)), norm(True)])
         variables = numbers(model.init(jax.random.key(0), x))
         apply, folded, folds = jbn.linen.fold(model, variables, x)
-        assert folds.pairs == pairs
+        assert folds == (pairs, () if pairs else ("layers_1",))
         np.testing.assert_allclose(apply(folded, x), model.apply(variables, x), rtol=1e-5, atol=1e-5)
 
 
@@ -247,6 +257,108 @@ def test_layers_under_transformations(wrap):
     np.testing.assert_allclose(apply(folded, x), Model().apply(variables, x), rtol=1e-5, atol=1e-5)
 
 
+class Reads(nn.Module):
+    """A network whose kernel is read in ``way``: nobody but its layer may, and the layer as it is."""
+
+    way: str
+
+    @nn.compact
+    def __call__(self, x):
+        layer, norm = nn.Dense(3, name="a"), nn.BatchNorm(True, name="n")
+        if self.way == "normalized":
+            return norm(nn.WeightNorm(layer)(x))
+        y = norm(x=layer(x))
+        if self.way == "tied":
+            return y @ layer.variables["params"]["kernel"].T
+        return layer(inputs=nn.relu(y)) if self.way == "called again by name" else y
+
+
+class ReadsNNX(nnx.Module):
+    def __init__(self, way):
+        rngs = nnx.Rngs(0)
+        self.way, self.a, self.n = way, nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+        self.weights = nnx.WeightNorm(self.a, rngs=rngs) if way == "normalized" else None
+
+    def __call__(self, x):
+        y = self.n(x=self.weights(x) if self.weights else self.a(inputs=x))
+        if self.way == "tied":
+            return y @ self.a.kernel[...].T
+        return self.a(inputs=nnx.relu(y)) if self.way == "called again by name" else y
+
+
+@pytest.mark.parametrize("way", ["normalized", "tied", "called again by name", "by name"])
+def test_kernels_that_others_read_or_change_are_kept(way):
+    x = numbers(jnp.zeros(ROWS))
+    pairs = (("a", "n"),) if way == "by name" else ()
+    variables = numbers(Reads(way).init(jax.random.key(0), x))
+    apply, folded, folds = jbn.linen.fold(Reads(way), variables, x)
+    assert folds == (pairs, () if pairs else ("n",))
+    np.testing.assert_allclose(apply(folded, x), Reads(way).apply(variables, x), rtol=1e-5, atol=1e-5)
+
+    model = ReadsNNX(way)
+    nnx.update(model, numbers(nnx.state(model)))
+    folded, folds = jbn.nnx.fold(model, x)
+    assert folds == (pairs, () if pairs else ("n",))
+    model.eval()
+    np.testing.assert_allclose(folded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_values_that_a_model_stores_stay_what_they_were():
+    class Stores(ReadsNNX):
+        def __init__(self):
+            super().__init__("by name")
+            self.seen = nnx.Cache(jnp.zeros(ROWS))
+
+        def __call__(self, x):
+            self.seen[...] = self.a(x)
+            return self.n(self.seen[...])
+
+    assert jbn.nnx.foldable(Stores(), jnp.ones(ROWS)).kept == ("n",)
+
+
+@pytest.mark.parametrize("stacked", ["both", "the layer", "the norm", "neither"])
+def test_stacks_under_vmap_are_kept(stacked):
+    def over(layer, own):
+        return nn.vmap(
+            layer,
+            variable_axes={"params": 0 if own else None, "batch_stats": 0 if own else None},
+            split_rngs={"params": own},
+        )
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = over(nn.Dense, stacked in ("both", "the layer"))(4, use_bias=False, name="a")(x)
+            return over(nn.BatchNorm, stacked in ("both", "the norm"))(True, name="n")(y)
+
+    x = numbers(jnp.zeros((2, *ROWS)))
+    variables = numbers(Model().init(jax.random.key(0), x))
+    apply, folded, folds = jbn.linen.fold(Model(), variables, x)
+    assert folds == (((("a", "n"),), ()) if stacked == "neither" else ((), ("n",)))
+    np.testing.assert_allclose(apply(folded, x), Model().apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+def test_stacks_of_nnx_are_kept():
+    class Model(nnx.Module):
+        def __init__(self):
+            @nnx.vmap
+            def make(key):
+                rngs = nnx.Rngs(key)
+                return nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
+
+            self.stack = make(jax.random.split(jax.random.key(0), 2))
+
+        def __call__(self, x):
+            return nnx.vmap(lambda layers, x: layers(x))(self.stack, x)
+
+    x = numbers(jnp.zeros((2, *ROWS)))
+    folded, folds = jbn.nnx.fold(Model(), x)
+    assert folds == ((), ("stack/layers/1",))
+    model = Model()
+    model.eval()
+    np.testing.assert_array_equal(folded(x), model(x))
+
+
 def test_kernels_that_others_share_stay_theirs():
     class Tied(nnx.Module):
         def __init__(self):
@@ -258,12 +370,13 @@ def test_kernels_that_others_share_stay_theirs():
             )
             self.b.kernel = self.a.kernel
 
-        def __call__(self, x):
-            return self.b(nnx.relu(self.n(self.a(x))))
+        def __call__(self, x):  # where b is called too, nothing is folded
+            return self.n(self.a(x))
 
     model, x = Tied(), numbers(jnp.zeros(ROWS))
     nnx.update(model, numbers(nnx.state(model)))
-    folded, _ = jbn.nnx.fold(model, x)
+    folded, folds = jbn.nnx.fold(model, x)
+    assert folds.pairs == (("a", "n"),)
     model.eval()
     np.testing.assert_allclose(folded(x), model(x), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(folded.b.kernel[...], model.b.kernel[...])

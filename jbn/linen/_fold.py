@@ -10,7 +10,7 @@ from flax.core import meta, unfreeze
 from .._fold import fold as fold_one
 from .._fold import left_over, without_zeros
 from .._layout import broadcast_mask
-from .._pairs import Folds, Links, Pair, linked, mark
+from .._pairs import Folds, Links, Pair, by_position, linked, mark
 from ._module import BatchNorm
 
 _NORMS = (BatchNorm, nn.BatchNorm)
@@ -56,8 +56,9 @@ def fold(
     .. math:: W'_o = a_o W_o,\quad b'_o = a_o (b_o - \mu_o) + \beta_o,\quad a = \gamma\,(\sigma^2 + \epsilon)^{-1/2}
 
     Flax's norms and jbn's, and the layers ``nn.Dense``, ``nn.Conv`` and ``nn.ConvTranspose``. A layer must be called
-    once, and its norm alone must take what it returns. A norm that follows no such layer goes into the layer after it,
-    if there is no activation between them and no zeros are padded. Residual, activation and mask of jbn's norms stay.
+    once, its norm alone must take what it returns, and its kernel must go into one product as it is, not masked, not
+    normalized by ``nn.WeightNorm``, not shared. A norm that follows no such layer goes into the layer after it, if
+    there is no activation between them and no zeros are padded. Residual, activation and mask of jbn's norms stay.
 
     Args:
         model: a Linen module.
@@ -70,7 +71,8 @@ def fold(
 
     Returns:
         ``apply``, to be called with these variables as ``model.apply`` is; the new variables, without those of folded
-        norms; and ``Folds(pairs, kept)``.
+        norms; and ``Folds(pairs, kept)``. They hold for calls that go the way that was traced: for another ``method``
+        or a flag that changes what follows what, fold with that.
 
     Raises:
         ValueError: for pairs that the call does not show, with what it does show of their paths; for a norm that
@@ -117,27 +119,38 @@ def _links(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[Li
     met, norms = _Met({}, {}), list[str]()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        layer = context.module
+        layer, path = context.module, "/".join(context.module.path)
         is_norm, is_layer = _is_known(layer, _NORMS), _is_known(layer, _LAYERS)
-        if context.method_name != "__call__" or not args or not (is_norm or is_layer):
-            return call(*args, **kwargs)
-        path, x = "/".join(layer.path), args[0]
-        (met.norms if is_norm else met.layers)[path] = layer
-        if is_norm and path not in norms:
+        called = context.method_name == "__call__"
+        if called and isinstance(layer, _NORMS) and path not in norms:
             norms.append(path)
+        if not called or not (is_norm or is_layer):
+            return call(*args, **kwargs)
+        (met.norms if is_norm else met.layers)[path] = layer
+        args, kwargs = by_position(args, kwargs)
         before = layer.get_variable("batch_stats", "mean")
-        takes = layer.axis in (-1, jnp.ndim(x) - 1) if is_norm else _takes(layer)
-        y = call(mark(x, "in", path) if takes else x, *args[1:], **kwargs)
+        whole = _shape(layer.variables, "", is_norm) == _shape(variables, path, is_norm)
+        last = is_norm and layer.axis in (-1, jnp.ndim(args[0]) - 1)
+        takes = whole and (last or (is_layer and _takes(layer)))
+        y = call(mark(args[0], "in", path) if takes else args[0], *args[1:], **kwargs)
         if layer.get_variable("batch_stats", "mean") is not before:
             raise ValueError(_TRAINS.format(path or "The norm"))
-        plain = not is_norm or (getattr(layer, "activation", None) is None and not kwargs.keys() & {"residual", "mask"})
-        return mark(y, "out", path) if plain else y
+        plain = last and getattr(layer, "activation", None) is None and not kwargs.keys() & {"residual", "mask"}
+        return mark(y, "out", path) if whole and (plain or is_layer) else y
 
-    def run(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(params: Any, others: Any, *args: Any, **kwargs: Any) -> Any:
         with nn.intercept_methods(intercept):
-            return model.apply(variables, *args, mutable=["batch_stats"], **kwargs)
+            return model.apply({**others, "params": params}, *args, mutable=["batch_stats"], **kwargs)
 
-    return linked(run, args, kwargs, variables, norms=norms), met
+    others = {name: collection for name, collection in variables.items() if name != "params"}
+    return linked(run, args, kwargs, variables.get("params", {}), others, norms=norms), met
+
+
+def _shape(variables: Any, path: str, is_norm: bool) -> tuple[int, ...] | None:
+    """Return the shape of what a layer has: under ``nn.vmap`` it sees one of a stack, which cannot be folded."""
+    collection, name = ("batch_stats", "mean") if is_norm else ("params", "kernel")
+    held = meta.unbox(_at(variables.get(collection, {}), f"{path}/{name}"))
+    return None if held is None else jnp.shape(held)
 
 
 _TRAINS = (
@@ -155,7 +168,7 @@ def _takes(layer: Any) -> bool:
     """Say whether a norm can be folded into the layer after it."""
     if isinstance(layer, nn.ConvTranspose):
         return False
-    return isinstance(layer, nn.Dense) or without_zeros(layer.padding, tuple(layer.kernel_size))
+    return isinstance(layer, nn.Dense) or without_zeros(layer.padding, layer.kernel_size, layer.input_dilation)
 
 
 def _fold_pair(variables: dict[str, Any], met: _Met, pair: Pair) -> None:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from .._fold import fold as fold_one
 from .._fold import left_over, without_zeros
 from .._layout import broadcast_mask
-from .._pairs import Folds, Links, Pair, linked, mark
+from .._pairs import Folds, Links, Pair, by_position, linked, mark
 from ._module import BatchNorm
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -79,9 +79,9 @@ def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwarg
     .. math:: W'_o = a_o W_o,\quad b'_o = a_o (b_o - \mu_o) + \beta_o,\quad a = \gamma\,(\sigma^2 + \epsilon)^{-1/2}
 
     Flax's norms and jbn's, and the layers ``nnx.Linear``, ``nnx.Conv`` and ``nnx.ConvTranspose``. A layer must be
-    called once, and its norm alone must take what it returns. A norm that follows no such layer goes into the layer
-    after it, if there is no activation between them and no zeros are padded. Residual, activation and mask of jbn's
-    norms stay.
+    called once, its norm alone must take what it returns, and its kernel must go into one product as it is, not masked,
+    not normalized by ``nnx.WeightNorm``, not shared. A norm that follows no such layer goes into the layer after it, if
+    there is no activation between them and no zeros are padded. Residual, activation and mask of jbn's norms stay.
 
     Args:
         model: an NNX module, which stays as it is.
@@ -91,7 +91,8 @@ def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwarg
         kwargs: keyword arguments of the call.
 
     Returns:
-        A copy of the model in evaluation mode, without the variables of folded norms, and ``Folds(pairs, kept)``.
+        A copy of the model in evaluation mode, without the variables of folded norms, and ``Folds(pairs, kept)``. It
+        holds for calls that go the way that was traced: for a flag that changes what follows what, fold with that.
 
     Raises:
         ValueError: for pairs that the call does not show, with what it does show of their paths; for a norm that
@@ -121,16 +122,23 @@ def _links(model: nnx.Module, args: Any, kwargs: Any) -> Links:
     copy, norms = nnx.clone(model), list[str]()
     copy.eval()
     for path, module in nnx.iter_graph(copy):
-        known = _known(module)
-        if known is None:
-            continue
-        module.marked = "/".join(map(str, path))
-        norms += [module.marked] if known in _NORMS else []
-        object.__setattr__(module, "__class__", _marking(type(module)))  # type: ignore[arg-type]
+        norms += ["/".join(map(str, path))] if isinstance(module, _NORMS) else []
+        if _known(module):
+            module.marked, module.rank = "/".join(map(str, path)), _rank(module)
+            object.__setattr__(module, "__class__", _marking(type(module)))  # type: ignore[arg-type]
     graph, state = nnx.split(copy)
-    return linked(
-        lambda state, *args, **kwargs: nnx.merge(graph, state)(*args, **kwargs), args, kwargs, state, norms=norms
-    )
+
+    def run(state: Any, *args: Any, **kwargs: Any) -> Any:
+        model = nnx.merge(graph, state)
+        y = model(*args, **kwargs)
+        return y, nnx.state(model, nnx.Not(nnx.Param))  # what the call stores, such as intermediate values, is a result
+
+    return linked(run, args, kwargs, state, norms=norms)
+
+
+def _rank(module: Any) -> int:
+    """Return the rank of what a layer has: under ``nnx.vmap`` it sees one of a stack, which cannot be folded."""
+    return jnp.ndim((module.mean if isinstance(module, nnx.BatchNorm) else module.kernel)[...])
 
 
 def _known(module: Any) -> type | None:
@@ -143,18 +151,20 @@ def _known(module: Any) -> type | None:
 def _marking(kind: Any) -> type:
     """Return a class of modules that mark what they take and return."""
 
-    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        is_norm = isinstance(self, nnx.BatchNorm)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_norm, whole = isinstance(self, nnx.BatchNorm), _rank(self) == self.rank
+        args, kwargs = by_position(args, kwargs)
         before = self.mean[...] if is_norm else None
-        takes = self.axis in (-1, jnp.ndim(x) - 1) if is_norm else _takes(self)
-        y = kind.__call__(self, mark(x, "in", self.marked) if takes else x, *args, **kwargs)  # type: ignore[operator]
+        last = is_norm and self.axis in (-1, jnp.ndim(args[0]) - 1)
+        takes = whole and (last if is_norm else _takes(self))
+        y = kind.__call__(self, mark(args[0], "in", self.marked) if takes else args[0], *args[1:], **kwargs)  # type: ignore[operator]
         if is_norm and self.mean[...] is not before:
             raise ValueError(
                 f"{self.marked} normalizes by the batch, whose statistics cannot be folded; expected a call in "
                 "evaluation, without use_running_average=False."
             )
-        plain = not is_norm or (getattr(self, "activation", None) is None and not kwargs.keys() & {"residual", "mask"})
-        return mark(y, "out", self.marked) if plain else y
+        plain = last and getattr(self, "activation", None) is None and not kwargs.keys() & {"residual", "mask"}
+        return mark(y, "out", self.marked) if whole and (plain or not is_norm) else y
 
     return type(kind.__name__, (kind,), {"__call__": call})
 
@@ -163,7 +173,7 @@ def _takes(layer: Any) -> bool:
     """Say whether a norm can be folded into the layer after it."""
     if isinstance(layer, nnx.ConvTranspose):
         return False
-    return isinstance(layer, nnx.Linear) or without_zeros(layer.padding, layer.kernel_size)
+    return isinstance(layer, nnx.Linear) or without_zeros(layer.padding, layer.kernel_size, layer.input_dilation)
 
 
 def _fold_pair(modules: dict[str, Any], pair: Pair) -> None:
