@@ -49,7 +49,8 @@ def convert(
     ===========  =========================================================================================
 
     Running statistics are those that the source evaluates with, so that both evaluate alike: with Haiku and Equinox the
-    debiased ones. These two go on from them as after 2³⁰ updates, not as from the first.
+    debiased ones. These two go on from them as after 2³⁰ updates, not as from the first. In Keras two models inside of
+    one may have layers of the same path, of which a mapping keeps the last: give them names of their own.
 
     Args:
         tree: what the source has; leaves may be of NumPy, jax or PyTorch, in bfloat16 too.
@@ -57,7 +58,7 @@ def convert(
         target: the library that it is for.
         like: a tree of the target, of arrays or their shapes such as those of ``jax.eval_shape``. The result has its
             structure, shapes, dtypes and, where it is committed, sharding; and all of it is filled. Haiku and Equinox
-            need it.
+            need it. Without it nothing says what is lacking, and arrays of no known name go along as they are.
         names: paths in the source to paths in the target, the first that matches counts. What lies under a path goes
             with it, ``*`` is any part of a key, the same on both sides, ``""`` is the root, and None leaves out:
             ``{"fc": None, "layer*.*.bn*": "layer*/block*/norm*", "module": ""}``. Or a function of a path of a layer.

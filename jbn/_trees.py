@@ -30,7 +30,9 @@ def in_mapping(separator: str, expected: str) -> Callable[[Any], Addresses]:
 
     def addresses(tree: Any) -> Addresses:
         paths = _paths(tree) if isinstance(tree, Mapping) else [()]
-        if any(len(path) != 1 for path in paths):
+        if deeper := {path[0] for path in paths if len(path) > 1}:
+            raise TypeError(f"holds a tree under {min(deeper)!r}; expected {expected}, a mapping of names to arrays.")
+        if () in paths:
             raise TypeError(f"is of type {type(tree).__name__}; expected {expected}, a mapping of names to arrays.")
         return [_address(tuple(name.split(separator))) for (name,) in paths]
 
@@ -162,6 +164,8 @@ def as_numpy(leaf: Any) -> Array:
         raise TypeError(f"has a leaf of type {type(leaf).__name__}; expected an array.")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise TypeError("is a key of random numbers; expected nnx.state(model, (nnx.Param, nnx.BatchStat)).")
+    if isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "is_meta", False):
+        raise TypeError(f"has a {type(leaf).__name__} without values; expected an array: shapes alone are for like.")
     if not hasattr(leaf, "detach"):
         return np.array(leaf)
     dtype, leaf = dtype_of(leaf), leaf.detach().cpu()

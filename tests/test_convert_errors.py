@@ -226,7 +226,21 @@ def test_refused(case):
 
 OF_OTHER_KINDS = {
     "a module": (object(), "torch", "jbn", {}, r"tree is of type object; expected a state_dict"),
-    "nested": ({"a": BN}, "torch", "jbn", {}, r"tree is of type dict; expected a state_dict"),
+    "nested": ({"a": BN}, "torch", "jbn", {}, r"tree holds a tree under 'a'; expected a state_dict"),
+    "a checkpoint around it": (
+        {"epoch": 3, "state_dict": BN},
+        "torch",
+        "jbn",
+        {},
+        r"tree holds a tree under 'state_dict'; expected a state_dict",
+    ),
+    "shapes": (
+        {"a.weight": jax.ShapeDtypeStruct((3,), "float32")},
+        "torch",
+        "jbn",
+        {},
+        r"^a of tree has a ShapeDtypeStruct without values; expected an array",
+    ),
     "keras": ([F], "keras", "jbn", {}, r"tree is of type list; expected \{v.path: "),
     "nnx": (F, "nnx", "jbn", {}, r"tree is of type ndarray; expected nnx.state"),
     "params alone": (PAIR[0], "jbn", "torch", {}, r"tree is of type Params; expected a pair, \(params, state\)"),

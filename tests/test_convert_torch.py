@@ -213,6 +213,8 @@ def test_tensors_of_many_kinds(torch):
     back = jbn.convert((params, state), "jbn", "torch", like=like, kinds={"0": "transpose_kernel"})
     assert all(np.array_equal(back[name], tree[name].detach()) for name in tree)
     assert back["1.num_batches_tracked"] == 0
+    with pytest.raises(TypeError, match=r"^0 of tree has a Tensor without values"):
+        jbn.convert(like, "torch", "jbn")
 
 
 def test_files_of_pytorch(torch, tmp_path, model):
