@@ -277,10 +277,13 @@ class ReadsNNX(nnx.Module):
     def __init__(self, way):
         rngs = nnx.Rngs(0)
         self.way, self.a, self.n = way, nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
-        self.weights = nnx.WeightNorm(self.a, rngs=rngs) if way == "normalized" else None
 
     def __call__(self, x):
-        y = self.n(x=self.weights(x) if self.weights else self.a(inputs=x))
+        layer = self.a
+        if self.way == "normalized":
+            layer = nnx.clone(layer)
+            layer.kernel[...] /= jnp.linalg.norm(layer.kernel[...], axis=0, keepdims=True)
+        y = self.n(x=layer(inputs=x))
         if self.way == "tied":
             return y @ self.a.kernel[...].T
         return self.a(inputs=nnx.relu(y)) if self.way == "called again by name" else y

@@ -80,7 +80,7 @@ def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwarg
 
     Flax's norms and jbn's, and the layers ``nnx.Linear``, ``nnx.Conv`` and ``nnx.ConvTranspose``. A layer must be
     called once, its norm alone must take what it returns, and its kernel must go into one product as it is, not masked,
-    not normalized by ``nnx.WeightNorm``, not shared. A norm that follows no such layer goes into the layer after it, if
+    not normalized, not shared. A norm that follows no such layer goes into the layer after it, if
     there is no activation between them and no zeros are padded. Residual, activation and mask of jbn's norms stay.
 
     Args:
