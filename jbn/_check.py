@@ -123,7 +123,7 @@ def check(*, devices: Sequence[jax.Device] | None = None) -> Report:
     rows: list[Row] = []
     for name, look in _CHECKS.items():
         try:
-            with jax.default_device(chosen[0]):
+            with jax.default_device(chosen[0]), jax.transfer_guard("allow"):
                 for row in look(chosen):
                     rows.append(row)
         except _NotHere as reason:

@@ -185,6 +185,12 @@ def test_a_check_that_raises_is_a_row(monkeypatch):
     assert report.verdict == "FAILED: 1 of 2 checks: torn"
 
 
+def test_a_guard_against_transfers_is_no_failure(monkeypatch):
+    monkeypatch.setattr(_check, "_CHECKS", {"evaluation": _check._CHECKS["evaluation"]})
+    with jax.transfer_guard("disallow"):
+        assert check(devices=jax.devices()[:1]).passed
+
+
 def test_not_a_number_fails():
     assert _check._row("a", "b", np.nan, 1.0).verdict == "failed"
 
