@@ -124,7 +124,7 @@ def _links(model: nnx.Module, args: Any, kwargs: Any) -> Links:
     for path, module in nnx.iter_graph(copy):
         norms += ["/".join(map(str, path))] if isinstance(module, _NORMS) else []
         if _known(module):
-            module.marked, module.rank = "/".join(map(str, path)), _rank(module)
+            module.marked, module.marked_rank = "/".join(map(str, path)), _rank(module)
             object.__setattr__(module, "__class__", _marking(type(module)))  # type: ignore[arg-type]
     graph, state = nnx.split(copy)
 
@@ -152,7 +152,7 @@ def _marking(kind: Any) -> type:
     """Return a class of modules that mark what they take and return."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        is_norm, whole = isinstance(self, nnx.BatchNorm), _rank(self) == self.rank
+        is_norm, whole = isinstance(self, nnx.BatchNorm), _rank(self) == self.marked_rank
         args, kwargs = by_position(args, kwargs)
         before = self.mean[...] if is_norm else None
         last = is_norm and self.axis in (-1, jnp.ndim(args[0]) - 1)
