@@ -47,7 +47,7 @@ def function(case, d, way):
 
 
 def module(case, d, way):
-    layer = nnx_layer(jbn.nnx.BatchNorm, case, d, False, activation=case.activation)
+    layer = nnx_layer(jbn.nnx.BatchNorm, case, d, False, activation=case.activation, unbiased=case.unbiased)
     same, paths = jbn.nnx.freeze(layer, **way.options)
     assert same is layer
     assert paths == ("",)
@@ -75,6 +75,8 @@ def test_output_and_state(case, door, way):
     size = np.abs(want.y).max()
     np.testing.assert_allclose(oracle.wide(y), want.y, rtol=0, atol=oracle.tolerance(case.dtype, case.rows, size))
     count, *batch = oracle.moments(d.x, axis=case.axis, mask=d.mask)
+    if case.unbiased:
+        batch[1] = batch[1] * count / np.maximum(count - 1, 1)
     for old, seen, new in zip((d.mean, d.var), batch, (state["mean"], state["var"]), strict=True):
         if way.update:
             moved = np.where(count > 1, old + (1 - case.momentum) * (seen - old), old)
