@@ -268,6 +268,17 @@ def _evaluation(devices: Sequence[jax.Device]) -> Iterator[Row]:
     yield _row("evaluation, mean/std 10⁴", "change of the state", moved, 0)
 
 
+def _running(devices: Sequence[jax.Device]) -> Iterator[Row]:
+    batch, momentum = _drawn(_IMAGES, 0), 0.75
+    old, seen = State(*(v + 1 for v in _fresh(batch))), _exact(batch)[1:3]
+    run = jax.jit(lambda x, old: bn_forward({}, old, x, True, momentum=momentum)[1])
+    off = [
+        _beyond(new, momentum * np.float64(was) + (1 - momentum) * now)
+        for new, was, now in zip(run(batch.x, old), old, seen, strict=True)
+    ]
+    yield _row("running statistics", "mean and variance", np.max(off), _STATISTICS, "absolute")
+
+
 def _masks(devices: Sequence[jax.Device]) -> Iterator[Row]:
     mask = np.random.default_rng(1).random((*_IMAGES[:-1], 1)) < 0.7
     batch = _drawn(_IMAGES, 1e2, mask=mask)
@@ -276,6 +287,8 @@ def _masks(devices: Sequence[jax.Device]) -> Iterator[Row]:
 
 
 def _again(devices: Sequence[jax.Device]) -> Iterator[Row]:
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        raise _NotHere("jit is switched off")
     batch = _drawn(_IMAGES, 0)
     params, state, x, other = jax.device_put((Params(batch.scale, batch.bias), _fresh(batch), batch.x, batch.g))
 
@@ -347,6 +360,7 @@ def _costs(devices: Sequence[jax.Device]) -> Iterator[Row]:
 _CHECKS: dict[str, Callable[[Sequence[jax.Device]], Iterator[Row]]] = {
     "arithmetic": _arithmetic,
     "training": _training,
+    "running statistics": _running,
     "evaluation": _evaluation,
     "masks": _masks,
     "a second eager call": _again,

@@ -22,8 +22,7 @@ class Diagnosis(NamedTuple):
     layers: tuple[LayerStatistics, ...]
     findings: tuple[Finding, ...]
 
-    def __str__(self) -> str:
-        """Return one line for each finding."""
+    def __repr__(self) -> str:
         return "\n".join(f.message for f in self.findings) or f"No findings in {len(self.layers)} layers."
 
 
@@ -227,9 +226,12 @@ def _before(jaxpr: Any, survey: Survey, start: int) -> dict[Layer, set[Layer]]:
 
 
 def _examples(batch: Any) -> float:
-    """Return the size that most arrays begin with, the smallest of several such."""
-    sizes = [np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)]
-    return min(sizes, key=lambda size: (-sizes.count(size), size), default=np.inf)
+    """Return the size that most arrays begin with; of several such, that of the most numbers."""
+    arrays: dict[int, list[int]] = {}
+    for leaf in jax.tree.leaves(batch):
+        if np.ndim(leaf):
+            arrays.setdefault(np.shape(leaf)[0], []).append(np.size(leaf))
+    return max(arrays, key=lambda size: (len(arrays[size]), sum(arrays[size])), default=np.inf)
 
 
 def _told(momentum: float | None, updates: int | None) -> float | None:

@@ -85,12 +85,14 @@ def findings_of(layer: LayerStatistics, epsilon: float) -> Iterator[Finding]:
         "devices together (axis_name); for evaluation, jbn.recalibrate.",
     )
     constant = judged & ((var <= _CONSTANT * epsilon) | (ratio >= _CONSTANT_RATIO))
+    varied = (constant & (layer.running_var > _SMALL * epsilon)).any()
     yield from finding(
         "dead",
         "constant in this batch",
         constant,
         "y is the bias there, whatever x is. Look for a kernel of zeros, a ReLU before it that is always off or a "
-        "feature that is the same in all examples; the channel can be removed.",
+        "feature that is the same in all examples; "
+        + ("but by the running variance it varied before." if varied else "the channel can be removed."),
     )
     near = judged & ~constant & ((var < _NEAR * epsilon) | (ratio >= _NEAR_RATIO))
     yield from finding(
@@ -138,9 +140,10 @@ def _differences(layer: LayerStatistics, judged: Flags, finding: Any) -> Iterato
     if explained:
         yield from finding(
             "prior",
-            f"{layer.prior:.0%} of the running statistics are still the initial mean 0 and variance 1",
+            f"running statistics are as if {layer.prior:.0%} of them were still the initial mean 0 and variance 1",
             judged,
-            f"{of(by_prior, layer.gap_by_prior)} Train longer, take a smaller momentum, or use jbn.recalibrate.",
+            f"{of(by_prior, layer.gap_by_prior)} Train longer, take a smaller momentum, or use jbn.recalibrate. If they "
+            "are those of normalized data, normalize this batch too.",
         )
     yield from finding(
         "stale",

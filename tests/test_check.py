@@ -27,6 +27,7 @@ ROWS = (
     rows(["arithmetic"], "1/n", "rsqrt")
     | rows(COMPARED, *MEASURES)
     | rows(TRAINED, "wrong dtypes")
+    | rows(["running statistics"], "mean and variance")
     | rows(["evaluation, mean/std 10⁴"], "y", "change of the state")
     | rows(["a second eager call"], "compilations")
     | rows(SYNCHRONIZED, "collectives")
@@ -92,6 +93,10 @@ def swapped(params, state, x, train, **options):
     return y, jbn.State(new.var, new.mean)
 
 
+def momentum_forgotten(params, state, x, train, **options):
+    return jbn.bn_forward(params, state, x, train, **options | {"momentum": 0.0})
+
+
 def unmasked(params, state, x, train, **options):
     return jbn.bn_forward(params, state, x, train, **options | {"mask": None})
 
@@ -142,7 +147,8 @@ def wide(params, state, x, train, **options):
 
 BROKEN = {
     epsilon: rows(COMPARED, "y", *MEASURES[2:]) - rows(TRAINED[2:], "gradient of x") | {"evaluation, mean/std 10⁴: y"},
-    swapped: rows(COMPARED, "mean and variance") | {"evaluation, mean/std 10⁴: change of the state"},
+    momentum_forgotten: rows(["running statistics"], "mean and variance"),
+    swapped: rows((*COMPARED, "running statistics"), "mean and variance") | {"evaluation, mean/std 10⁴: change of the state"},
     unmasked: rows(COMPARED[4:], *MEASURES),
     constant_parameters: rows(COMPARED, "gradients of scale, bias"),
     slope_too_large: rows(COMPARED, "gradient of x"),
@@ -189,6 +195,12 @@ def test_a_guard_against_transfers_is_no_failure(monkeypatch):
     monkeypatch.setattr(_check, "_CHECKS", {"evaluation": _check._CHECKS["evaluation"]})
     with jax.transfer_guard("disallow"):
         assert check(devices=jax.devices()[:1]).passed
+
+
+def test_what_runs_without_jit_compiles_nothing():
+    with jax.disable_jit():
+        rows = check(devices=jax.devices()[:1]).rows
+    assert [row.note for row in rows if row.check == "a second eager call"] == ["jit is switched off"]
 
 
 def test_not_a_number_fails():

@@ -77,7 +77,7 @@ def test_nothing_tells_the_share_of_a_prior_that_is_like_the_batch():
 def test_a_share_that_is_told_is_not_fitted():
     state = STATE | {"stem": mixed(0.9**UPDATED)}
     (finding,) = diagnose(apply, PARAMS, state, rows(64), momentum=0.9, updates=UPDATED).findings
-    assert "35% of the running statistics" in finding.message
+    assert "as if 35% of them were still the initial" in finding.message
     (finding,) = diagnose(apply, PARAMS, state, rows(64), momentum=0.9, updates=10**6).findings
     assert finding.kind == "stale"
 
@@ -87,7 +87,7 @@ def test_what_the_prior_does_not_explain_is_a_finding_beside_it(channel):
     state = changed(STATE | {"stem": mixed(0.5)}, "stem/norm/mean", put(channel, 30.0))
     prior, stale = diagnose(apply, PARAMS, state, rows(2048, 9)).findings
     assert (prior.kind, prior.channels) == ("prior", ALL)
-    assert "50% of the running statistics" in prior.message
+    assert "as if 50% of them were still the initial" in prior.message
     assert (stale.kind, stale.channels) == ("stale", (channel,))
 
 
@@ -101,9 +101,20 @@ def test_values_of_one_example_are_not_independent():
 
     x = np.random.default_rng(0).standard_normal((20, 4, 4, C)).astype(np.float32)
     mask = np.arange(4)[:, None, None] < np.arange(20)[:, None, None, None] % 5
-    (layer,) = diagnose(conv, None, jbn.bn_init(C)[1], {"x": x, "mask": mask, "weights": np.ones(3)}).layers
-    assert set(layer.count) == {mask.sum() * 4}
-    assert set(layer.independent) == {20}
+    for batch in ({"x": x, "mask": mask, "weights": np.ones(3)}, {"x": x, "mask": mask[1:2], "key": np.ones(2)}):
+        (layer,) = diagnose(conv, None, jbn.bn_init(C)[1], batch).layers
+        assert set(layer.count) == {np.broadcast_to(batch["mask"], (20, 4, 4, 1)).sum()}
+        assert set(layer.independent) == {20}
+
+
+def test_what_varied_before_is_not_removed():
+    params, state = changed(PARAMS, "head/w", scaled([4], 0)), STATE
+    (finding,) = (f for f in diagnose(apply, params, state, rows(32)).findings if f.kind == "dead")
+    assert finding.message.endswith("by the running variance it varied before.")
+    state = jbn.recalibrate(apply, params, STATE, [rows(2048, 9)])
+    (finding,) = diagnose(apply, params, state, rows(32)).findings
+    assert finding.message.endswith("the channel can be removed.")
+    assert repr(diagnose(apply, params, state, rows(32))) == finding.message
 
 
 def test_epsilon_is_that_of_the_layers():

@@ -387,10 +387,11 @@ def diagnose(
             console.print(message, soft_wrap=True, markup=False, highlight=False)
         if figure is not None:
             drawn = figure_of(found.diagnosis, found.title)
-            write_atomically(figure, lambda partial: drawn.savefig(partial, format="png", dpi=130))
+            try:
+                write_atomically(figure, lambda partial: drawn.savefig(partial, format="png", dpi=130))
+            except OSError as error:
+                raise OptionError("--figure", f"cannot write '{figure}' ({error.strerror})") from None
             console.print(f"Wrote {figure}", soft_wrap=True)
     except OptionError as error:
         raise typer.BadParameter(str(error), param_hint=f"'{error.option}'") from None
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write '{figure}' ({error.strerror})", param_hint="'--figure'") from None
     raise typer.Exit(1 if found.diagnosis.findings else 0)
