@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend.core import jaxpr_as_fun
 
 from ._axes import vary_as
 from ._layout import FLOATS, Layout
@@ -114,6 +113,8 @@ def open_activation(
     if _is_plain(activation):
         _check_activation(activation, z)
         return activation, ()
+    from jax.extend.core import jaxpr_as_fun  # here: it brings Pallas, and makes half of the time of importing jbn
+
     typed = jax.eval_shape(lambda x, *more: vary_as(x.astype(z.dtype), *more), *others)
     program = _program(activation, typed)
     # The constants are left out: what is a static argument is kept for ever.
