@@ -46,6 +46,14 @@ def pool(x: Array) -> Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
 
 
+def activated(norm: Callable[..., Any], fused: bool, **options: Any) -> Callable[[Array], Array]:
+    """Return a norm with a ReLU, inside it or after it."""
+    if fused:
+        return norm(activation=nn.relu, **options)
+    layer = norm(**options)
+    return lambda x: nn.relu(layer(x))
+
+
 class Bottleneck(nn.Module):
     """A block in Linen: 1×1, 3×3 and 1×1 convolutions beside a shortcut."""
 
@@ -53,23 +61,27 @@ class Bottleneck(nn.Module):
     stride: int
     conv: Callable[..., Any]
     norm: Callable[..., Any]
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         strides, wide = (self.stride,) * 2, 4 * self.features
-        y = nn.relu(self.norm()(self.conv(self.features, (1, 1))(x)))
-        y = nn.relu(self.norm()(self.conv(self.features, (3, 3), strides)(y)))
-        y = self.norm(scale_init=nn.initializers.zeros)(self.conv(wide, (1, 1))(y))
+        y = activated(self.norm, self.fused)(self.conv(self.features, (1, 1))(x))
+        y = activated(self.norm, self.fused)(self.conv(self.features, (3, 3), strides)(y))
+        y = self.conv(wide, (1, 1))(y)
+        last = partial(self.norm, scale_init=nn.initializers.zeros)
+        y = y if self.fused else last()(y)
         if x.shape != y.shape:
             x = self.norm(name="norm_shortcut")(self.conv(wide, (1, 1), strides, name="shortcut")(x))
-        return nn.relu(x + y)
+        return last(activation=nn.relu)(y, residual=x) if self.fused else nn.relu(x + y)
 
 
 class ResNet50(nn.Module):
-    """The network in Linen, for images (n, h, w, c)."""
+    """The network in Linen, for images (n, h, w, c); jbn's norm can do the ReLUs and the additions too: ``fused``."""
 
     sizes: Sizes = FULL
     norm: Callable[..., Any] = nn.BatchNorm
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -78,9 +90,9 @@ class ResNet50(nn.Module):
         conv: Callable[..., Any] = partial(nn.Conv, use_bias=False, **dtypes)
         norm = partial(self.norm, use_running_average=not train, momentum=0.9, **dtypes)
         x = conv(self.sizes.width, (7, 7), (2, 2), padding=[(3, 3)] * 2, name="stem")(x)
-        x = pool(nn.relu(norm(name="norm_stem")(x)))
+        x = pool(activated(norm, self.fused, name="norm_stem")(x))
         for features, stride in self.sizes.blocks():
-            x = Bottleneck(features, stride, conv, norm)(x)
+            x = Bottleneck(features, stride, conv, norm, self.fused)(x)
         return nn.Dense(self.sizes.classes, name="head", **dtypes)(x.mean((1, 2)))
 
 

@@ -395,3 +395,14 @@ def diagnose(
     except OptionError as error:
         raise typer.BadParameter(str(error), param_hint=f"'{error.option}'") from None
     raise typer.Exit(1 if found.diagnosis.findings else 0)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Time jbn beside the batch norms of the field; in a checkout of its repository only. See jbn bench --help."""
+    from jbn.lab import bench_command
+
+    bench_command.run(context.args)
