@@ -142,8 +142,8 @@ def _differences(layer: LayerStatistics, judged: Flags, finding: Any) -> Iterato
             "prior",
             f"running statistics are as if {layer.prior:.0%} of them were still the initial mean 0 and variance 1",
             judged,
-            f"{of(by_prior, layer.gap_by_prior)} Train longer, take a smaller momentum, or use jbn.recalibrate. If they "
-            "are those of normalized data, normalize this batch too.",
+            f"{of(by_prior, layer.gap_by_prior)} Train longer, take a smaller momentum, or use jbn.recalibrate. If "
+            "they are those of normalized data, normalize this batch too.",
         )
     yield from finding(
         "stale",
