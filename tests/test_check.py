@@ -148,7 +148,8 @@ def wide(params, state, x, train, **options):
 BROKEN = {
     epsilon: rows(COMPARED, "y", *MEASURES[2:]) - rows(TRAINED[2:], "gradient of x") | {"evaluation, mean/std 10⁴: y"},
     momentum_forgotten: rows(["running statistics"], "mean and variance"),
-    swapped: rows((*COMPARED, "running statistics"), "mean and variance") | {"evaluation, mean/std 10⁴: change of the state"},
+    swapped: rows((*COMPARED, "running statistics"), "mean and variance")
+    | {"evaluation, mean/std 10⁴: change of the state"},
     unmasked: rows(COMPARED[4:], *MEASURES),
     constant_parameters: rows(COMPARED, "gradients of scale, bias"),
     slope_too_large: rows(COMPARED, "gradient of x"),
