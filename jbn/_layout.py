@@ -1,7 +1,7 @@
 """Where the features are: axis, mask and parameter shapes; every shape and dtype error of the library."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,8 +74,11 @@ class Layout(NamedTuple):
             return values.sum(self.rows)
 
         def in_two_steps(values: Array) -> Array:
+            first = len(self.rows) - 1
+            while first > 1 and _short(self.shape[i] for i in self.rows[first - 1 :]):
+                first -= 1
             # Without the barrier XLA would make one sum of the two.
-            return lax.optimization_barrier(values.sum(self.rows[1:], keepdims=True)).sum(self.rows)
+            return lax.optimization_barrier(values.sum(self.rows[first:], keepdims=True)).sum(self.rows)
 
         def in_one_step(values: Array) -> Array:
             return values.sum(self.rows)
@@ -105,6 +108,12 @@ class Layout(NamedTuple):
         repeats = math.prod(self.shape[i] for i in self.rows if mask.shape[i] == 1)
         count = mask.sum(self.rows, dtype=exact) * repeats
         return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, self.features)
+
+
+def _short(sizes: Iterable[int]) -> bool:
+    """Tell whether so many rows are summed at once on a CPU: of more, XLA's loops are up to twice as slow."""
+    total = math.prod(sizes)
+    return not is_symbolic_dim(total) and total <= 64
 
 
 def as_array(name: str, value: Any) -> Any:

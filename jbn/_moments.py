@@ -122,13 +122,12 @@ class Rows(NamedTuple):
     def sums(self, values: Array, mask: Array | None, pilot: Array) -> tuple[Array, Array]:
         """Return Σ(x-k) and Σ(x-k)² over the valid rows of this shard."""
 
-        def centred(pilot: Array) -> Array:
+        def centred(values: Array, pilot: Array) -> Array:
             c = values.astype(pilot.dtype) - self.layout.spread(pilot)
             return c if mask is None else jnp.where(mask, c, 0)
 
-        # XLA's CPU sums read x itself only if nothing else uses x - k, and otherwise a copy of x - k that is written
-        # for them. The barrier makes a second x - k of it; it holds back a vector, and costs nothing elsewhere.
-        return self.layout.sum(centred(pilot)), self.layout.sum(jnp.square(centred(lax.optimization_barrier(pilot))))
+        first, second = apart(2, values, pilot)
+        return self.layout.sum(centred(*first)), self.layout.sum(jnp.square(centred(*second)))
 
     @property
     def shared(self) -> Sync:
@@ -157,6 +156,22 @@ class Rows(NamedTuple):
         # A table of the groups of shards is on every shard already.
         sync = self.sync if self.sync.groups is None else Sync()
         return _around(self.sync.common(pilot), sums, count.sum(0), sync, self.epsilon)
+
+
+def apart(times: int, *arrays: Array) -> list[tuple[Array, ...]]:
+    """Return arrays as often as they are to be read by themselves.
+
+    XLA's CPU sums do what precedes them, such as x - k and the conversion of x to float32, themselves if nothing else
+    uses its result, and otherwise read a copy that is written for them. Behind a barrier nothing else does.
+    """
+
+    def behind_barriers(*read: Array) -> list[tuple[Array, ...]]:
+        found = [read]
+        for _ in range(times):  # each behind the last: XLA would make one of two that are alike
+            found.append(tuple(map(lax.optimization_barrier, found[-1])))
+        return found[1:]
+
+    return lax.platform_dependent(*arrays, cpu=behind_barriers, default=lambda *read: [read] * times)
 
 
 def pilot_of(mean: Array, dtype: np.dtype[Any]) -> Array:

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from ._axes import vary_as
 from ._layout import FLOATS, Layout
-from ._moments import Moments
+from ._moments import Moments, apart
 
 Activation: TypeAlias = Callable[[Array], Array]
 
@@ -85,9 +85,8 @@ def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, 
         w = w if d.bias is None else w + d.bias.astype(dtype)
         u, w = vary_as(jnp.stack([u, w]), x)  # together, so that their transpose is one collective
         z, _ = _affine(recipe, mask, m, operands)
-        # A c of its own for Σ g c, as in ``Rows.sums``: otherwise XLA writes it to memory on CPU.
-        pilot, offset = lax.optimization_barrier((m.pilot, m.offset))
-        _, centred = _affine(recipe, mask, m._replace(pilot=pilot, offset=offset), operands)
+        own, pilot, offset = apart(3, x, m.pilot, m.offset)[-1]  # for Σ g c; the first two are those of the statistics
+        _, centred = _affine(recipe, mask, m._replace(pilot=pilot, offset=offset), operands._replace(x=own))
         dz = spread(a) * d.x.astype(dtype) + centred * spread(u) + spread(w)
         if d.residual is not None:
             # Added in the dtype of the arrays, so that its transpose is one array for x and the residual: written once,
