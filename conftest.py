@@ -16,6 +16,16 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_
 hypothesis.settings.load_profile("ci")
 
 
+def pytest_addoption(parser):
+    """Let a run of other versions be a sample."""
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run every N-th test")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Choose every N-th test."""
+    items[:] = items[:: config.getoption("--one-in")]
+
+
 @pytest.fixture
 def x64():
     """Run a test with float64 switched on."""

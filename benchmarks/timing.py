@@ -17,14 +17,14 @@ WARM = 3
 
 def interleaved(contenders: Mapping[str, Call], repeats: int) -> dict[str, np.ndarray]:
     """Return the seconds of every round, in which each contender has its turn; who begins changes every round."""
-    names, seconds = list(contenders), {name: np.zeros(repeats) for name in contenders}
-    for turn in range(-WARM, repeats):
+    names, seconds = list(contenders), {name: np.zeros(WARM + repeats) for name in contenders}
+    for turn in range(WARM + repeats):
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
             began = time.perf_counter()
             jax.block_until_ready(contenders[name]())
             seconds[name][turn] = time.perf_counter() - began
-    return seconds
+    return {name: values[WARM:] for name, values in seconds.items()}
 
 
 def quartiles(values: np.ndarray) -> list[float]:

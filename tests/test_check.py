@@ -167,6 +167,8 @@ BROKEN = {
 @jax.numpy_rank_promotion("allow")
 def test_what_is_broken_fails(monkeypatch, broken):
     monkeypatch.setattr(_check, "bn_forward", broken)
+    if not BROKEN[broken] & PASSES:  # they take longest, and no other mistake is of their kind
+        monkeypatch.setattr(_check, "_CHECKS", {name: f for name, f in _check._CHECKS.items() if name != "passes"})
     report = check(devices=jax.devices()[:2])
     failed = {row.name for row in report.rows if row.verdict == "failed"}
     assert failed == BROKEN[broken]

@@ -59,11 +59,11 @@ door = pytest.mark.parametrize("door", DOORS)
 
 
 @door
-@pytest.mark.parametrize(
-    ("name", "ours"), [(name, ours) for name, net in NETS.items() for ours in (True, False) if ours or net.theirs]
-)
-def test_what_is_folded_and_what_is_kept(name, ours, door):
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_folded_and_what_is_kept(name, door):
     net = NETS[name]
+    # In turns, so that each norm is folded in half of the networks of each kind.
+    ours = not net.theirs or (list(NETS).index(name) + list(DOORS).index(door)) % 2 == 0
     before, after, folds, left = DOORS[door](net, ours)
     assert set(folds.pairs) == set(net.pairs)
     assert set(folds.kept) == set(net.kept)

@@ -14,20 +14,18 @@ doors = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 
 
 @doors
-@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", MASKED, ids=str)
-def test_nothing_leaks(case, door, poison, train):
+def test_nothing_leaks(case, door, train):
     clean = data(case)
     hidden = ~np.broadcast_to(clean.mask, case.shape)
 
-    def poisoned(a):
-        with np.errstate(over="ignore"):
-            return None if a is None else np.where(hidden, np.asarray(poison).astype(a.dtype), a)
+    def everything(poison):
+        def poisoned(a):
+            with np.errstate(over="ignore"):
+                return None if a is None else np.where(hidden, np.asarray(poison).astype(a.dtype), a)
 
-    dirty = clean._replace(x=poisoned(clean.x), residual=poisoned(clean.residual))
-
-    def everything(d):
+        d = clean._replace(x=poisoned(clean.x), residual=poisoned(clean.residual))
         names = [name for name in ("x", "scale", "bias", "residual") if getattr(d, name) is not None]
         # The cotangent is poisoned as well: what is computed from masked outputs must not matter either.
         g = poisoned(np.ones(case.shape, jnp.dtype(case.dtype)))
@@ -38,12 +36,14 @@ def test_nothing_leaks(case, door, poison, train):
         _, dy = jax.jvp(lambda *v: f(*v)[0], tuple(getattr(d, name) for name in names), tangents)
         return y, state, pull(g), dy
 
-    for a, b in zip(jax.tree.leaves(everything(clean)), jax.tree.leaves(everything(dirty)), strict=True):
-        assert np.isfinite(oracle.wide(a)).all()
-        np.testing.assert_array_equal(oracle.wide(a), oracle.wide(b))
-    y, _, (dx, *_), dy = everything(dirty)
-    for a in (y, dx, dy):
-        assert not oracle.wide(a)[hidden].any()
+    clean_ones, *others = map(everything, (1.5, np.nan, np.inf, 1e30))
+    for found in others:
+        for a, b in zip(jax.tree.leaves(clean_ones), jax.tree.leaves(found), strict=True):
+            assert np.isfinite(oracle.wide(a)).all()
+            np.testing.assert_array_equal(oracle.wide(a), oracle.wide(b))
+        y, _, (dx, *_), dy = found
+        for a in (y, dx, dy):
+            assert not oracle.wide(a)[hidden].any()
 
 
 @doors

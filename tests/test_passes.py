@@ -69,14 +69,20 @@ def test_cpu(activation, bar):
 # In a network.
 
 
-@pytest.mark.parametrize(("on", "bar"), [target("gpu-h200", 2.9), target("tpu-v5e", 1.85)])
-def test_two_layers(on, bar):
+@pytest.mark.parametrize("on", [target("gpu-h200"), target("tpu-v5e")])
+def test_two_layers(on):
     """On TPU the sums are fused into the convolutions: a norm costs less than its sweeps."""
-    bare, flax, ours = (passes.chain(kind, on, IMAGES, layers=2) for kind in passes.KINDS)
-    assert (ours.passes(IMAGES) - bare.passes(IMAGES)) / 2 <= bar
+    flax, ours = (passes.chain(kind, on, IMAGES, layers=2) for kind in ("flax", "jbn"))
     assert ours.passes(IMAGES) <= flax.passes(IMAGES) + 0.1
     assert ours.peak <= 1.01 * flax.peak
     assert ours.conditionals == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("on", "bar"), [target("gpu-h200", 2.9), target("tpu-v5e", 1.85)])
+def test_two_layers_beside_none(on, bar):
+    bare, ours = (passes.chain(kind, on, IMAGES, layers=2) for kind in ("conv", "jbn"))
+    assert (ours.passes(IMAGES) - bare.passes(IMAGES)) / 2 <= bar
     if on == "tpu-v5e":
         leaner = passes.chain("jbn", on, IMAGES, layers=2, remat=True)
         assert leaner.passes(IMAGES) <= ours.passes(IMAGES)
@@ -132,10 +138,15 @@ def test_height_is_sharded_too(on):
 
 
 @pytest.mark.parametrize(
-    ("on", "devices"), [target("cpu", 8), target("gpu-h200", 4), target("tpu-v5e", 8), target("tpu-v6e", 8)]
+    ("on", "devices", "manual", "masked"),
+    [
+        target(on, devices, manual, masked)
+        for on, devices in (("cpu", 8), ("gpu-h200", 4), ("tpu-v5e", 8), ("tpu-v6e", 8))
+        for manual in (False, True)
+        for masked in (False, True)
+        if not on.startswith("tpu") or manual == masked == (on == "tpu-v6e")  # the TPU compilers take long
+    ],
 )
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("manual", [False, True], ids=["jit", "shard_map"])
 def test_one_all_reduce_each_way(on, devices, manual, masked):
     """Two layers; the rows that a mask leaves are counted in the same collective."""
     options = {"manual": manual, "masked": masked, "layers": 2, "channels": CHANNELS}
