@@ -35,6 +35,7 @@ from rich.table import Table
 
 import jbn.linen
 from benchmarks.compilers import TARGETS, Program, compile, mesh, missing
+from benchmarks.specs import LARGE, OTHERS, RESNET50, batch_of
 
 RESULTS = Path(__file__).parent / "results" / "passes.json"
 IMAGES = jax.ShapeDtypeStruct((256, 56, 56, 256), jnp.bfloat16)
@@ -249,21 +250,22 @@ def chains(targets: tuple[str, ...] = ("gpu-h200", "tpu-v5e")) -> list[Row]:
     return rows
 
 
-def sizes(targets: tuple[str, ...] = ("gpu-h200", "gpu-a100", "tpu-v5e", "tpu-v6e")) -> list[Row]:
-    """Measure BN+ReLU, y forced, on tensors of a ResNet-50, where counts depend on the size."""
+def specs(targets: tuple[str, ...] = tuple(on for on in TARGETS if on != "cpu")) -> list[Row]:
+    """Measure BN+ReLU, y forced, on the shapes of `benchmarks.specs`: passes and peak memory, in bytes of x."""
     rows: list[Row] = []
     for on in filter(lambda on: missing(on) is None, targets):
-        for shape in ((256, 56, 56, 64), (256, 28, 28, 128), (32, 56, 56, 256), (32, 14, 14, 1024), (32, 7, 7, 2048)):
-            x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-            both = {kind: layer(kind, x, on)[1].passes(x) for kind in ("jbn", "flax")}
-            rows.append(
-                {
-                    "target": on,
-                    "shape": "×".join(map(str, shape)),
-                    "MB": round(2 * x.size / 1e6),
-                    **{kind: round(passes, 2) for kind, passes in both.items()},
+        for spec in (*RESNET50, *OTHERS):
+            x = spec.images(batch_of(spec, LARGE), jnp.bfloat16)
+            size = x.size * x.dtype.itemsize
+            row: Row = {"target": on, "spec": spec.name, "batch": x.shape[0], "MB": round(size / 1e6)}
+            for kind in ("jbn", "flax"):
+                forward, both, _ = layer(kind, x, on)
+                row |= {
+                    f"{kind}, forward": round(forward.passes(x), 2),
+                    f"{kind}, both": round(both.passes(x), 2),
+                    f"{kind}, peak / x": round(both.peak / size, 2),
                 }
-            )
+            rows.append(row)
     return rows
 
 
@@ -298,7 +300,7 @@ def collectives() -> list[Row]:
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "layers": layers,
     "chains": chains,
-    "sizes": sizes,
+    "specs": specs,
     "collectives": collectives,
 }
 

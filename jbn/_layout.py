@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +62,7 @@ class Layout(NamedTuple):
             vector = vector.reshape(groups * self.group, *features)
         return jnp.expand_dims(jnp.moveaxis(vector, 0, self.rows[0]), self.rows[1:])
 
+    @partial(jax.jit, static_argnums=0, inline=True)  # so that two sums of one kind are traced once
     def sum(self, values: Array) -> Array:
         """Sum over the rows; on CPU in two steps, for accuracy.
 

@@ -192,7 +192,9 @@ def pilot_of(mean: Array, dtype: np.dtype[Any]) -> Array:
 #
 # It is linear in dx, so JAX transposes it; the pilot and the offset are two names for one number, μ, and the pilot is
 # held constant. What the transpose keeps is what the checkpointed function takes: x in its own dtype, and vectors.
+# Inlined, and under ``jit`` only so that it is traced once: for its value and in the rule of its derivative.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0, inline=True)
 def statistics(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moments:
     """Return the moments of the valid rows, found around a pilot; with groups, a table of those of all groups."""
     sync, layout = rows.shared, rows.layout
