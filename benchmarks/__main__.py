@@ -2,8 +2,9 @@
 
 Studies: ``layers``, one norm on the shapes of real models (`benchmarks.speed`); ``chains`` and ``resnet50``, norms in
 networks, and ``startup``, tracing and compiling them (`benchmarks.networks`); ``eager``, calls that nobody compiled
-(`benchmarks.eager`); ``imports``. With ``--write`` the figures go into results/, in a file for this kind of machine,
-and `benchmarks.report` makes the tables and pictures of the README of them.
+(`benchmarks.eager`); ``imports``; and ``sums``, ways of taking the sums inside (`benchmarks.sums`). With ``--write``
+the figures go into results/, in a file for this kind of machine, and `benchmarks.report` makes the tables and the
+picture of the pages of them.
 """
 
 import json
@@ -21,13 +22,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import eager, networks, speed
+from benchmarks import eager, networks, speed, sums
 from benchmarks.peers import installed
 from benchmarks.specs import BATCH, OTHERS, RESNET50
 from benchmarks.timing import quartiles
 
 RESULTS = Path(__file__).parent / "results"
-STUDIES = ("layers", "chains", "resnet50", "startup", "eager", "imports")
+STUDIES = ("layers", "chains", "resnet50", "startup", "eager", "imports", "sums")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -98,6 +99,7 @@ def bench(
         "startup": networks.startup,
         "eager": lambda: eager.measure(repeats),
         "imports": lambda: imports(repeats),
+        "sums": lambda: sums.measure(repeats),
     }
     path = RESULTS / f"{machine()}.json"
     for study in chosen:
@@ -123,6 +125,10 @@ def _show(console: Console, rows: Rows) -> None:
     """Print times, and the ratio of jbn's to each other's, with quartiles."""
     for row in rows:
         title = " ".join(str(row[key]) for key in ("spec", "batch", "dtype", "study", "call", "program") if key in row)
+        if more := row.get("jbn - jax"):
+            console.print(
+                "import jbn after import jax: {1:.0f} ms ({0:.0f} to {2:.0f})".format(*(s * 1e3 for s in more))
+            )
         table = Table("", "ms", "jbn / this", "of the floor", title=title, title_justify="left")
         seconds, ratio, share = row.get("seconds", {}), row.get("ratio", {}), row.get("of_floor", {})
         for name in dict.fromkeys((*seconds, *ratio)):

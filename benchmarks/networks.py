@@ -139,6 +139,7 @@ def startup(rounds: int = 5) -> list[dict[str, Any]]:
     return [
         {
             "study": "trace and compile, forward and backward of 53 norms",
+            "seconds": {name: quartiles(values) for name, values in both.items()},
             "trace_s": {name: quartiles(np.array(values)[:, 0]) for name, values in found.items()},
             "compile_s": {name: quartiles(np.array(values)[:, 1]) for name, values in found.items()},
             "ratio": {FLAX: quartiles(both["jbn"] / both[FLAX])},

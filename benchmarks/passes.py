@@ -250,7 +250,7 @@ def chains(targets: tuple[str, ...] = ("gpu-h200", "tpu-v5e")) -> list[Row]:
     return rows
 
 
-def specs(targets: tuple[str, ...] = tuple(on for on in TARGETS if on != "cpu")) -> list[Row]:
+def specs(targets: tuple[str, ...] = TARGETS[1:]) -> list[Row]:
     """Measure BN+ReLU, y forced, on the shapes of `benchmarks.specs`: passes and peak memory, in bytes of x."""
     rows: list[Row] = []
     for on in filter(lambda on: missing(on) is None, targets):

@@ -1,4 +1,4 @@
-"""Tables that a benchmark writes into README.md, between ``<!-- name -->`` and ``<!-- /name -->``."""
+"""Tables that a benchmark writes into README.md or PERFORMANCE.md, between ``<!-- name -->`` and ``<!-- /name -->``."""
 
 import argparse
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-README = Path(__file__).parents[1] / "README.md"
+PAGES = tuple(Path(__file__).parents[1] / name for name in ("README.md", "PERFORMANCE.md"))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -37,18 +37,18 @@ def opened(name: str, description: str) -> tuple[bool, Console, Callable[[str], 
 
 def between(name: str) -> str:
     """Return what stands between the markers."""
-    found = _block(name).search(README.read_text(encoding="utf-8"))
-    if found is None:
-        raise ValueError(f"{README} has no markers <!-- {name} --> and <!-- /{name} -->")
-    return found[2]
+    return _found(name)[1][2]
 
 
 def replace(name: str, table: str) -> None:
     """Put a table between the markers."""
-    between(name)  # says so where there are none
-    text = README.read_text(encoding="utf-8")
-    README.write_text(_block(name).sub(lambda found: found[1] + table + found[3], text), encoding="utf-8")
+    page, found = _found(name)
+    page.write_text(found.string[: found.start(2)] + table + found.string[found.end(2) :], encoding="utf-8")
 
 
-def _block(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(<!-- {name} -->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
+def _found(name: str) -> tuple[Path, re.Match[str]]:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if found := re.search(rf"(<!-- {name} -->\n)(.*?)(<!-- /{name} -->)", text, re.DOTALL):
+            return page, found
+    raise ValueError(f"no page has the markers <!-- {name} --> and <!-- /{name} -->")

@@ -1,9 +1,8 @@
-"""Tables and a picture of the measured speed, for README.md and PERFORMANCE.md: ``python -m benchmarks.report [NAME]``.
+"""Tables and a picture of the speed, for README.md and PERFORMANCE.md: ``python -m benchmarks.report``.
 
-Reads results/NAME.json, which ``python -m benchmarks --write`` wrote, by default that of the CPU; measures nothing.
+Reads what ``python -m benchmarks --write`` and ``python -m benchmarks.passes`` wrote into results/; measures nothing.
 """
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +16,12 @@ from benchmarks.speed import FLOORS
 from jbn.lab.figures import COLOURS
 
 RESULTS = Path(__file__).parent / "results"
+MACHINE = "cpu-x86_64-2-cores"
 PEERS = ("Flax Linen", "Flax NNX", "Haiku", "Equinox", "Keras", "PyTorch", "PyTorch NHWC")
 MARKERS = dict(zip(PEERS, "sDv^Px+", strict=True))
+SUITES = ("gpu-h200", "gpu-h100", "gpu-a100", "tpu-v5e", "tpu-v6e")
+
+Found = dict[str, Any]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -26,14 +29,19 @@ def mean(values: Iterable[float]) -> float:
     return float(np.exp(np.mean(np.log(list(values)))))
 
 
-def of_resnet(rows: list[dict[str, Any]], dtype: str, program: str) -> list[dict[str, Any]]:
+def spread(quartiles: list[float]) -> str:
+    """Write a median with its quartiles."""
+    return "{1:.2f} ({0:.2f} to {2:.2f})".format(*quartiles)
+
+
+def of_resnet(rows: list[Found], dtype: str, program: str) -> list[Found]:
     """Return the rows of the shapes of a ResNet-50."""
     chosen = {"dtype": dtype, "program": program}
     return [row for row in rows if row["spec"].startswith("ResNet") and chosen.items() <= row.items()]
 
 
-def speed(found: dict[str, Any]) -> str:
-    """Return the table of ratios: geometric means over the shapes of a ResNet-50."""
+def speed(found: Found) -> str:
+    """Return the table of ratios: geometric means over the shapes of a ResNet-50, least and largest median."""
     rows = found["layers"]
     names = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
     lines = []
@@ -44,29 +52,81 @@ def speed(found: dict[str, Any]) -> str:
             for name in names:
                 ratios = [row["ratio"][name][1] for row in some if name in row["ratio"]]
                 cells.append(f"{mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "—")
-            cells.append(f"{mean(row['of_floor']['jbn'] for row in some):.2f}")
-            lines.append(cells)
+            lines.append([*cells, f"{mean(row['of_floor']['jbn'] for row in some):.2f}"])
     versions = found["versions"]
     return readme.markdown(
-        ["time of jbn / that of", *(f"{n} {versions.get(n, '')}".strip() for n in names), "of the floor"], lines
+        ["time of jbn / that of", *(f"{n} {versions.get(n, '')}".strip() for n in names), "floor / jbn"], lines
     )
 
 
-def networks(found: dict[str, Any]) -> str:
+def layers(found: Found) -> str:
+    """Return the table of every shape: milliseconds of jbn, and ratios to Flax Linen."""
+    lines = []
+    for dtype in dict.fromkeys(row["dtype"] for row in found["layers"]):
+        rows = [row for row in found["layers"] if row["dtype"] == dtype]
+        for spec in dict.fromkeys(row["spec"] for row in rows):
+            of = {row["program"]: row for row in rows if row["spec"] == spec}
+            cells = [f"{spec}, {dtype}", f"{of['forward']['bytes_of_x'] / 1e6:.1f}"]
+            for program in FLOORS:
+                row = of[program]
+                cells += [f"{row['seconds']['jbn'][1] * 1e3:.2f}", spread(row["ratio"]["Flax Linen"])]
+            lines.append(cells)
+    head = ["", "MB", *(cell for program in FLOORS for cell in (f"{program}, ms", "/ Flax"))]
+    return readme.markdown(head, lines)
+
+
+def networks(found: Found) -> str:
     """Return the table of networks."""
     lines = []
     for row in (*found["chains"], *found["resnet50"]):
         for name, seconds in row["seconds"].items():
-            ratio = "{1:.2f} ({0:.2f} to {2:.2f})".format(*row["ratio"][name]) if name in row["ratio"] else ""
-            lines.append(
-                [row["study"], name, f"{seconds[1] * 1e3:.0f}", ratio, f"{row['costs'][name]['temporaries'] / 1e6:.0f}"]
-            )
+            ratio = spread(row["ratio"][name]) if name in row["ratio"] else ""
+            temporaries = row["costs"][name]["temporaries"] / 1e6
+            lines.append([row["study"], name, f"{seconds[1] * 1e3:.0f}", ratio, f"{temporaries:.0f}"])
     return readme.markdown(["", "", "ms", "jbn, ReLU inside / this", "temporaries, MB"], lines)
 
 
-def picture(found: dict[str, Any]) -> Figure:
+def beginnings(found: Found) -> str:
+    """Return the table of what comes before the first step, and of eager calls."""
+    (start,), (imported,) = found["startup"], found["imports"]
+    lines = [[name, *(f"{start[part][name][1]:.1f}" for part in ("trace_s", "compile_s"))] for name in start["trace_s"]]
+    table = readme.markdown(["53 norms", "trace, s", "compile, s"], lines)
+    more = imported["jbn - jax"]
+    said = f"jbn / Flax, both together: {spread(start['ratio']['Flax Linen'])}. `import jbn` after `import jax`: "
+    said += f"{more[1] * 1e3:.0f} ms ({more[0] * 1e3:.0f} to {more[2] * 1e3:.0f}). Eager calls, jbn / Flax: "
+    said += ", ".join(f"{row['call']} {spread(row['ratio']['Flax Linen'])}" for row in found["eager"])
+    return f"{table}\n{said}.\n"
+
+
+def sums(found: Found) -> str:
+    """Return the table of sums: passes of a copy, in each way of stepping."""
+    rows = found["sums"]
+    lines = [
+        [what, *(" / ".join(f"{value:.1f}" for value in row["passes"][what].values()) for row in rows)]
+        for what in rows[0]["passes"]
+    ]
+    return readme.markdown(["", *(f"{row['spec'].removeprefix('ResNet-50 ')}, {row['dtype']}" for row in rows)], lines)
+
+
+def passes(found: Found) -> str:
+    """Return the table of passes by the compilers, forward and backward, jbn / Flax, and of peak memory."""
+    cells: dict[tuple[str, int, int], dict[str, str]] = {}
+    for row in found["specs"]:
+        here = cells.setdefault((row["spec"], row["batch"], row["MB"]), {})
+        jbn, flax = ([row[f"{kind}, {what}"] for what in ("both", "peak / x")] for kind in ("jbn", "flax"))
+        more = "" if jbn[1] <= 1.005 * flax[1] else f" †{jbn[1]:.1f} / {flax[1]:.1f}"
+        here[row["target"]] = f"{jbn[0]:.1f} / {flax[0]:.1f}{more}"
+    there = [on for on in SUITES if any(on in here for here in cells.values())]
+    lines = [
+        [f"{spec}, batch {batch}", str(size), *(here.get(on, "—") for on in there)]
+        for (spec, batch, size), here in cells.items()
+    ]
+    return readme.markdown(["", "MB", *(on.partition("-")[2].upper() for on in there)], lines)
+
+
+def picture(found: Found) -> Figure:
     """Draw how often the floor each library takes, forward and backward, on the shapes of a ResNet-50."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axis, dtype in zip(panels, ("float32", "bfloat16"), strict=True):
         some = of_resnet(found["layers"], dtype, "forward and backward")
@@ -75,7 +135,7 @@ def picture(found: dict[str, Any]) -> Figure:
             ours = name == "jbn"
             axis.plot(*zip(*there, strict=True), MARKERS.get(name, "o"), color=COLOURS[True] if ours else "0.45",
                       markersize=8 if ours else 5, label=name, zorder=3 if ours else 2)  # fmt: skip
-        axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":", label="the floor: 8 sweeps as fast as a copy")
+        axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":", label="8 sweeps as fast as a copy")
         axis.set(title=dtype, yscale="log", xticks=range(len(some)))
         axis.set_xticklabels([row["spec"].removeprefix("ResNet-50 ") for row in some], rotation=40, ha="right")
         axis.grid(axis="y", color="0.4", alpha=0.2)
@@ -86,16 +146,24 @@ def picture(found: dict[str, Any]) -> Figure:
     return figure
 
 
+def read(name: str) -> Found:
+    """Read a file of results."""
+    found: Found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def tables() -> dict[str, str]:
+    """Return the tables by the names of their markers."""
+    found, counted = map(read, (MACHINE, "passes"))
+    made = {"speed": speed, "layers": layers, "networks": networks, "beginnings": beginnings, "sums": sums}
+    return {name: table(found) for name, table in made.items()} | {"specs": passes(counted)}
+
+
 def main() -> None:
-    """Write the tables into README.md and the picture into results/."""
-    parser = argparse.ArgumentParser(description="Tables and a picture of the measured speed.")
-    known = sorted(path.stem for path in RESULTS.glob("*-*.json"))
-    parser.add_argument("name", nargs="?", default=next((n for n in known if n.startswith("cpu")), None), choices=known)
-    name = parser.parse_args().name
-    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    readme.replace("speed", speed(found))
-    readme.replace("networks", networks(found))
-    picture(found).savefig(RESULTS / f"{name}.png", dpi=130)
+    """Write the tables into the pages and the picture into results/."""
+    for name, table in tables().items():
+        readme.replace(name, table)
+    picture(read(MACHINE)).savefig(RESULTS / "speed.png", dpi=130)
 
 
 if __name__ == "__main__":

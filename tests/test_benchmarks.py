@@ -14,7 +14,7 @@ pytest.importorskip("typer", reason="the runner is a command line")
 from typer.testing import CliRunner
 
 import benchmarks.__main__ as runner
-from benchmarks import networks, speed
+from benchmarks import networks, readme, report, speed
 from benchmarks.layers import Layer
 from benchmarks.peers import PEERS, Peer
 from benchmarks.resnet50 import ResNet50, Sizes
@@ -139,7 +139,7 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["fast"], "'STUDY': got 'fast', expected layers, chains, resnet50, startup, eager, imports"),
+        (["fast"], "'STUDY': got 'fast', expected layers, chains, resnet50, startup, eager, imports, sums"),
         (["layers", "--dtype", "float64"], "'--dtype': got 'float64', expected float32, bfloat16"),
         (["layers", "--model", "VGG"], "'--model': got 'VGG', expected ResNet-50, "),
         (["layers", "--peer", "torch"], "'--peer': got 'torch', expected Flax Linen, "),
@@ -181,3 +181,8 @@ def test_jbn_bench_is_the_runner_in_a_checkout(tmp_path, monkeypatch):
     result = CliRunner().invoke(commands.app, ["bench"])
     assert result.exit_code == 2
     assert result.output == "jbn: the benchmarks are not installed with the package: run jbn bench in a checkout.\n"
+
+
+@pytest.mark.parametrize("name", report.tables())
+def test_the_tables_of_the_pages_are_those_of_the_results(name):
+    assert readme.between(name) == report.tables()[name]

@@ -19,7 +19,7 @@ from benchmarks import devices, readme
 from benchmarks.peers import PEERS, Lacking
 from tests import oracle
 
-README = readme.README.read_text(encoding="utf-8")
+README = readme.PAGES[0].read_text(encoding="utf-8")
 SECTION = README.partition("## Many devices\n")[2].partition("\n## ")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 N, C = 8, 5
