@@ -103,7 +103,7 @@ def timed(
         for name, (call, _) in steps.items()
         if abs(losses[name] - losses[FLAX]) <= AGREE * abs(losses[FLAX]) or name == "no norm"
     }
-    for name in steps.keys() - right.keys():
+    for name in (name for name in steps if name not in right):
         report(f"{name}: not timed, its loss is {losses[name]}, Flax's {losses[FLAX]}")
     seconds = interleaved(right, repeats)
     return {

@@ -123,13 +123,16 @@ def test_every_library_gets_rows_sequences_and_volumes(peer, example):
 def test_networks_agree_before_they_are_timed(monkeypatch):
     monkeypatch.setattr(networks, "IMAGES", (2, 32, 32, 3))
     lines = []
-    (row,) = networks.resnet50(1, lines.append, Sizes(width=4, stages=(1, 1), classes=10))
+    (row,) = networks.resnet50(1, lines.append, Sizes(width=4, stages=(1,), classes=10))
     assert lines == []
     assert set(row["seconds"]) == {"jbn", "jbn, ReLU inside", "Flax Linen"}
     assert set(row["ratio"]) == {"jbn", "Flax Linen"}
-    monkeypatch.setattr(networks, "AGREE", -1.0)
-    networks.resnet50(1, lines.append, Sizes(width=4, stages=(1, 1), classes=10))
-    assert [line.partition(":")[0] for line in lines] == ["jbn, ReLU inside", "jbn", "Flax Linen"]
+    steps = {
+        name: (lambda loss=loss: ((loss,),), {}) for name, loss in (("jbn", 1.0), ("off", 1.01), ("Flax Linen", 1.0))
+    }
+    row = networks.timed(steps, 1, lines.append)
+    assert lines == ["off: not timed, its loss is 1.01, Flax's 1.0"]
+    assert set(row["seconds"]) == {"jbn", "Flax Linen"}
 
 
 def run(*arguments):

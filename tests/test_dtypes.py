@@ -12,13 +12,12 @@ ALL = ["float16", "bfloat16", "float32", "float64"]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("shift", range(4))
 @pytest.mark.parametrize("state_dtype", ALL)
 @pytest.mark.parametrize("dtype", ALL)
-def test_every_pair_under_strict_promotion(dtype, state_dtype, shift, train):
+def test_every_pair_under_strict_promotion(dtype, state_dtype, shift):
     param_dtype = ALL[(ALL.index(dtype) + ALL.index(state_dtype) + shift) % 4]
-    out = [None, "bfloat16", "float64"][shift % 3]
+    out, train = [None, "bfloat16", "float64"][shift % 3], (ALL.index(dtype) + shift) % 2 == 0
     x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 3)) + 2, dtype)
     params = {"scale": jnp.ones(3, param_dtype), "bias": jnp.zeros(3, param_dtype)}
     state = {"mean": jnp.zeros(3, state_dtype), "var": jnp.ones(3, state_dtype)}

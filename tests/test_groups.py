@@ -19,13 +19,23 @@ ROWS_OF = np.arange(SHARDS * ROWS)
 SIZES = [2, 3, ROWS, 2 * ROWS, SHARDS * ROWS]
 # Of unequal sizes, too, and not in order.
 GROUPS = [[[0, 2], [1, 3]], [[3, 1, 0], [2]], [[2], [0], [3], [1]]]
-settings = pytest.mark.parametrize(
-    "setting",
-    [
-        pytest.param({"mean": mean, "masked": masked, "warm": warm}, id=f"mean={mean:g} masked={masked} warm={warm}")
-        for mean, masked, warm in [(0.0, False, False), (1e4, True, False), (1e4, True, True)]
-    ],
-)
+SETTINGS = [
+    {"mean": mean, "masked": masked, "warm": warm}
+    for mean, masked, warm in [(0.0, False, False), (1e4, True, False), (1e4, True, True)]
+]
+
+
+def in_turns(name, values, doors):
+    """Drive every value through every door, each time in the next one of the settings."""
+    return pytest.mark.parametrize(
+        (name, "door", "setting"),
+        [
+            pytest.param(value, door, setting, id=f"{value}-{door}-{setting}")
+            for i, value in enumerate(values)
+            for j, door in enumerate(doors)
+            for setting in [SETTINGS[(i + j) % 3]]
+        ],
+    )
 
 
 def under_shard_map(check_vma):
@@ -87,9 +97,7 @@ ACROSS = {
 HERE = {"jit, Auto": under_jit(AxisType.Auto), "jit, Explicit": under_jit(AxisType.Explicit)}
 
 
-@settings
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("door", [*HERE, *ACROSS])
+@in_turns("size", SIZES, [*HERE, *ACROSS])
 def test_group_size(setting, size, door):
     s = Setting(**setting, groups=ROWS_OF.reshape(-1, size))
     if door == "jit, Explicit" and ROWS % size and size < len(s.x):
@@ -101,9 +109,7 @@ def test_group_size(setting, size, door):
     s.check(*{**HERE, **ACROSS}[door](s, group_size=size))
 
 
-@settings
-@pytest.mark.parametrize("groups", GROUPS, ids=str)
-@pytest.mark.parametrize("door", ACROSS)
+@in_turns("groups", GROUPS, ACROSS)
 def test_axis_index_groups(setting, groups, door):
     shards = ROWS_OF.reshape(SHARDS, ROWS)
     s = Setting(**setting, groups=[np.concatenate(shards[group]) for group in groups])
@@ -142,8 +148,7 @@ def test_examples_are_on_the_first_axis_without_features(axis):
 
 
 @pytest.mark.parametrize("mask", [None, (24, 1, 1, 1), (24, 3, 1, 1), (24, 1, 2, 5), (24, 3, 2, 5)], ids=str)
-@pytest.mark.parametrize("size", [4, 6, 12])
-@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize(("size", "unbiased"), [(4, True), (6, False), (12, True)])
 def test_several_feature_axes_across_shards(mask, size, unbiased):
     """Counts are of examples, of positions, or of each feature; there are as many features as groups."""
     rng = np.random.default_rng(0)
