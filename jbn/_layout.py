@@ -1,7 +1,7 @@
 """Where the features are: axis, mask and parameter shapes; every shape and dtype error of the library."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from jax.typing import ArrayLike, DTypeLike
 from ._axes import cuts_of
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+# XLA's CPU loops added one row after the other, and the error of such a sum grows with the number of its terms.
+_IN_TURN = jax.__version_info__ < (0, 10)
 
 
 class Layout(NamedTuple):
@@ -64,28 +66,18 @@ class Layout(NamedTuple):
 
     @partial(jax.jit, static_argnums=0, inline=True)  # so that two sums of one kind are traced once
     def sum(self, values: Array) -> Array:
-        """Sum over the rows; on CPU in two steps, for accuracy.
-
-        XLA's CPU loops may add one row after the other (those of jax 0.8 do), and the error of a sum grows with the
-        number of its terms. Elsewhere a second step would cost bytes, and a larger collective where other axes than the
-        first are sharded.
-        """
+        """Sum over the rows; on CPU, in old versions of jax, in two steps, for accuracy."""
         if self.group is not None:
             return self._in_groups(jnp.moveaxis(values.sum(self.rows[1:]), self.rows[0], 0)).sum(1)
-        if len(self.rows) == 1:
+        if not _IN_TURN or len(self.rows) == 1:
             return values.sum(self.rows)
 
         def in_two_steps(values: Array) -> Array:
-            first = len(self.rows) - 1
-            while first > 1 and _short(self.shape[i] for i in self.rows[first - 1 :]):
-                first -= 1
             # Without the barrier XLA would make one sum of the two.
-            return lax.optimization_barrier(values.sum(self.rows[first:], keepdims=True)).sum(self.rows)
+            return lax.optimization_barrier(values.sum(self.rows[1:], keepdims=True)).sum(self.rows)
 
-        def in_one_step(values: Array) -> Array:
-            return values.sum(self.rows)
-
-        return lax.platform_dependent(values, cpu=in_two_steps, default=in_one_step)
+        # Elsewhere a second step would cost bytes, and a larger collective where other axes than the first are sharded.
+        return lax.platform_dependent(values, cpu=in_two_steps, default=lambda values: values.sum(self.rows))
 
     def _in_groups(self, each: Array) -> Array:
         size = self.group or 1
@@ -110,12 +102,6 @@ class Layout(NamedTuple):
         repeats = math.prod(self.shape[i] for i in self.rows if mask.shape[i] == 1)
         count = mask.sum(self.rows, dtype=exact) * repeats
         return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, self.features)
-
-
-def _short(sizes: Iterable[int]) -> bool:
-    """Tell whether so many rows are summed at once on a CPU: of more, XLA's loops are up to twice as slow."""
-    total = math.prod(sizes)
-    return not is_symbolic_dim(total) and total <= 64
 
 
 def as_array(name: str, value: Any) -> Any:
