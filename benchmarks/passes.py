@@ -65,17 +65,18 @@ class Norm(nn.Module):
 
 
 class Chain(nn.Module):
-    """``layers`` times convolution, normalization, ReLU, in bfloat16 with float32 parameters."""
+    """``layers`` times convolution, normalization, ReLU, by default in bfloat16, with float32 parameters."""
 
     kind: str
     layers: int = 6
     train: bool = True
     axis_name: str | None = None
+    dtype: Any = jnp.bfloat16
 
     @nn.compact
     def __call__(self, x: Any, mask: Any = None) -> Any:
         for _ in range(self.layers):
-            x = nn.Conv(x.shape[-1], (3, 3), use_bias=False, dtype=jnp.bfloat16)(x)
+            x = nn.Conv(x.shape[-1], (3, 3), use_bias=False, dtype=self.dtype)(x)
             x = Norm(self.kind, train=self.train, axis_name=self.axis_name)(x, mask=mask)
         return x
 
