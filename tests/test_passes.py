@@ -66,6 +66,15 @@ def test_cpu(activation, bar):
     assert forced.temporaries <= 0.05 * forced.outputs
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="the sums of XLA's CPU loops do not fuse with what they sum")
+def test_cpu_writes_no_float32_copy_of_bfloat16():
+    x = jax.ShapeDtypeStruct(passes.ON_CPU.shape, jnp.bfloat16)
+    forward, forced, _ = passes.layer("jbn", x, "cpu", activation=None)
+    size = x.size * x.dtype.itemsize
+    assert forward.temporaries <= 0.05 * size
+    assert forced.temporaries <= 2.05 * size  # the cotangent, which three read
+
+
 # In a network.
 
 
