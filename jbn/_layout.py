@@ -1,4 +1,4 @@
-"""Where the features are: axis, mask and parameter shapes; every shape and dtype error of the library."""
+"""Where the features are: axis, mask, parameter shapes; sums over the rest; every shape and dtype error."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,10 @@ from ._axes import cuts_of
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # XLA's CPU loops added one row after the other, and the error of such a sum grows with the number of its terms.
 _IN_TURN = jax.__version_info__ < (0, 10)
+# XLA sums so many rows on a GPU by one block of threads for 32 features, and its compiler rather writes x - k, and
+# g (x - μ), to memory, in float32, than let those few threads compute them.
+_AT_ONCE = 64**2
+_GPUS = ("cuda", "rocm")
 
 
 class Layout(NamedTuple):
@@ -66,18 +70,49 @@ class Layout(NamedTuple):
 
     @partial(jax.jit, static_argnums=0, inline=True)  # so that two sums of one kind are traced once
     def sum(self, values: Array) -> Array:
-        """Sum over the rows; on CPU, in old versions of jax, in two steps, for accuracy."""
+        """Sum over the rows; in two steps on platforms where XLA is inexact or slow in one."""
         if self.group is not None:
             return self._in_groups(jnp.moveaxis(values.sum(self.rows[1:]), self.rows[0], 0)).sum(1)
-        if not _IN_TURN or len(self.rows) == 1:
-            return values.sum(self.rows)
 
-        def in_two_steps(values: Array) -> Array:
-            # Without the barrier XLA would make one sum of the two.
-            return lax.optimization_barrier(values.sum(self.rows[1:], keepdims=True)).sum(self.rows)
+        def in_two_steps(parts: Layout, values: Array) -> Array:
+            first = values.reshape(parts.shape).sum(parts.rows[1:], keepdims=True)
+            return lax.optimization_barrier(first).sum(parts.rows)  # without the barrier XLA makes one sum of the two
 
-        # Elsewhere a second step would cost bytes, and a larger collective where other axes than the first are sharded.
-        return lax.platform_dependent(values, cpu=in_two_steps, default=lambda values: values.sum(self.rows))
+        at_once, parts = partial(jnp.sum, axis=self.rows), self._parts(values)
+        steps = {"cpu": partial(in_two_steps, self)} if _IN_TURN and len(self.rows) > 1 else {}
+        steps |= {} if parts is None else dict.fromkeys(_GPUS, partial(in_two_steps, parts))
+        return lax.platform_dependent(values, default=at_once, **steps) if steps else at_once(values)
+
+    def repeat(self, vector: Array, like: Array) -> Array:
+        """Spread a per-feature vector so that the transpose, on a GPU, sums in the steps of ``sum``."""
+        parts = None if self.group is not None else self._parts(like)
+        if parts is None:
+            return self.spread(vector)
+
+        def in_two_steps(vector: Array) -> Array:
+            first = (parts.shape[0], *(1 for _ in parts.rows[1:]), *self.features)
+            vector = lax.optimization_barrier(jnp.broadcast_to(parts.spread(vector), first))
+            return jnp.broadcast_to(vector, parts.shape).reshape(self.shape)
+
+        def at_once(vector: Array) -> Array:
+            return jnp.broadcast_to(self.spread(vector), self.shape)
+
+        return lax.platform_dependent(vector, default=at_once, **dict.fromkeys(_GPUS, in_two_steps))
+
+    def _parts(self, x: Array) -> "Layout | None":
+        """Return the parts, in the place of the examples, that a GPU sums first; None where it should sum at once."""
+        if self.rows != tuple(range(len(self.rows))) or not self.rows or any(map(is_symbolic_dim, self.shape)):
+            return None
+        if any(cuts_of(x, i) > 1 for i in range(len(self.shape))):  # on an Explicit mesh steps would gather what is cut
+            return None
+        examples, rest = self.examples, math.prod(self.shape[i] for i in self.rows[1:])
+        # Small examples are joined, by powers of two and to a multiple of 64 parts: what an Auto mesh shards over up to
+        # 64 devices, or an odd number, stays where it is.
+        joined = max(n for n in (1, 2, 4, 8, 16, 32, 64) if n == 1 or (examples % (64 * n) == 0 and n * rest <= 64))
+        parts, rows, length = examples // joined, examples * rest, joined * rest
+        if not (parts >= 16 and length >= 8 if rows <= _AT_ONCE else rows <= 8 * _AT_ONCE and 32 <= length <= 64):
+            return None  # eight times as many rows may be those of eight devices
+        return self if joined == 1 else Layout((parts, joined, *self.shape[1:]), tuple(i + 1 for i in self.axis))
 
     def _in_groups(self, each: Array) -> Array:
         size = self.group or 1

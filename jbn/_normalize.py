@@ -83,11 +83,13 @@ def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, 
         u = u if d.scale is None else u + r * d.scale.astype(dtype)
         w = -a * (dm.pilot + dm.offset)
         w = w if d.bias is None else w + d.bias.astype(dtype)
-        u, w = vary_as(jnp.stack([u, w]), x)  # together, so that their transpose is one collective
+        # Together, so that their transpose is one collective, and so that rematerialized GPU programs hold less at once.
+        u, w = vary_as(jnp.stack([u, w]), x)
         z, _ = _affine(recipe, mask, m, operands)
         own, pilot, offset = apart(3, x, m.pilot, m.offset)[-1]  # for Σ g c; the first two are those of the statistics
         _, centred = _affine(recipe, mask, m._replace(pilot=pilot, offset=offset), operands._replace(x=own))
-        dz = spread(a) * d.x.astype(dtype) + centred * spread(u) + spread(w)
+        u, w = (recipe.layout.repeat(vector, x) for vector in (u, w))
+        dz = spread(a) * d.x.astype(dtype) + centred * u + w
         if d.residual is not None:
             # Added in the dtype of the arrays, so that its transpose is one array for x and the residual: written once,
             # as the gradient of the residual, and read again for that of x, instead of computed twice.

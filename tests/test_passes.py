@@ -57,6 +57,17 @@ def test_second_sweep_is_one_pass(on):
     assert more == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("on", [target("gpu-h200"), target("gpu-a100")])
+@pytest.mark.parametrize("shape", [(4096, 512), (32, 7, 7, 512)], ids=str)
+def test_few_rows_on_gpus(on, shape):
+    """Summed at once they take 7 and 22 passes: the compilers write what would be summed by a few threads."""
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    forward, forced, _ = passes.layer("jbn", x, on, activation=nn.relu)
+    assert forward.passes(x) <= 3.21
+    assert forced.passes(x) <= 10.1
+    assert forced.peak <= 4.7 * x.size * x.dtype.itemsize
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="the sums of XLA's CPU loops do not fuse with what they sum")
 @pytest.mark.parametrize(("activation", "bar"), [(None, 10.1), (nn.relu, 13.1)], ids=["none", "relu"])
 def test_cpu(activation, bar):
