@@ -6,6 +6,7 @@ JAX moved these spellings between 0.8 and 0.12, so they stand in this file and n
 import math
 import operator
 from collections.abc import Collection, Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -120,6 +121,11 @@ def _groups_of(groups: Sequence[Sequence[int]], sync: Sync) -> tuple[tuple[int, 
             f"{int(sync.shards()) - 1} of axis {', '.join(map(repr, sync.names))} in exactly one group, none empty."
         )
     return read
+
+
+def known_mesh() -> AbstractContextManager[Any]:
+    """Say to JAX which mesh is in use, if any: where it was not said, its caches of traced programs do not match."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh())
 
 
 def check_replicas(sync: Sync, x: Array, mask: Array | None, mean: Array) -> None:

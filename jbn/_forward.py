@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import _layout as layouts
 from . import _running as running
-from ._axes import check_replicas, place_as, sync_over
+from ._axes import check_replicas, known_mesh, place_as, sync_over
 from ._layout import Layout
 from ._moments import Moments, Rows, pilot_of, statistics
 from ._normalize import Activation, Operands, Recipe, normalize, open_activation
@@ -284,7 +284,7 @@ def _with_statistics(
     given = mean, var
     mean, var = running.opened(mean, var) if uses.gather else given
     pilot = pilot_of(mean, wide)
-    batch = named(MOMENTS, statistics(rows, operands.x, mask, pilot))
+    batch = _statistics_of(rows, operands.x, mask, pilot)
     new = {}
     if uses.update:
         whole = rows.whole(batch, pilot)
@@ -308,8 +308,13 @@ def _evaluate(recipe: Recipe, mask: Array | None, operands: Operands, mean: Arra
 @partial(jax.jit, static_argnums=(0, 1))
 def _normalized(rows: Rows, recipe: Recipe, mask: Array | None, operands: Operands) -> tuple[Array, Moments]:
     pilot, operands = jnp.zeros(rows.layout.features, recipe.wide), _named(operands)
-    batch = named(MOMENTS, statistics(rows, operands.x, mask, pilot))
+    batch = _statistics_of(rows, operands.x, mask, pilot)
     return _by_batch(rows, recipe, mask, batch, operands), rows.whole(batch, pilot)
+
+
+def _statistics_of(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moments:
+    with known_mesh():  # so that the derivative finds what was traced for the value
+        return named(MOMENTS, statistics(rows, x, mask, pilot))
 
 
 def _by_running(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
@@ -328,7 +333,7 @@ def _by_batch(rows: Rows, recipe: Recipe, mask: Array | None, batch: Moments, op
 
 @partial(jax.jit, static_argnums=0)
 def _moments_of(rows: Rows, mask: Array | None, x: Array) -> Moments:
-    return statistics(rows, x, mask, jnp.zeros(rows.layout.features, layouts.compute_dtype(x.dtype)))
+    return _statistics_of(rows, x, mask, jnp.zeros(rows.layout.features, layouts.compute_dtype(x.dtype)))
 
 
 def _named(operands: Operands) -> Operands:

@@ -10,6 +10,7 @@ import pytest
 
 import jbn
 import jbn.linen
+from jbn import _moments
 
 PARAMS, STATE = jbn.bn_init(4)
 MOMENTA = (i / 1000 for i in itertools.count())
@@ -68,6 +69,29 @@ def test_jit_traces_once():
     x = xs()
     for _ in range(3):
         step(STATE, next(x))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_value_and_derivative_trace_the_statistics_once(layers, monkeypatch):
+    traces = []
+    around = _moments._around
+    monkeypatch.setattr(_moments, "_around", lambda *args, **options: traces.append(1) or around(*args, **options))
+    net = nn.Sequential([module for _ in range(layers) for module in (nn.Dense(7), jbn.linen.BatchNorm(False))])
+    x = jnp.zeros((8, 4))
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    traces.clear()
+    jax.clear_caches()
+
+    @jax.jit
+    def step(variables, x):
+        def loss(params):
+            y, new = net.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return jnp.square(y).mean(), new
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    step.lower(variables, x)
     assert len(traces) == 1
 
 
