@@ -316,7 +316,11 @@ def test_a_resnet_adds_and_activates_in_its_norms(size):
     assert jax.eval_shape(lambda v, x: network.apply(v, x, train=False), variables, images).shape == (5, 7)
 
 
-@pytest.mark.parametrize("network", [ResNet(), ConvNetwork(batch_norm=True)], ids=["resnet", "conv"])
+@pytest.mark.parametrize(
+    "network",
+    [pytest.param(ResNet(), marks=pytest.mark.slow), ConvNetwork(batch_norm=True)],
+    ids=["resnet", "conv"],
+)
 def test_what_is_in_padding_reaches_nothing(network):
     recipe, data = replace(RECIPE, network=network, ema=0.5), random_data(6)
     batch = one_batch(data, 4)  # two rows of padding

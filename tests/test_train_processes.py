@@ -139,7 +139,7 @@ def uninterrupted(tmp_path_factory):
 
 
 # One step further rounding errors begin to grow, a few times a step: of a network, not of its devices.
-@pytest.mark.parametrize("model", ["dense", "resnet"])
+@pytest.mark.parametrize("model", ["dense", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_the_global_batch_decides(model, tmp_path):
     options = ("--model", model, "--epochs", 1, "--batch-size", 90, "--augment", "flip", "--ema", 0.9)
     pair = both(*options, "--devices", 2, "--out", tmp_path / "2x2")
