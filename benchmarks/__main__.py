@@ -62,15 +62,18 @@ def bench(
         list[str] | None, typer.Argument(metavar="STUDY", help=f"Some of {', '.join(STUDIES)}. Default: all.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds in which each library has its turn.")] = 20,
-    batch: Annotated[int, typer.Option(min=2, metavar="N", help="Examples in a batch of one norm.")] = BATCH,
+    batch: Annotated[int, typer.Option(min=2, metavar="N", help="Examples in a batch, in layers.")] = BATCH,
     dtype: Annotated[
-        list[str] | None, typer.Option(metavar="float32|bfloat16", help="Of x; may be repeated. Default: both.")
+        list[str] | None,
+        typer.Option(metavar="float32|bfloat16", help="Dtype of x in layers; may be repeated. Default: both."),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Shapes of this model only; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="In layers, this model only, such as ResNet-50; may be repeated."),
     ] = None,
     peer: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="This library beside jbn only; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="In layers, this library only, such as 'Flax Linen'; may be repeated."),
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Put the figures into results/.")] = False,
 ) -> None:
@@ -96,7 +99,7 @@ def bench(
         "layers": layers,
         "chains": lambda: networks.chains(repeats, console.print),
         "resnet50": lambda: networks.resnet50(repeats, console.print),
-        "startup": networks.startup,
+        "startup": lambda: networks.startup(max(1, repeats // 4)),  # a round takes a minute
         "eager": lambda: eager.measure(repeats),
         "imports": lambda: imports(repeats),
         "sums": lambda: sums.measure(repeats),
@@ -109,9 +112,16 @@ def bench(
         if write:
             found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             versions = {"jax": jax.__version__} | {p.name: p.version for p in there}
+            if study == "layers":  # those that were not measured now stay
+                measured = {_which(row) for row in rows}
+                rows = [row for row in found.get(study, []) if _which(row) not in measured] + rows
             found |= {"device": jax.devices()[0].device_kind, "versions": versions, study: rows}
             path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             console.print(f"Wrote {study} to {path.name}")
+
+
+def _which(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("spec", "batch", "dtype", "program"))
 
 
 def _known(what: str, given: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:

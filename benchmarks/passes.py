@@ -311,6 +311,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Passes, memory and collectives on six targets.")
     parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; all by default")
     chosen = parser.parse_args().parts or list(PARTS)
+    if unknown := [part for part in chosen if part not in PARTS]:
+        parser.error(f"part: got {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
     found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for part in chosen:
         rows = PARTS[part]()
