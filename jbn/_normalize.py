@@ -83,7 +83,7 @@ def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, 
         u = u if d.scale is None else u + r * d.scale.astype(dtype)
         w = -a * (dm.pilot + dm.offset)
         w = w if d.bias is None else w + d.bias.astype(dtype)
-        # Together, so that their transpose is one collective, and so that rematerialized GPU programs hold less at once.
+        # Together, so that their transpose is one collective and rematerialized GPU programs hold less at once.
         u, w = vary_as(jnp.stack([u, w]), x)
         z, _ = _affine(recipe, mask, m, operands)
         own, pilot, offset = apart(3, x, m.pilot, m.offset)[-1]  # for Σ g c; the first two are those of the statistics
