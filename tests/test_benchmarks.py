@@ -189,3 +189,12 @@ def test_jbn_bench_is_the_runner_in_a_checkout(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", report.tables())
 def test_the_tables_of_the_pages_are_those_of_the_results(name):
     assert readme.between(name) == report.tables()[name]
+
+
+def test_a_machine_with_one_study_gets_its_tables(tmp_path, monkeypatch):
+    there = {name: report.read(name) for name in (report.MACHINE, "passes")}
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    few = {key: there[report.MACHINE][key] for key in ("versions", "layers")}
+    for name, found in (("new", few), ("passes", there["passes"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+    assert sorted(report.tables("new")) == ["layers", "specs", "speed"]
