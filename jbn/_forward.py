@@ -16,7 +16,7 @@ from ._axes import check_replicas, known_mesh, place_as, sync_over
 from ._layout import Layout
 from ._moments import Moments, Rows, pilot_of, statistics
 from ._normalize import Activation, Operands, Recipe, normalize, open_activation
-from ._remat import INPUT, MOMENTS, named
+from ._remat import INPUT, named
 
 AxisName = Hashable | Sequence[Hashable]
 Axis = int | Sequence[int]
@@ -314,13 +314,13 @@ def _normalized(rows: Rows, recipe: Recipe, mask: Array | None, operands: Operan
 
 def _statistics_of(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moments:
     with known_mesh():  # so that the derivative finds what was traced for the value
-        return named(MOMENTS, statistics(rows, x, mask, pilot))
+        return statistics(rows, x, mask, pilot)
 
 
 def _by_running(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
     """Normalize by the statistics of the state."""
     mean = mean.astype(recipe.wide)
-    known = Moments(jnp.zeros((), recipe.wide), mean, jnp.zeros_like(mean), var.astype(recipe.wide))
+    known = Moments(jnp.zeros((), recipe.wide), jnp.zeros_like(mean), mean, var.astype(recipe.wide))
     return normalize(recipe, mask, known, operands)
 
 

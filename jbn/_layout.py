@@ -61,7 +61,7 @@ class Layout(NamedTuple):
     def spread(self, vector: Array) -> Array:
         """Give a per-feature vector, with one row for each group or one for all, the rank of x."""
         if self.group is None:
-            return jnp.expand_dims(vector, self.rows)
+            return lax.expand_dims(vector, self.rows)
         if vector.shape[0] > 1:  # as jnp.repeat, which does not take Explicit shardings
             groups, *features = vector.shape
             vector = lax.broadcast_in_dim(vector, (groups, self.group, *features), (0, *range(2, vector.ndim + 1)))
@@ -125,8 +125,10 @@ class Layout(NamedTuple):
             )
         return each.reshape(groups, size, *each.shape[1:])
 
-    def valid(self, mask: Array) -> Array:
+    def valid(self, mask: Array | None) -> Array:
         """Count the valid rows, for all features together or, if the mask tells features apart, for each one."""
+        if mask is None:
+            return jnp.asarray(self.values)
         # In the dtype of the sums of x, XLA makes one collective of both. Up to 2²⁴ float32 counts exactly.
         most = math.prod(self.shape[i] for i in self.rows)
         exact = jnp.float32 if not is_symbolic_dim(most) and most < 2**24 else jnp.int32

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.export import is_symbolic_dim
+from jax.typing import ArrayLike
 
 from ._axes import Sync, vary_as
 from ._layout import Layout
@@ -93,12 +95,14 @@ def _merge(a: Moments, b: Moments) -> Moments:
     )
 
 
-def quotient(part: Array | float, count: Array) -> Array:
+def quotient(part: Array | float, count: ArrayLike) -> Array:
     """Divide by a count, or by 1 where it is 0, to rounding.
 
     TPUs up to v5 divide to 2e-5 (198 ulps in JAX's table, docs.jax.dev/en/latest/accuracy.html), and what that leaves
     over is divided once more.
     """
+    if not isinstance(count, Array):  # known when tracing
+        return jnp.asarray(part / np.maximum(count, 1))
     count = jnp.maximum(count, 1)
     rough = part / count
     return rough + (part - rough * count) / count
@@ -128,6 +132,13 @@ class Rows(NamedTuple):
 
         first, second = apart(2, values, pilot)
         return self.layout.sum(centred(*first)), self.layout.sum(jnp.square(centred(*second)))
+
+    def known(self, mask: Array | None, dtype: np.dtype[Any]) -> np.ndarray[Any, Any] | None:
+        """Return the number of rows that share statistics; None where it is not known when tracing."""
+        if mask is not None or is_symbolic_dim(self.layout.values):
+            return None
+        count = np.asarray(self.layout.values * self.shared.shards(), dtype)
+        return count.reshape(count.shape + (1,) * (len(self.layout.features) if count.ndim else 0))
 
     @property
     def shared(self) -> Sync:
@@ -168,9 +179,10 @@ def apart(times: int, *arrays: Array) -> list[tuple[Array, ...]]:
     def behind_barriers(*read: Array) -> list[tuple[Array, ...]]:
         found = [read]
         for _ in range(times):  # each behind the last: XLA would make one of two that are alike
-            found.append(tuple(map(lax.optimization_barrier, found[-1])))
+            found.append(lax.optimization_barrier(found[-1]))
         return found[1:]
 
+    arrays = tuple(vary_as(array, *arrays) for array in arrays)  # what passes a barrier together varies together
     return lax.platform_dependent(*arrays, cpu=behind_barriers, default=lambda *read: [read] * times)
 
 
@@ -182,7 +194,7 @@ def pilot_of(mean: Array, dtype: np.dtype[Any]) -> Array:
     best guess there is; until then ``statistics`` notices, and sweeps again.
     """
     mean = lax.stop_gradient(mean).astype(dtype)
-    return jnp.where(jnp.isfinite(mean), mean, 0)
+    return lax.select(lax.is_finite(mean), mean, jnp.zeros_like(mean))
 
 
 # The derivative of the moments, with E the average over the valid rows of all shards and c = x - μ:
@@ -201,7 +213,8 @@ def statistics(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moment
     pilot = sync.common(pilot)
     if rows.groups is not None:
         pilot = jnp.broadcast_to(pilot, (rows.groups, *pilot.shape))
-    valid: Array | int = layout.values if mask is None else layout.valid(mask)
+    known = rows.known(mask, pilot.dtype)
+    valid = layout.valid(mask) if known is None else known
 
     def sums(pilot: Array) -> tuple[Array, Array]:
         return rows.sums(x, mask, sync.mine(pilot))
@@ -212,7 +225,7 @@ def statistics(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moment
 def _around(
     pilot: Array,
     sums: Callable[[Array], tuple[Array, Array]],
-    valid: Array | int,
+    valid: Array | np.ndarray[Any, Any],
     sync: Sync,
     epsilon: float,
     *,
@@ -223,34 +236,42 @@ def _around(
     Without the guard the second sweep is always taken. Groups inside a shard have none: under ``jax.jit`` it would ask
     all devices whether any group is far, and they need not talk otherwise.
     """
+    count: ArrayLike = valid
     if isinstance(valid, Array):
         first, second, count = sync.total(*sums(pilot), valid.astype(pilot.dtype))
+        if sync.groups is not None:  # one for each group, or one for each of its features
+            count = count.reshape(count.shape + (1,) * (pilot.ndim - count.ndim))
     else:
         first, second = sync.total(*sums(pilot))
-        count = jnp.asarray(valid * sync.shards(), pilot.dtype)
-    if sync.groups is not None:  # one for each group, or one for each of its features
-        count = count.reshape(count.shape + (1,) * (pilot.ndim - count.ndim))
     once = _moments(count, pilot, first, second)
-    near = jnp.isfinite(once.var) & (once.offset**2 <= _FAR * (once.var + epsilon))
-    same = jnp.abs(once.offset) <= _CLOSE * jnp.finfo(pilot.dtype).eps * jnp.abs(pilot)
-    far = jnp.any(jnp.isfinite(once.offset) & ~near & ~same) if guarded else jnp.bool_(True)
     # Clipped, because each use of the pilot may compute it anew, and x - Σ/n in one operation with one rounding is not
     # x - k: a bound that changes no number parts the product from the difference.
     largest = jnp.finfo(pilot.dtype).max
-    pilot = pilot + jnp.where(far, jnp.clip(once.offset, -largest, largest), 0)
+    shift = lax.clamp(-largest, once.offset, largest)
+    far = _far(once, epsilon) if guarded else None
+    pilot = pilot + (shift if far is None else lax.select(far, shift, jnp.zeros_like(shift)))
 
-    def again() -> Array:
+    def again() -> tuple[Array, Array]:
         # Without the barrier XLA finds both branches cheap and always runs them.
-        return jnp.stack(sync.total(*sums(lax.optimization_barrier(pilot))))
+        first, second = sync.total(*sums(lax.optimization_barrier(pilot)))
+        return first, second[None]
 
-    # Stacked: libtpu 0.0.52 crashes on a conditional whose branches return two sums as they come.
-    return _moments(count, pilot, *(lax.cond(far, again, lambda: jnp.stack([first, second])) if guarded else again()))
+    # Of two shapes: libtpu 0.0.52 crashes on a conditional whose branches return two sums as they come.
+    first, last = again() if far is None else lax.cond(jnp.any(far), again, lambda: (first, second[None]))
+    return _moments(count, pilot, first, last[0])
 
 
-def _moments(count: Array, pilot: Array, first: Array, second: Array) -> Moments:
+def _far(m: Moments, epsilon: float) -> Array:
+    """Tell of which features the pilot was too far from the mean."""
+    near = lax.is_finite(m.var) & (lax.square(m.offset) <= _FAR * (m.var + epsilon))
+    same = lax.abs(m.offset) <= _CLOSE * jnp.finfo(m.var.dtype).eps * lax.abs(m.pilot)
+    return lax.is_finite(m.offset) & ~(near | same)
+
+
+def _moments(count: ArrayLike, pilot: Array, first: Array, second: Array) -> Moments:
     share = quotient(1, count)
     offset = first * share
-    return Moments(count, pilot, offset, jnp.maximum(second * share - offset * offset, 0))
+    return Moments(jnp.asarray(count), pilot, offset, jnp.maximum(second * share - offset * offset, 0))
 
 
 @statistics.defjvp
@@ -266,9 +287,10 @@ def _statistics_jvp(rows: Rows, primals: Any, tangents: Any) -> tuple[Moments, M
         if mask is not None:
             centred, dx = jnp.where(mask, centred, 0), jnp.where(mask, dx, 0)
         s1, s2 = sync.total(layout.sum(dx), layout.sum(centred * dx))
-        share = quotient(1, m.count)
+        known = rows.known(mask, m.var.dtype)
+        share = quotient(1, m.count if known is None else known)
         return s1 * share, s2 * share
 
     s1, s2 = tangent(x, mask, m, tangents[0])
-    zeros = jax.tree.map(jnp.zeros_like, m)
-    return m, zeros._replace(offset=vary_as(s1, m.offset), var=vary_as(2 * s2, m.var))
+    count, pilot = jnp.zeros_like(m.count), jnp.zeros_like(m.pilot)
+    return m, Moments(count, pilot, vary_as(s1, m.offset), vary_as(2 * s2, m.var))

@@ -46,7 +46,7 @@ class Operands(NamedTuple):
 #
 # because dr = -½ r³ dσ². It holds for batch statistics, whose dμ and dσ² are those of ``statistics``, and for running
 # ones. The rule is linear in the tangents, and JAX transposes it: as u and w are vectors, the transpose is two sums,
-# Σ g c and Σ g, and one element-wise pass, with g the cotangent of z.
+# Σ g c and Σ g, and one element-wise pass, with g the cotangent of z. dμ is that of the offset: a pilot has none.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize(recipe: Recipe, mask: Array | None, m: Moments, operands: Operands) -> Array:
     """Return f((x - μ)·γ/√(σ² + ε) + β + residual) in the recipe's dtype, and 0 where the mask is false."""
@@ -81,10 +81,11 @@ def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, 
         a = r if scale is None else r * scale.astype(dtype)
         u = -0.5 * a * r * r * dm.var
         u = u if d.scale is None else u + r * d.scale.astype(dtype)
-        w = -a * (dm.pilot + dm.offset)
+        w = -a * dm.offset
         w = w if d.bias is None else w + d.bias.astype(dtype)
-        # Together, so that their transpose is one collective and rematerialized GPU programs hold less at once.
-        u, w = vary_as(jnp.stack([u, w]), x)
+        # Together, so that their transpose is one collective and rematerialized GPU programs hold less at once; split,
+        # whose transpose is one concatenation, where that of indices would be a sum of two padded arrays.
+        u, w = (half[0] for half in lax.split(vary_as(jnp.stack([u, w]), x), (1, 1)))
         z, _ = _affine(recipe, mask, m, operands)
         own, pilot, offset = apart(3, x, m.pilot, m.offset)[-1]  # for Σ g c; the first two are those of the statistics
         _, centred = _affine(recipe, mask, m._replace(pilot=pilot, offset=offset), operands._replace(x=own))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, MutableMapping
 from copy import copy
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -29,6 +30,7 @@ def exponential(mean: Array, var: Array, batch: Moments, weight: Array, unbiased
     Returns:
         The new mean and variance, without gradients.
     """
+    mean, var, batch = jax.tree.map(lax.stop_gradient, (mean, var, batch))
     target = batch.var
     if unbiased:
         target = target * quotient(batch.count, batch.count - 1)
@@ -36,11 +38,8 @@ def exponential(mean: Array, var: Array, batch: Moments, weight: Array, unbiased
     # difference is the offset, exact.
     new_mean = mean + weight * ((batch.pilot - mean) + batch.offset)
     new_var = var + weight * (target - var)
-    usable = (batch.count > 1) & jnp.isfinite(batch.offset) & jnp.isfinite(batch.var)
-    return (
-        lax.stop_gradient(jnp.where(usable, new_mean, mean)),
-        lax.stop_gradient(jnp.where(usable, new_var, var)),
-    )
+    usable = (batch.count > 1) & lax.is_finite(batch.offset) & lax.is_finite(batch.var)
+    return lax.select(usable, new_mean, mean), lax.select(usable, new_var, var)
 
 
 # The state that ``recalibrate`` passes has two more axes at the end, and holds the moments of the rows that its layer
