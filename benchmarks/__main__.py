@@ -44,14 +44,16 @@ def machine() -> str:
 
 
 def imports(repeats: int) -> Rows:
-    """Time ``import jbn`` beside ``import jax``, each in fresh processes, in turns."""
+    """Time ``import jbn`` beside ``import jax``, each in fresh processes, in turns, after one that does not count."""
     code = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+    # What pip installs is compiled to bytecode: a checkout must be able to keep its own, or each import compiles it.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     seconds: dict[str, list[float]] = {"jax": [], "jbn": []}
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         for name, times in seconds.items():
-            out = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=True)
-            times.append(float(out.stdout))
-    both = {name: np.array(times) for name, times in seconds.items()}
+            command = [sys.executable, "-c", code.format(name)]
+            times.append(float(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout))
+    both = {name: np.array(times[1:]) for name, times in seconds.items()}
     more = quartiles(both["jbn"] - both["jax"])
     return [{"seconds": {name: quartiles(times) for name, times in both.items()}, "jbn - jax": more}]
 
