@@ -1,5 +1,7 @@
 """What normalization costs on six targets: bars for passes, memory, conditionals and collectives."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -87,6 +89,14 @@ def test_cpu_writes_no_float32_copy_of_bfloat16():
 
 
 # In a network.
+
+
+def test_cpu_compiles_few_kernels():
+    """The guard, with two sums in its branch, is made up for but for a few: each takes milliseconds to compile."""
+    x = jax.ShapeDtypeStruct((2, 8, 8, 16), jnp.float32)
+    flax, ours = (passes.chain(kind, "cpu", x, layers=2) for kind in ("flax", "jbn"))
+    kernels, those_of_flax = (len(re.findall(r" = .*? (?:fusion|concatenate)\(", p.text)) for p in (ours, flax))
+    assert kernels <= those_of_flax + 2 * 3
 
 
 @pytest.mark.parametrize("on", [target("gpu-h200"), target("tpu-v5e")])
