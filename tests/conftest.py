@@ -1,5 +1,6 @@
-"""What tests share that takes seconds to make."""
+"""What tests share that takes seconds to make, or must be undone."""
 
+import jax
 import pytest
 
 
@@ -13,3 +14,16 @@ def whole(tmp_path_factory):
     assert result.exit_code == 0, result.output
     assert steps_of(out / "checkpoints") == [5, 10, 15, 18]
     return out
+
+
+@pytest.fixture(scope="module")
+def smooth():
+    """Replace ReLU: at its kink a rounding error decides whether there is a gradient, and is one no more."""
+    from flax import linen, nnx
+
+    with pytest.MonkeyPatch.context() as patch:
+        for library in (linen, nnx):
+            patch.setattr(library, "relu", linen.silu)
+        jax.clear_caches()  # what was compiled for the same network holds ReLU
+        yield
+    jax.clear_caches()

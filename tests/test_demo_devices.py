@@ -3,7 +3,6 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from jbn.lab import training
 from jbn.lab.data import Images, batch, digits
@@ -15,20 +14,12 @@ STEPS = 20
 # Measured: at most 9 ulps of an array's largest value after 20 steps, on 2 to 8 devices.
 ULPS_PER_STEP = 4
 
+pytestmark = pytest.mark.usefixtures("smooth")
+
 
 @pytest.fixture(scope="module")
 def data():
     return digits(3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def smooth():
-    """Replace ReLU: at its kink a rounding error decides whether there is a gradient, and is one no more."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn, "relu", nn.silu)
-        jax.clear_caches()  # what was compiled for the same network holds ReLU
-        yield
-    jax.clear_caches()
 
 
 def train(data, folder, devices, *, model="dense", report=lambda done, history: None):

@@ -18,18 +18,10 @@ import jbn.nnx
 from benchmarks.resnet50 import NORMS, NNXResNet50, ResNet50, Sizes
 from tests import oracle
 
+pytestmark = pytest.mark.usefixtures("smooth")
 # Compiled without optimization, in a quarter of the time.
 COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 DTYPES = {"float32": jnp.float32, "float64": jnp.float64}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def smooth():
-    """Replace ReLU: at its kink an error of rounding decides whether there is a gradient, and is one no more."""
-    with pytest.MonkeyPatch.context() as patch:
-        for library in (nn, nnx):
-            patch.setattr(library, "relu", nn.silu)
-        yield
 
 
 def numbers(name, shape, dtype, rng):

@@ -13,7 +13,16 @@ from jbn._layout import layout_of
 from tests import oracle
 
 # Matrices, images of few positions, few rows in all, small examples that are joined: a GPU sums these in two steps ...
-STEPPED = [(1024, 3), (1536, 3), (32, 7, 7, 3), (500, 8, 8, 2), (16, 9, 13, 2), (256, 2, 2, 3), (1024, 1, 1, 3)]
+STEPPED = [
+    (1024, 3),
+    (1536, 3),
+    (32, 7, 7, 3),
+    (500, 8, 8, 2),
+    (16, 9, 13, 2),
+    (256, 2, 2, 3),
+    (1024, 1, 1, 3),
+    (4096, 2, 2, 3),
+]
 # ... and these at once: too few rows a part, too few parts, more rows than it would sum by few threads.
 AT_ONCE = [(100, 3), (8, 9, 9, 2), (10112, 1), (40, 13, 13, 2)]
 no_gpu_compiler = pytest.mark.skipif(missing("gpu-h200") is not None, reason=str(missing("gpu-h200")))

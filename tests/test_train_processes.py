@@ -11,7 +11,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from flax import linen as nn
 from typer.testing import CliRunner
 
 from jbn.lab import train
@@ -20,6 +19,7 @@ from jbn.lab.commands import app
 from jbn.lab.devices import mesh_of
 from jbn.lab.recipe import initial
 
+pytestmark = pytest.mark.usefixtures("smooth")
 # Seconds after which a silent process is lost. JAX looks for signs of life every few seconds, and the machine is busy.
 TIMEOUT = 20
 
@@ -50,16 +50,6 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 NEVER = 10**9
 DENSE = ("--model", "dense", "--epochs", 2, "--batch-size", 50, "--save-every", 10, "--ema", 0.9, "--augment", "shift")
 STEPS = 44
-
-
-@pytest.fixture(autouse=True, scope="module")
-def smooth():
-    """Replace ReLU: at its kink a rounding error decides whether there is a gradient, and is one no more."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn, "relu", nn.silu)
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
 
 
 def begin(*arguments, step=NEVER, action="pass", job=None):
