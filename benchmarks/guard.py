@@ -1,6 +1,6 @@
 """How often the second sweep is taken, and what its guard costs where it is not: ``python -m benchmarks.guard``.
 
-The guard of ``jbn._moments.statistics`` fires in a layer and step where the pilot, the running mean, is so far from the
+The guard of ``jbn.core.statistics`` fires in a layer and step where the pilot, the running mean, is so far from the
 mean of the batch that digits would be lost. Writes ``benchmarks/results/guard.json``.
 """
 
@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 import jbn
-from jbn import _moments
-from jbn._axes import Sync
-from jbn._layout import layout_of
+from jbn.core import statistics
+from jbn.core.axes import Sync
+from jbn.core.layout import layout_of
 from jbn.lab.data import batch, digits
 from jbn.lab.models import MODELS
 from jbn.linen import BatchNorm
@@ -56,9 +56,9 @@ class ResNet(nn.Module):
 
 def fires(x: Array, mean: Array, epsilon: float) -> Array:
     """Return whether the guard fires for a batch and a running mean."""
-    rows = _moments.Rows(layout_of(x, -1), Sync(), epsilon)
-    pilot = _moments.pilot_of(mean, np.dtype(np.float32))
-    return (_moments.statistics(rows, x, None, pilot).pilot != pilot).any()
+    rows = statistics.Rows(layout_of(x, -1), Sync(), epsilon)
+    pilot = statistics.pilot_of(mean, np.dtype(np.float32))
+    return (statistics.statistics(rows, x, None, pilot).pilot != pilot).any()
 
 
 def watched(model: nn.Module, variables: Any, images: Array) -> tuple[Any, Any, list[Array]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ._trees import as_numpy
+from jbn.converting.trees import as_numpy
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -16,46 +16,93 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PICTURE = re.search(r"```\njbn/\n(.*?)```", README, re.DOTALL)[1]  # type: ignore[index]
-ROOMS = [line.split()[0] for line in PICTURE.splitlines() if line.startswith("  ")]
+
+
+def rooms() -> list[str]:
+    """Return the files of the package in the order of the picture; of a folder without files, all that it has."""
+    found, folder = [], ""
+    for line in PICTURE.splitlines():
+        name = line.split()[0]
+        depth = len(line) - len(line.lstrip())
+        if depth == 2:
+            folder = name if name.endswith("/") else ""
+        if depth:
+            found.append(folder if name == folder else (folder if depth == 4 else "") + name)
+    return found
+
+
+ROOMS = rooms()
+FILES = sorted(str(path.relative_to(ROOT / "jbn")) for path in (ROOT / "jbn").rglob("*.py"))
+
+
+def place(file: str) -> int:
+    """Return how far down in the picture a file is: a folder's own ``__init__`` is where its last file is."""
+    inside = [i for i, room in enumerate(ROOMS) if file == room or (room.endswith("/") and file.startswith(room))]
+    folder = file.removesuffix("__init__.py")
+    return max([*inside, *(i for i, room in enumerate(ROOMS) if folder != file and room.startswith(folder))])
 
 
 def imported(path: Path) -> set[str]:
-    """Return the rooms of jbn and the other packages that a file imports, at its top or later."""
+    """Return the modules that a file imports, at its top or later, each as far as it is one."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level == 1 and path.parent.name != "jbn":
-                continue  # a neighbour in the same room
-            if node.level or module.split(".")[0] == "jbn":
-                inside = module.removeprefix("jbn").lstrip(".")
-                names |= {inside.split(".")[0]} if inside else {alias.name for alias in node.names}
-            else:
-                names.add(module)
+            assert not node.level, f"{path}: imports name the whole module"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     return names
 
 
+def file_of(module: str) -> str | None:
+    """Return the file of the package that a name is imported from, or None."""
+    keys = module.split(".")
+    if keys[0] != "jbn":
+        return None
+    for end in range(len(keys), 0, -1):
+        for name in ("/".join(keys[1:end]) + ".py", "/".join([*keys[1:end], "__init__.py"])):
+            if name in FILES:
+                return name
+    return None
+
+
 def test_the_picture_shows_every_room():
-    present = {path.name + "/" * path.is_dir() for path in (ROOT / "jbn").iterdir()}
-    assert set(ROOMS) == present - {"py.typed", "__pycache__/"}
+    whole = [room for room in ROOMS if room.endswith("/")]
+    whole = [folder for folder in whole if not any(room != folder and room.startswith(folder) for room in ROOMS)]
+    shown = {file for file in FILES if file in ROOMS or any(file.startswith(folder) for folder in whole)}
+    assert set(FILES) - shown <= {f"{folder}__init__.py" for folder in ROOMS if folder.endswith("/")}
+    assert all((ROOT / "jbn" / room).exists() for room in ROOMS)
 
 
-def test_imports_point_upwards():
-    order = [room.removesuffix(".py").removesuffix("/") for room in ROOMS[1:]]
-    for below, room in enumerate(order):
-        folder = ROOT / "jbn" / room
-        for file in folder.glob("*.py") if folder.is_dir() else [ROOT / "jbn" / f"{room}.py"]:
-            ours = imported(file) & set(order) - {room}
-            assert all(order.index(name) < below for name in ours), (file, ours)
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_imports_point_upwards(file):
+    used = {file_of(name) for name in imported(ROOT / "jbn" / file)} - {None, file}
+    if "__init__.py" in used:  # the public names, which nothing below the command line may need
+        assert file.startswith(("lab/", "cli/")) or file == "__main__.py"
+    below = {name for name in used - {"__init__.py"} if place(name) > place(file)}
+    assert not below, (file, below)
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room.startswith("_") and room != "__main__.py"])
-def test_the_core_imports_jax_and_numpy_only(room):
-    allowed = {"jax", "numpy", *sys.stdlib_module_names}
-    names = {name.split(".")[0] for name in imported(ROOT / "jbn" / room)}
-    assert not {name for name in names if name not in allowed and f"{name}.py" not in ROOMS} - set(dir(jbn))
+def test_nobody_imports_whom_it_does_not_know():
+    known = {"jbn": {"jbn"}, "benchmarks": {"jbn", "benchmarks"}, "notebooks": {"notebooks"}}
+    for folder, allowed in known.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            roots = {name.partition(".")[0] for name in imported(path)}
+            assert roots & {"jbn", "benchmarks", "notebooks", "tests"} <= allowed, path
+
+
+CORE = [file for file in FILES if not file.startswith(("linen/", "nnx/", "lab/", "cli/")) and file != "__main__.py"]
+
+
+@pytest.mark.parametrize("file", CORE)
+def test_the_core_imports_jax_and_numpy_only(file):
+    allowed = {"jax", "numpy", "jbn", *sys.stdlib_module_names} | ({"safetensors"} if file == "files.py" else set())
+    assert {name.partition(".")[0] for name in imported(ROOT / "jbn" / file)} <= allowed
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_room_says_what_belongs_there(file):
+    assert ast.get_docstring(ast.parse((ROOT / "jbn" / file).read_text(encoding="utf-8")))
 
 
 def test_importing_jbn_imports_no_extra():

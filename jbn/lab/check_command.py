@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from jbn._check import Report, check
+from jbn.checking import Report, check
 from jbn.lab.devices import mesh_of
 
 COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}

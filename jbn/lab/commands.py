@@ -405,4 +405,4 @@ def bench(context: typer.Context) -> None:
     """Time jbn beside the batch norms of the field; in a checkout of its repository only. See jbn bench --help."""
     from jbn.lab import bench_command
 
-    bench_command.run(context.args)
+    raise typer.Exit(bench_command.run(context.args))

@@ -1,9 +1,9 @@
 """``BatchNorm`` for Flax NNX; ``replace`` and ``freeze`` for a model in place, ``fold`` for a copy of it."""
 
-from ._edit import Replaced as Replaced
-from ._edit import freeze as freeze
-from ._edit import replace as replace
-from ._fold import Folded as Folded
-from ._fold import fold as fold
-from ._fold import foldable as foldable
-from ._module import BatchNorm as BatchNorm
+from jbn.nnx.editing import Replaced as Replaced
+from jbn.nnx.editing import freeze as freeze
+from jbn.nnx.editing import replace as replace
+from jbn.nnx.folding import Folded as Folded
+from jbn.nnx.folding import fold as fold
+from jbn.nnx.folding import foldable as foldable
+from jbn.nnx.module import BatchNorm as BatchNorm

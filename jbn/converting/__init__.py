@@ -1,0 +1,1 @@
+"""Arrays and options of layers and models from one library into another."""

@@ -1,0 +1,275 @@
+"""``convert``: the arrays of a layer or a model from the layout of one library into that of another."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
+from numbers import Integral
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
+from jbn.converting.trees import Address, Layer, Path, as_numpy, by_address, dtype_of, filled
+from jbn.freezing import select
+
+Value = TypeVar("Value")
+Library = Literal["jbn", "linen", "nnx", "torch", "keras", "haiku", "equinox"]
+Names = Mapping[str, str | None] | Callable[[str], str | None]
+
+
+def convert(
+    tree: Any,
+    source: Library,
+    target: Library,
+    *,
+    like: Any = None,
+    names: Names | None = None,
+    kinds: Mapping[str, str] | None = None,
+    flattened: Mapping[str, tuple[int, ...]] | None = None,
+    count: int | Mapping[str, int] | None = None,
+    unbiased: bool = False,
+) -> Any:
+    r"""Return the arrays of a layer or a model as another library has them: renamed, laid out anew, nothing left over.
+
+    .. math:: \sigma^2_\text{biased} = \frac{n - 1}{n}\,\sigma^2_\text{sample}
+
+    Trees, of arrays of any kind:
+
+    ===========  =========================================================================================
+    "jbn"        ``(params, state)``, such as those of ``jbn.bn_init``, or mappings of them by layer
+    "linen"      ``{"params": ..., "batch_stats": ...}``
+    "nnx"        ``nnx.state(model, (nnx.Param, nnx.BatchStat))``, for ``nnx.update(model, ...)``
+    "torch"      ``model.state_dict()``
+    "keras"      ``{v.path: v.numpy() for v in model.weights}``, ``v.name`` for a single layer
+    "haiku"      ``(params, state)`` of ``hk.transform_with_state``
+    "equinox"    ``(model, state)`` of ``eqx.nn.make_with_state``
+    ===========  =========================================================================================
+
+    Running statistics are those that the source evaluates with, so that both evaluate alike: with Haiku and Equinox the
+    debiased ones. These two go on from them as after 2³⁰ updates, not as from the first. In Keras two models inside of
+    one may have layers of the same path, of which a mapping keeps the last: give them names of their own.
+
+    Args:
+        tree: what the source has; leaves may be of NumPy, jax or PyTorch, in bfloat16 too.
+        source: the library that ``tree`` comes from.
+        target: the library that it is for.
+        like: a tree of the target, of arrays or their shapes such as those of ``jax.eval_shape``. The result has its
+            structure, shapes, dtypes and, where it is committed, sharding; and all of it is filled. Haiku and Equinox
+            need it. Without it nothing says what is lacking, and arrays of no known name go along as they are.
+        names: paths in the source to paths in the target, the first that matches counts. What lies under a path goes
+            with it, ``*`` is any part of a key, the same on both sides, ``""`` is the root, and None leaves out:
+            ``{"fc": None, "layer*.*.bn*": "layer*/block*/norm*", "module": ""}``. Or a function of a path of a layer.
+            Without it paths are the same, but for the separator, which is a point in PyTorch and a slash elsewhere.
+        kinds: layers of which the arrays do not tell what they are, by patterns of paths in the source, see
+            ``jbn.freeze``. "transposed": a transposed convolution; "transpose_kernel": one that has
+            ``transpose_kernel=True`` in Flax; "depthwise": a depthwise convolution, to or from Keras; "embedding": an
+            embedding, from PyTorch or Equinox. Name every one of the first three: with as many channels in as out,
+            shapes do not tell. What their layout does not say, groups and channels, is read from ``like``.
+        flattened: the shapes (C, H, W), features first, by patterns as above, of examples that are flattened before a
+            dense layer or a normalization; or unflattened after it, if that is the size of what comes out. PyTorch and
+            Equinox flatten the features first, the others last.
+        count: how many values per feature the running variance was estimated from, batch · height · width, for all
+            normalizations or by patterns as above. With it the variance is converted between that of a sample, in
+            PyTorch, and the biased one of the others; without it, it stays as it is, and evaluation the same.
+        unbiased: whether in jbn, Linen or NNX the running variance is that of a sample, see ``jbn.bn_forward``. With
+            that, what comes from PyTorch trains on as there.
+
+    Returns:
+        A tree of the target, of jax arrays; for PyTorch and Keras of NumPy's, and of tensors where ``like`` has some.
+        Without ``like`` dtypes are those of the source, as far as jax has them. ``num_batches_tracked`` is that of
+        ``like``, or 0.
+
+    Raises:
+        ValueError: for what cannot be mapped, with the paths: arrays that are left over or lacking, of another shape,
+            layers at the same path, patterns that match nothing.
+        TypeError: for trees of another kind.
+
+    >>> import numpy as np, jbn
+    >>> names = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+    >>> state_dict = {f"layers.0.{name}": np.ones(3, np.float32) for name in names}
+    >>> variables = jbn.convert(state_dict, "torch", "linen", names={"layers.0": "norm"})
+    >>> variables["batch_stats"]["norm"]["mean"].tolist()
+    [1.0, 1.0, 1.0]
+    >>> params, state = jbn.convert(state_dict, "torch", "jbn", names={"layers.0": ""}, count=100)
+    >>> round(float(state.var[0]), 6)
+    0.99
+
+    Elsewhere: what these names and layouts mean was read in PyTorch 2.13, Keras 3.15, Haiku 0.0.17, Equinox 0.13.8 and
+    Flax 0.12.8. The running variance of Equinox (``mode="batch"``) holds some of its first value, 1, for long; it
+    evaluates with that. What a layer is made with, such as epsilon, momentum and padding, is not in its arrays: see
+    ``jbn.convert_options``.
+    """
+    origin, goal = _dialect("source", source, unbiased), _dialect("target", target, unbiased)
+    layers = _layers("tree", origin.read, tree)
+    wanted = None if like is None else _layers("like", lambda like: by_address(goal.addresses(like), like), like)
+    if wanted is None and goal.make is None:
+        raise ValueError(f"like is None; expected a tree of {target} to fill, for it holds more than arrays.")
+    everywhere = count if count is None or isinstance(count, Mapping) else {"*": count}
+    kind = _by_path("kinds", kinds, origin, layers, KINDS.__contains__, f"one of {', '.join(map(repr, KINDS))}")
+    shape = _by_path("flattened", flattened, origin, layers, _is_shape, "a shape (C, H, W), features first")
+    number = _by_path("count", everywhere, origin, layers, _is_count, "2 or more values")
+    found: dict[Path, Layer] = {}
+    came: dict[Path, str] = {}
+    for path, new in _renamed(names, origin, goal, list(layers)).items():
+        old = origin.spell(path) or "the layer"
+        if new in found:
+            raise ValueError(
+                f"names: {came[new]} and {old} both become {goal.spell(new) or 'the layer'}; expected a path of its "
+                "own for each layer."
+            )
+        try:
+            place = None if wanted is None else wanted.get(new, {})
+            arrays = {name: as_numpy(leaf) for name, leaf in layers[path].items()}
+            found[new] = translate(arrays, origin, goal, place, Said(kind.get(path), shape.get(path), number.get(path)))
+            came[new] = old
+        except (ValueError, TypeError) as error:
+            raise _of_kind(error)(f"{old} of tree {error}") from error
+    if wanted is not None:
+        _check_complete(goal, found, came, wanted)
+        return filled(like, goal.addresses(like), found, goal.numpy)
+    assert goal.make is not None
+    return jax.tree.map(partial(np.array, order="C") if goal.numpy else jnp.asarray, goal.make(found))
+
+
+def _of_kind(error: Exception) -> type[Exception]:
+    return TypeError if isinstance(error, TypeError) else ValueError
+
+
+def _dialect(argument: str, name: str, unbiased: bool) -> Dialect:
+    if name not in DIALECTS:
+        raise ValueError(f"{argument} is {name!r}; expected one of {', '.join(map(repr, DIALECTS))}.")
+    dialect = DIALECTS[name]
+    return dialect._replace(unbiased=unbiased) if dialect.unbiased is None else dialect
+
+
+def _layers(argument: str, read: Callable[[Any], Mapping[Address, Any]], tree: Any) -> dict[Path, dict[str, Any]]:
+    """Return the arrays of a tree by layer and name."""
+    layers: dict[Path, dict[str, Any]] = {}
+    try:
+        for (path, name), leaf in read(tree).items():
+            layers.setdefault(path, {})[name] = leaf
+    except (ValueError, TypeError) as error:
+        raise _of_kind(error)(f"{argument} {error}") from error
+    if not layers:
+        raise ValueError(f"{argument} holds no arrays; expected those of at least one layer.")
+    return layers
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and int(value) > 1
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) > 1 and all(isinstance(n, int) and n > 0 for n in value)
+
+
+def _by_path(
+    argument: str,
+    said: Mapping[str, Value] | None,
+    origin: Dialect,
+    layers: Iterable[Path],
+    fits: Callable[[Any], bool],
+    expected: str,
+) -> dict[Path, Value]:
+    """Return what was said by pattern for each path; the first that matches counts."""
+    found: dict[Path, Value] = {}
+    paths = ["/".join(path) for path in layers]
+    if not isinstance(said or {}, Mapping):
+        raise TypeError(f"{argument} is {said!r}; expected a mapping of patterns.")
+    for pattern, value in (said or {}).items():
+        if not fits(value):
+            raise ValueError(f"{argument}: {pattern!r} has {value!r}; expected {expected}.")
+        try:
+            hits = select(paths, "/".join(origin.split(pattern)), "layers of tree")
+        except ValueError as error:
+            raise ValueError(f"{argument}, {error}") from error
+        found = {path: value for path, hit in zip(layers, hits, strict=True) if hit} | found
+    return found
+
+
+def _renamed(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Path]) -> dict[Path, Path]:
+    """Return the new paths of layers, without those that are left out."""
+    if names is None:
+        return {path: path for path in paths}
+    if callable(names):
+        said = {path: _checked(origin.spell(path), names(origin.spell(path))) for path in paths}
+        return {path: goal.split(new) for path, new in said.items() if new is not None}
+    if not isinstance(names, Mapping):
+        raise TypeError(f"names is of type {type(names).__name__}; expected a mapping or a function of paths.")
+    found: dict[Path, Path | None] = {}
+    for old, value in names.items():
+        new = _checked(old, value)
+        if new is not None and new.count("*") != old.count("*"):
+            raise ValueError(f"names: {old!r} becomes {new!r}; expected as many stars on both sides.")
+        # A slash after every key; the last group is what lies under the path.
+        pattern = re.compile(re.escape(_slashed(origin.split(old))).replace(r"\*", "([^/]*)") + "(.*)")
+        hits = {path: match for path in paths if (match := pattern.fullmatch(_slashed(path)))}
+        if not hits:
+            near = _some(get_close_matches(old, list(map(origin.spell, paths)), n=4, cutoff=0.0), len(paths))
+            raise ValueError(f"names: {old!r} matches none of the {len(paths)} layers of tree: {near}.")
+        for path, match in hits.items():
+            found.setdefault(path, None if new is None else _rewritten(goal.split(new), match.groups()))
+    return {path: way for path in paths if (way := found.get(path, path)) is not None}
+
+
+def _checked(old: str, new: Any) -> str | None:
+    if new is not None and not isinstance(new, str):
+        raise TypeError(f"names: {old!r} becomes {new!r}; expected a string or None.")
+    return new
+
+
+def _rewritten(new: Path, parts: Sequence[str]) -> Path:
+    """Put parts of the old path in the place of the stars and at the end."""
+    pieces = zip(_slashed(new).split("*"), parts, strict=True)
+    return tuple("".join(piece + part for piece, part in pieces).split("/")[:-1])
+
+
+def _slashed(path: Path) -> str:
+    return "".join(f"{key}/" for key in path)
+
+
+def _check_complete(
+    goal: Dialect,
+    found: Mapping[Path, Layer],
+    came: Mapping[Path, str],
+    wanted: Mapping[Path, Mapping[str, Any]],
+) -> None:
+    """Refuse what is left over, lacking, or of another shape than in ``like``."""
+    ours = {(*path, name): value for path, layer in found.items() for name, value in layer.items()}
+    theirs = {(*path, name): leaf for path, layer in wanted.items() for name, leaf in layer.items()}
+    lost, lacking = [at for at in ours if at not in theirs], [goal.spell(at) for at in theirs if at not in ours]
+    if lost or lacking:
+        shown = []
+        for at in lost[:4]:
+            near = "".join(f" (near {name!r})" for name in get_close_matches(goal.spell(at), lacking, n=1, cutoff=0.0))
+            shown.append(f"{goal.spell(at)!r} from {came[at[:-1]]!r}{near}")
+        raise ValueError(
+            f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: "
+            f"{_some(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
+            f"{_some(map(repr, lacking))}. Expected names that bring them together, None for what is left "
+            "out; in like only what is to be filled; embeddings named in kinds."
+        )
+    pairs = {goal.spell(at): (value, theirs[at]) for at, value in ours.items()}
+    other = [
+        f"{at!r} is {v.dtype} {v.shape}, in like {dtype_of(leaf)} {tuple(leaf.shape)}"
+        for at, (v, leaf) in pairs.items()
+        if v.shape != tuple(leaf.shape) or _is_float(v.dtype) != _is_float(dtype_of(leaf))
+    ]
+    if other:
+        raise ValueError(
+            f"{len(other)} arrays of tree differ from like: {_some(other)}. Expected the same sizes; transposed and "
+            "depthwise convolutions are to be named in kinds."
+        )
+
+
+def _is_float(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def _some(items: Iterable[str], number: int | None = None) -> str:
+    """List a few."""
+    several = list(items)
+    return (", ".join(several[:4]) or "none") + ", ..." * (len(several[:4]) < (number or len(several)))

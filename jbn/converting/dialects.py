@@ -1,0 +1,288 @@
+"""How libraries name and lay out the arrays of a layer: a dialect each, a few names and rules; and a translation.
+
+Between them stands one form, in Flax's names and layouts: some of
+
+    scale, bias, mean, var     (features,)
+    kernel                     (in, out) of a dense layer; (*window, in/groups, out) of a convolution; a transposed one
+                               has that of the convolution whose gradient it is, (*window, out/groups, in), or that of
+                               a convolution over a dilated x, (*window, in/groups, out): see ``adjoint``
+    embedding                  (entries, features)
+
+and whatever else a layer has, as it is.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jbn.converting import trees as trees
+from jbn.converting.trees import VECTORS, Address, Addresses, Array, Layer, Path
+
+Shape = tuple[int, ...]
+
+TRANSPOSED = ("transposed", "transpose_kernel")
+KINDS = (*TRANSPOSED, "depthwise", "embedding")
+
+# As after so many updates that nothing of the first value is left: in float32, 1 - momentum**SETTLED is 1.
+SETTLED = 2**30
+
+
+def _as_it_is(kernel: Array, kind: str | None, like: Shape | None = None) -> Array:
+    return kernel
+
+
+class Dialect(NamedTuple):
+    """How a library keeps, names and lays out arrays."""
+
+    # Where each leaf of a tree belongs.
+    addresses: Callable[[Any], Addresses]
+    # Makes a tree of layers; None where a tree holds more than arrays.
+    make: Callable[[Mapping[Path, Layer]], Any] | None
+    # The names that are not Flax's, and that of the bias of a normalization.
+    names: Mapping[str, str] = {}
+    shift: str = "bias"
+    # What a normalization remembers beside mean and var, from the arrays written and from the leaf that is wanted.
+    memory: Mapping[str, Callable[[Layer, Any], Any]] = {}
+    # Reads a tree where that takes more than addresses.
+    evaluated: Callable[[Any], dict[Address, Any]] | None = None
+    # A kernel in the form above, for the kind of layer; and back, for the shape that is wanted.
+    inward: Callable[[Array, str | None], Array] = _as_it_is
+    outward: Callable[[Array, str | None, Shape | None], Array] = _as_it_is
+    # Transposed convolutions of these kinds have the kernel of the convolution whose gradient they are.
+    gradient: tuple[str, ...] = TRANSPOSED
+    # Whether vectors have more axes, of size 1.
+    padded: bool = False
+    # Whether examples are flattened features first.
+    features_first: bool = False
+    # Whether the running variance is that of a sample; None where the layer has a say.
+    unbiased: bool | None = False
+    # Whether arrays are NumPy's.
+    numpy: bool = False
+    separator: str = "/"
+
+    def split(self, path: str) -> Path:
+        """Read a path."""
+        return tuple(path.replace(self.separator, "/").split("/")) if path else ()
+
+    def spell(self, path: Path) -> str:
+        """Write a path."""
+        return self.separator.join(path)
+
+    def read(self, tree: Any) -> dict[Address, Any]:
+        """Return the arrays of a tree by their addresses."""
+        return self.evaluated(tree) if self.evaluated else trees.by_address(self.addresses(tree), tree)
+
+    def decode(self, layer: Layer, kind: str | None) -> Layer:
+        """Bring a layer into the form above."""
+        plain = {own: name for name, own in self.names.items()} | {self.shift: "bias"}
+        if "weight" in plain and "weight" in layer:
+            plain["weight"] = _meaning(layer["weight"], layer.get("bias"), kind)
+        memory = self.memory if self.names.get("mean", "mean") in layer else ()
+        found = _renamed(layer, {own: plain.get(own, own) for own in layer if own not in memory})
+        if "kernel" in found:
+            found["kernel"] = self.inward(found["kernel"], kind)
+        if self.padded:
+            found |= {name: found[name].reshape(_squeezed(found[name].shape)) for name in VECTORS if name in found}
+        return found
+
+    def encode(self, layer: Layer, kind: str | None, like: Mapping[str, Any] | None) -> Layer:
+        """Bring a layer out of the form above; ``like`` holds its arrays as they are wanted."""
+        norm = "kernel" not in layer and ("scale" in layer or "mean" in layer)
+        own = {name: self.shift if norm and name == "bias" else self.names.get(name, name) for name in layer}
+        found = _renamed(layer, own)
+        for name, value in layer.items():
+            shape = value.shape if like is None else tuple(like.get(own[name], value).shape)
+            if name == "kernel":
+                found[own[name]] = self.outward(value, kind, None if like is None else shape)
+            elif name in VECTORS and _squeezed(shape) == _squeezed(value.shape):
+                found[own[name]] = value.reshape(shape)
+        if "mean" in layer:
+            memory = {name: make(found, (like or {}).get(name)) for name, make in self.memory.items()}
+            found |= {name: value for name, value in memory.items() if like is None or name in like}
+        return found
+
+
+def _meaning(weight: Array, bias: Array | None, kind: str | None) -> str:
+    """Say what is called weight: a scale has one axis, or the shape of the bias."""
+    if kind == "embedding":
+        return "embedding"
+    return "scale" if weight.ndim < 2 or (bias is not None and bias.shape == weight.shape) else "kernel"
+
+
+def _renamed(layer: Layer, names: Mapping[str, str]) -> Layer:
+    """Give the arrays of a layer other names; those without one are left out."""
+    found = {new: layer[old] for old, new in names.items()}
+    if len(found) < len(names):
+        new = next(new for new in found if [*names.values()].count(new) > 1)
+        same = " and ".join(old for old in names if names[old] == new)
+        raise ValueError(f"has {same}, which all become {new}; expected one of them.")
+    return found
+
+
+def _squeezed(shape: Shape) -> Shape:
+    return tuple(n for n in shape if n != 1) or (1,)
+
+
+class Said(NamedTuple):
+    """What the arrays of a layer do not tell."""
+
+    kind: str | None = None  # one of KINDS
+    flattened: Shape | None = None  # of the examples, features first
+    values: int | None = None  # per feature, from which the running variance was estimated
+
+
+def translate(layer: Layer, origin: Dialect, goal: Dialect, like: Mapping[str, Any] | None, said: Said) -> Layer:
+    """Bring a layer from one dialect into another."""
+    layer = origin.decode(layer, said.kind)
+    if ("mean" in layer) != ("var" in layer):
+        raise ValueError("has one running statistic; expected mean and variance, or neither.")
+    if said.values and "var" in layer and origin.unbiased != goal.unbiased:
+        factor = said.values / (said.values - 1)
+        layer["var"] = (layer["var"] * np.float64(factor if goal.unbiased else 1 / factor)).astype(layer["var"].dtype)
+    if said.flattened and origin.features_first != goal.features_first:
+        layer = _reordered(layer, said.flattened, goal.features_first)
+    turned = said.kind in TRANSPOSED and (said.kind in origin.gradient) != (said.kind in goal.gradient)
+    if turned and "kernel" in layer and layer["kernel"].ndim > 2:
+        if like is None:
+            raise ValueError("is a transposed convolution; expected like, which says in how many groups.")
+        layer["kernel"] = adjoint(layer["kernel"], _groups(layer["kernel"], said.kind, goal, like))
+    return goal.encode(layer, said.kind, like)
+
+
+def adjoint(kernel: Array, groups: int) -> Array:
+    """Turn the kernel of a transposed convolution from one of its forms into the other: flip it, swap in and out."""
+    *window, a, b = kernel.shape
+    flipped = np.flip(kernel, tuple(range(len(window)))).reshape(*window, a, groups, b // groups)
+    return flipped.swapaxes(-1, -3).reshape(*window, b // groups, groups * a)
+
+
+def _groups(kernel: Array, kind: str | None, goal: Dialect, like: Mapping[str, Any]) -> int:
+    """Find in how many groups a kernel (*window, a / groups, b) becomes one (*window, b / groups, a)."""
+    leaf = like.get(goal.names.get("kernel", "kernel"))
+    if leaf is None or len(leaf.shape) != kernel.ndim:
+        return 1
+    inner = goal.inward(np.broadcast_to(np.zeros(()), tuple(leaf.shape)), kind).shape[kernel.ndim - 2]
+    return 1 if kernel.shape[-1] % inner else kernel.shape[-1] // inner
+
+
+def _reordered(layer: Layer, shape: Shape, features_first: bool) -> Layer:
+    """Reorder what goes through a layer, from features last to features first or the other way round."""
+    number = math.prod(shape)
+    last = np.moveaxis(np.arange(number).reshape(shape), 0, -1).ravel()  # where its values are, features first
+    order = np.argsort(last) if features_first else last
+    kernel = layer.get("kernel")
+    size = () if kernel is None else kernel.shape
+    if size == (number, number) and (order != np.arange(number)).any():
+        raise ValueError(
+            f"has {number} inputs and {number} outputs, and flattened does not tell which of them; expected one to "
+            "differ: reorder the kernel by hand."
+        )
+    axes = {"kernel": 1, "bias": 0} if size[1:] == (number,) else {"kernel": 0} if size else dict.fromkeys(VECTORS, 0)
+    axes = {name: axis for name, axis in axes.items() if name in layer}
+    if wrong := [f"{name} {layer[name].shape}" for name, axis in axes.items() if layer[name].shape[axis] != number]:
+        raise ValueError(f"has {', '.join(wrong)}, but flattened is {shape}, {number} values; expected as many.")
+    return {**layer, **{name: np.take(layer[name], order, axis) for name, axis in axes.items()}}
+
+
+def _inward(kernel: Array, kind: str | None) -> Array:
+    return np.moveaxis(kernel, (0, 1), (-1, -2))
+
+
+def _outward(kernel: Array, kind: str | None, like: Shape | None) -> Array:
+    return np.moveaxis(kernel, (-1, -2), (0, 1))
+
+
+def _by_channel_inward(kernel: Array, kind: str | None) -> Array:
+    """Keras has (*window, in, multiplier) where others have (*window, 1, in · multiplier)."""
+    return kernel.reshape(*kernel.shape[:-2], 1, -1) if kind == "depthwise" and kernel.ndim > 2 else kernel
+
+
+def _by_channel_outward(kernel: Array, kind: str | None, like: Shape | None) -> Array:
+    if kind != "depthwise" or kernel.ndim < 3:
+        return kernel
+    if like is None:
+        raise ValueError("needs like, whose kernel (*window, in, multiplier) says how many channels come in.")
+    fits = kernel.shape[-2] == 1 and kernel.shape[:-2] == like[:-2] and kernel.size == np.prod(like, dtype=int)
+    return kernel.reshape(like) if fits else kernel
+
+
+def _swapped(kernel: Array, kind: str | None, like: Shape | None = None) -> Array:
+    """Haiku has (*window, out, in) in transposed convolutions."""
+    return kernel.swapaxes(-1, -2) if kind in TRANSPOSED and kernel.ndim > 2 else kernel
+
+
+def _updates(written: Layer, leaf: Any) -> Array:
+    """Count on from the number in ``like``, or from 0; PyTorch needs it for momentum=None alone."""
+    known = hasattr(leaf, "item") and not getattr(leaf, "is_meta", False)
+    return np.asarray(leaf.item() if known else 0, np.int64)
+
+
+def _settled(written: Layer, leaf: Any) -> Array:
+    return np.asarray(SETTLED, np.int32)
+
+
+_FLAX = Dialect(trees.in_model, trees.make_model, gradient=("transpose_kernel",), unbiased=None)
+_WEIGHT = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+DIALECTS = {
+    "jbn": _FLAX._replace(addresses=trees.in_pair, make=trees.make_pair),
+    "linen": _FLAX._replace(addresses=trees.in_variables, make=trees.make_variables),
+    "nnx": _FLAX,
+    "torch": Dialect(
+        trees.in_mapping(".", "a state_dict"),
+        trees.make_mapping("."),
+        names={**_WEIGHT, "mean": "running_mean", "var": "running_var"},
+        memory={"num_batches_tracked": _updates},
+        inward=_inward,
+        outward=_outward,
+        features_first=True,
+        unbiased=True,
+        numpy=True,
+        separator=".",
+    ),
+    "keras": Dialect(
+        trees.in_mapping("/", "{v.path: v.numpy() for v in model.weights}"),
+        trees.make_mapping("/"),
+        names={"scale": "gamma", "mean": "moving_mean", "var": "moving_variance", "embedding": "embeddings"},
+        shift="beta",
+        inward=_by_channel_inward,
+        outward=_by_channel_outward,
+        numpy=True,
+    ),
+    "haiku": Dialect(
+        trees.in_modules,
+        None,
+        names={
+            "kernel": "w",
+            "bias": "b",
+            "embedding": "embeddings",
+            "mean": "mean_ema/average",
+            "var": "var_ema/average",
+        },
+        shift="offset",
+        memory={
+            "mean_ema/hidden": lambda written, leaf: written["mean_ema/average"],
+            "var_ema/hidden": lambda written, leaf: written["var_ema/average"],
+            "mean_ema/counter": _settled,
+            "var_ema/counter": _settled,
+        },
+        inward=_swapped,
+        outward=_swapped,
+        gradient=(),
+        padded=True,
+    ),
+    "equinox": Dialect(
+        trees.in_equinox,
+        None,
+        names=_WEIGHT,
+        memory={"counter": _settled, "first_time": lambda written, leaf: np.asarray(False)},
+        evaluated=trees.evaluated,
+        inward=_inward,
+        outward=_outward,
+        gradient=(),
+        padded=True,
+        features_first=True,
+    ),
+}

@@ -1,0 +1,247 @@
+"""Where libraries keep the arrays of a model: the address of each leaf of a tree, arrays of any kind, new trees."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+from jbn.core.forward import Params, State
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Path = tuple[str, ...]
+Layer = dict[str, Array]
+Address = tuple[Path, str]  # a layer, and the name of an array in it
+Addresses = list[Address | None]  # of the leaves of a tree, in jax's order; None for what is no array
+
+VECTORS = ("scale", "bias", "mean", "var")
+
+
+def by_address(addresses: Addresses, tree: Any) -> dict[Address, Any]:
+    """Return the leaves of a tree by their addresses."""
+    places = zip(addresses, jax.tree.leaves(tree), strict=True)
+    return {address: leaf for address, leaf in places if address is not None}
+
+
+def in_mapping(separator: str, expected: str) -> Callable[[Any], Addresses]:
+    """Return the reader of a mapping of names to arrays."""
+
+    def addresses(tree: Any) -> Addresses:
+        paths = _paths(tree) if isinstance(tree, Mapping) else [()]
+        if deeper := {path[0] for path in paths if len(path) > 1}:
+            raise TypeError(f"holds a tree under {min(deeper)!r}; expected {expected}, a mapping of names to arrays.")
+        if () in paths:
+            raise TypeError(f"is of type {type(tree).__name__}; expected {expected}, a mapping of names to arrays.")
+        return [_address(tuple(name.split(separator))) for (name,) in paths]
+
+    return addresses
+
+
+def in_variables(tree: Any) -> Addresses:
+    """Read the variables of a Linen model."""
+    paths = _paths(tree)
+    if strange := {path[0] if len(path) > 1 else "an array" for path in paths} - {"params", "batch_stats"}:
+        raise ValueError(
+            f"holds {', '.join(sorted(strange))}; expected the variables of Flax Linen, a mapping with 'params' and, "
+            "where there are normalizations, 'batch_stats', and nothing else."
+        )
+    return [_address(path[1:]) for path in paths]
+
+
+def in_model(tree: Any) -> Addresses:
+    """Read the state of an NNX model."""
+    paths = _paths(tree)
+    if () in paths:
+        raise TypeError(f"is of type {type(tree).__name__}; expected nnx.state(model, (nnx.Param, nnx.BatchStat)).")
+    return [_address(path) for path in paths]
+
+
+def in_pair(tree: Any) -> Addresses:
+    """Read params and state of functions that call ``jbn.bn_forward``."""
+    paths = _paths(_pair(tree, "(params, state)"))
+    if any(len(path) < 2 for path in paths):
+        raise TypeError("has arrays without names; expected (params, state), such as those of jbn.bn_init.")
+    return [_address(path[1:]) for path in paths]
+
+
+def in_modules(tree: Any) -> Addresses:
+    """Read params and state of Haiku; running averages belong to the norm above them."""
+    paths = _paths(_pair(tree, "(params, state) of hk.transform_with_state"))
+    if any(len(path) != 3 for path in paths):
+        raise TypeError("is no tree of Haiku; expected (params, state), each {module: {name: array}}.")
+    found: Addresses = []
+    for _, module, name in paths:
+        keys = tuple(module.split("/"))
+        average = keys[-2:] in (("~", "mean_ema"), ("~", "var_ema"))
+        found.append((keys[:-2], f"{keys[-1]}/{name}") if average else (keys, name))
+    return found
+
+
+def in_equinox(tree: Any) -> Addresses:
+    """Read model and state of Equinox, which need not be imported for it."""
+    model, state = _pair(tree, "(model, state) of eqx.nn.make_with_state")
+    size = len(jax.tree.leaves(state))
+    # A state whose values are their own positions: what it gives for an index says where that is kept.
+    positions = jax.tree.unflatten(jax.tree.structure(state), range(size))
+    where: dict[int, Address] = {}
+    for path, norm in _norms(model):
+        for index, *names in (
+            (norm.batch_state_index, "mean", "var"),
+            (norm.ema_state_index, "mean", "var"),
+            (norm.batch_counter, "counter"),
+            (norm.ema_first_time_index, "first_time"),
+        ):
+            if index is not None:
+                where |= {at: (path, name) for at, name in zip(_position(positions, index), names, strict=True)}
+    return [
+        *(_address(_path(keys)) if hasattr(leaf, "shape") else None for keys, leaf in tree_flatten_with_path(model)[0]),
+        *(where.get(at, (("eqx.nn.State",), str(at))) for at in range(size)),
+    ]
+
+
+def _position(positions: Any, index: Any) -> list[int]:
+    try:
+        return jax.tree.leaves(positions.get(index))
+    except (AttributeError, KeyError) as error:
+        raise TypeError("has norms without a state; expected (model, state) of eqx.nn.make_with_state.") from error
+
+
+def evaluated(tree: Any) -> dict[Address, Any]:
+    """Read model and state of Equinox with the statistics that it evaluates with, rounded as there."""
+    found = by_address(in_equinox(tree), tree)
+    for path, norm in _norms(tree[0]):
+        if norm.mode == "batch":
+            count = jnp.asarray(found[path, "counter"])
+            left = jnp.where(count == 0, 1, 1 - norm.momentum**count)
+            found |= {(path, name): found[path, name] / left for name in ("mean", "var")}
+    return found
+
+
+def make_mapping(separator: str) -> Callable[[Mapping[Path, Layer]], Any]:
+    """Return the maker of a mapping of names to arrays."""
+
+    def make(layers: Mapping[Path, Layer]) -> Any:
+        return {separator.join(path): value for path, value in _flat(layers).items()}
+
+    return make
+
+
+def make_pair(layers: Mapping[Path, Layer]) -> Any:
+    """Make params and state; a normalization has ``Params`` and ``State``."""
+    norms = {path: layer for path, layer in layers.items() if "mean" in layer and set(layer) <= set(VECTORS)}
+    params, stats = _split({path: layer for path, layer in layers.items() if path not in norms})
+    for path, norm in norms.items():
+        scale, bias, mean, var = (norm.get(name) for name in VECTORS)
+        params[path], stats[path] = Params(scale, bias), State(mean, var)  # type: ignore[arg-type]
+    return _nested(params), _nested(stats)
+
+
+def make_variables(layers: Mapping[Path, Layer]) -> Any:
+    """Make the variables of a Linen model."""
+    params, stats = map(_nested, _split(layers))
+    return {"params": params, **({"batch_stats": stats} if stats else {})}
+
+
+def make_model(layers: Mapping[Path, Layer]) -> Any:
+    """Make the state of an NNX model; numbers are items of lists."""
+    return _nested(_flat(layers), lambda key: int(key) if key.isdecimal() else key)
+
+
+def filled(like: Any, addresses: Addresses, layers: Mapping[Path, Layer], numpy: bool) -> Any:
+    """Return a tree with the structure, the dtypes and the kinds of arrays of ``like``."""
+    leaves, structure = jax.tree.flatten(like)
+    places = zip(addresses, leaves, strict=True)
+    return jax.tree.unflatten(
+        structure, [leaf if at is None else _as_leaf(layers[at[0]][at[1]], leaf, at, numpy) for at, leaf in places]
+    )
+
+
+def as_numpy(leaf: Any) -> Array:
+    """Copy an array of any library; NumPy does not read bfloat16 of PyTorch."""
+    if not hasattr(leaf, "dtype"):
+        raise TypeError(f"has a leaf of type {type(leaf).__name__}; expected an array.")
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise TypeError("is a key of random numbers; expected nnx.state(model, (nnx.Param, nnx.BatchStat)).")
+    if isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "is_meta", False):
+        raise TypeError(f"has a {type(leaf).__name__} without values; expected an array: shapes alone are for like.")
+    if not hasattr(leaf, "detach"):
+        return np.array(leaf)
+    dtype, leaf = dtype_of(leaf), leaf.detach().cpu()
+    return np.array((leaf.float() if dtype == jnp.bfloat16 else leaf).numpy()).astype(dtype)
+
+
+def dtype_of(leaf: Any) -> np.dtype[Any]:
+    """Return the dtype of an array of any library."""
+    return jnp.dtype(str(leaf.dtype).removeprefix("torch."))
+
+
+def _as_leaf(value: Array, leaf: Any, address: Address, numpy: bool) -> Any:
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype_of(leaf), order="C")
+    if (np.isfinite(value) & ~np.isfinite(cast)).any():
+        raise ValueError(f"{'/'.join((*address[0], address[1]))!r} does not fit into {cast.dtype}, the dtype in like.")
+    if hasattr(leaf, "new_tensor") and not leaf.is_meta:
+        return leaf.new_tensor(cast.astype(np.float32) if cast.dtype == jnp.bfloat16 else cast)
+    if numpy:
+        return cast
+    return jax.device_put(cast, leaf.sharding) if getattr(leaf, "committed", False) else jnp.asarray(cast)
+
+
+def _pair(tree: Any, expected: str) -> tuple[Any, Any]:
+    if not isinstance(tree, tuple) or len(tree) != 2 or hasattr(tree, "_fields"):
+        raise TypeError(f"is of type {type(tree).__name__}; expected a pair, {expected}.")
+    return tree
+
+
+def _paths(tree: Any) -> list[Path]:
+    return [_path(keys) for keys, _ in tree_flatten_with_path(tree)[0]]
+
+
+def _path(keys: tuple[Any, ...]) -> Path:
+    boxed = len(keys) > 1 and keys[-1] == GetAttrKey("value")  # nnx.Param, nn.Partitioned
+    return tuple(keystr((key,), simple=True) for key in (keys[:-1] if boxed else keys))
+
+
+def _address(path: Path) -> Address:
+    return path[:-1], path[-1]
+
+
+def _norms(model: Any) -> Iterator[tuple[Path, Any]]:
+    """Find the batch norms of an Equinox model."""
+
+    def is_norm(node: Any) -> bool:
+        return hasattr(node, "batch_state_index") and hasattr(node, "ema_state_index")
+
+    for keys, node in tree_flatten_with_path(model, is_leaf=is_norm)[0]:
+        if is_norm(node):
+            yield _path(keys), node
+
+
+def _flat(layers: Mapping[Path, Layer]) -> dict[Path, Array]:
+    return {(*path, name): value for path, layer in layers.items() for name, value in layer.items()}
+
+
+def _split(layers: Mapping[Path, Layer]) -> tuple[dict[Path, Any], dict[Path, Any]]:
+    """Return parameters and statistics."""
+    flat = _flat(layers)
+    stats = {path: value for path, value in flat.items() if path[-1] in ("mean", "var")}
+    return {path: value for path, value in flat.items() if path not in stats}, stats
+
+
+def _nested(leaves: Mapping[Path, Any], key: Callable[[str], Any] = str) -> Any:
+    if clash := {path[:n] for path in leaves for n in range(len(path)) if path[:n] in leaves}:
+        both = ", ".join("/".join(path) or "the root" for path in sorted(clash))
+        raise ValueError(
+            f"names: there are layers under {both}, which is a layer itself; expected a path of its own for each."
+        )
+    tree: dict[Any, Any] = {}
+    for path, leaf in leaves.items():
+        if not path:
+            return leaf
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(key(name), {})
+        node[key(path[-1])] = leaf
+    return tree

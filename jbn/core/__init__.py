@@ -1,0 +1,1 @@
+"""Batch normalization as pure functions, with jax and numpy alone: begin with ``forward``."""

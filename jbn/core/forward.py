@@ -1,0 +1,393 @@
+"""The rooms joined: ``bn_init``, ``bn_forward``, and the stateless ``batch_norm`` and ``moments``."""
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn.core import layout as layouts
+from jbn.core import state as running
+from jbn.core.axes import check_replicas, known_mesh, place_as, sync_over
+from jbn.core.layout import Layout
+from jbn.core.normalize import Activation, Operands, Recipe, normalize, open_activation
+from jbn.core.saved import INPUT, named
+from jbn.core.statistics import Moments, Rows, pilot_of, statistics
+
+AxisName = Hashable | Sequence[Hashable]
+Axis = int | Sequence[int]
+Groups = Sequence[Sequence[int]]
+StateT = TypeVar("StateT")
+
+
+class Params(NamedTuple):
+    """What a layer learns, per feature; either may be absent: ``Params(scale, bias)``."""
+
+    scale: Array | None  # (features,), γ
+    bias: Array | None  # (features,), β
+
+
+class State(NamedTuple):
+    """What a layer remembers, per feature: ``State(mean, var)``."""
+
+    mean: Array  # (features,), float32 or wider
+    var: Array  # (features,), biased unless trained with unbiased=True
+
+
+def bn_init(
+    num_features: int | tuple[int, ...],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, State]:
+    r"""Return the parameters and the state of a new layer: :math:`\gamma = 1, \beta = 0, \mu = 0, \sigma^2 = 1`.
+
+    Args:
+        num_features: the size of the feature axis, or of each feature axis in ascending order.
+        use_scale: whether there is a scale.
+        use_bias: whether there is a bias.
+        dtype: dtype of the parameters; statistics are at least float32.
+
+    Returns:
+        ``Params(scale, bias)`` and ``State(mean, var)``. Plain dictionaries with these keys, such as the leaves of a
+        Flax checkpoint, serve as well.
+
+    >>> import jbn
+    >>> params, state = jbn.bn_init(4)
+    >>> state.var.shape
+    (4,)
+    """
+    shape = layouts.feature_shape(num_features)
+    kind = layouts.output_dtype(dtype, jnp.zeros(()))
+    wide = layouts.compute_dtype(kind)
+    params = Params(jnp.ones(shape, kind) if use_scale else None, jnp.zeros(shape, kind) if use_bias else None)
+    return params, State(jnp.zeros(shape, wide), jnp.ones(shape, wide))
+
+
+def bn_forward(
+    params: Any,
+    state: StateT,
+    x: ArrayLike,
+    train: bool,
+    *,
+    update: bool | None = None,
+    axis: Axis = -1,
+    momentum: ArrayLike = 0.99,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    group_size: int | None = None,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+    unbiased: bool = False,
+) -> tuple[Array, StateT]:
+    r"""Normalize x per feature, by the statistics of the batch or by running ones, and return the new state.
+
+    .. math::
+        y = f\left(\gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \text{residual}\right), \qquad
+        \mu = \mathrm{E}[x],\ \sigma^2 = \mathrm{E}[(x - \mu)^2]
+
+    With ``train=True`` the moments are those of all valid positions of the batch, over every shard of ``axis_name``,
+    with ``train=False`` those of the state. With ``update`` the state moves towards those of the batch:
+    :math:`\text{new} = \text{old} + (1 - \text{momentum})(\text{batch} - \text{old})`. Unless given it is what
+    ``train`` is.
+
+    Args:
+        params: ``Params`` or a mapping with ``scale`` and ``bias``, each of the shape of the features, either or both
+            absent.
+        state: ``State`` or a mapping with ``mean`` and ``var``, of the shape of the features.
+        x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
+        train: whether to use the statistics of the batch; a Python bool, known when tracing.
+        update: whether the state moves, or comes back as it is; a Python bool, that of ``train`` unless given.
+        axis: the axis or axes of the features, the last unless given; parameters have their sizes in ascending order.
+        momentum: weight of the old value, 0 to 1, a number or a traced scalar (PyTorch's is one minus it).
+        epsilon: ε > 0, added to the variance.
+        mask: bool, of the rank of x, each dimension 1 or that of x; only positions where it is true are counted, the
+            others give 0, and nothing in them reaches an output, a gradient or the state. For sequences x (N, T, C)
+            of known lengths: ``(jnp.arange(T) < lengths[:, None])[..., None]``.
+        axis_name: name or names of axes of ``jax.shard_map``, ``jax.pmap`` or ``jax.vmap`` whose shards form one
+            batch; ignored where no statistics are taken. All of them must hold the same state. Under ``jax.jit`` a
+            sharded batch is one batch without it. In ``jax.shard_map`` without it statistics and states are those of a
+            shard.
+        axis_index_groups: groups of indices of that axis, each index in one of them, of any sizes; each group is a
+            batch of its own.
+        group_size: number of examples, positions on the first axis that is not one of features, that are a batch of
+            their own: those of a shard, or those of several shards of ``axis_name``, in order. Groups inside a shard
+            need no other shard for y and its gradients, and sweep x twice. Ignored where no statistics are taken.
+        activation: f, a function of one array such as ``jax.nn.relu``, applied in the dtype of the arithmetic and
+            recomputed in the backward pass. Arrays that it closes over, such as a learned slope, are differentiated
+            too. Eager calls compile anew for a new function object and for one that holds arrays.
+        residual: an array of the shape of x, added before the activation.
+        dtype: dtype of y, that of x unless given.
+        unbiased: let the running variance be n/(n - 1) times the biased one, as in PyTorch.
+
+    Returns:
+        y, of the shape of x, and a state of the type, shapes, dtypes and sharding of the one given. No gradient flows
+        through the new state. With groups it moves towards the statistics of the whole batch, on every shard. A
+        feature whose batch statistics are not finite, or come from fewer than two rows, keeps its old ones.
+
+    Raises:
+        ValueError: for shapes, ranges and names that do not fit, and for one value per feature where statistics are
+            taken.
+        TypeError: for dtypes and kinds that do not fit.
+
+    >>> import jax, jbn
+    >>> x = jax.random.normal(jax.random.key(0), (32, 8, 8, 4)) + 100
+    >>> params, state = jbn.bn_init(4)
+    >>> y, state = jbn.bn_forward(params, state, x, True, activation=jax.nn.relu)
+    >>> bool(abs(state.mean - 1.0).max() < 0.01)  # 0.99 · 0 + 0.01 · 100
+    True
+
+    Source: S. Ioffe, C. Szegedy, "Batch Normalization", 2015, algorithms 1 and 2. Elsewhere: Flax and Haiku take the
+    variance as E[x²] - E[x]², which has no digits left where the mean is 10⁴ standard deviations; Flax normalizes
+    masked positions, averages shards with equal weights and returns float32 for bfloat16 x.
+    """
+    train = layouts.check_flag("train", train)
+    update = train if update is None else layouts.check_flag("update", update)
+    old = layouts.entries("state", state, ("mean", "var"), required=True)
+    scale, bias = layouts.entries("params", params, ("scale", "bias"))
+    recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype, *old)
+    gather = running.asked(old[0], recipe.layout.features)
+    known = running.opened(*old) if gather else old
+    for name, value in zip(("state.mean", "state.var"), known, strict=True):
+        layouts.check_vector(name, value, recipe.layout)
+    weight = layouts.new_weight(momentum)
+    if not (train or update):
+        return _evaluate(recipe, valid, operands, *known), state
+    train = train and not (update and gather == "recalibrated")
+    rows = _rows(recipe.layout, recipe.epsilon, axis_name, axis_index_groups, group_size)
+    if update:
+        check_replicas(rows.sync, operands.x, valid, old[0])
+    if train or not gather:
+        layouts.check_rows(rows.layout, int(np.min(rows.shared.shards())))
+    uses = _Uses(train, update, unbiased, gather is not None)
+    y, new = _with_statistics(rows, recipe, uses, valid, operands, *old, weight)
+    return y, running.replaced(state, **new) if update else state
+
+
+def batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    group_size: int | None = None,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, Moments]:
+    r"""Normalize x per feature by the statistics of the batch, and return these too; nothing is remembered.
+
+    .. math:: y = f(\gamma\,(x - \mathrm{E}[x])\,(\mathrm{Var}[x] + \epsilon)^{-1/2} + \beta + \text{residual})
+
+    Args:
+        x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
+        scale: γ, of the shape of the features, or None for 1.
+        bias: β, of the shape of the features, or None for 0.
+        axis: as in ``bn_forward``, like all that follow.
+        epsilon: ε > 0, added to the variance.
+        mask: bool, True where x is valid.
+        axis_name: name or names of axes whose shards form one batch.
+        axis_index_groups: groups of indices of that axis, each a batch of its own.
+        group_size: number of examples that are a batch of their own.
+        activation: f, applied last.
+        residual: an array of the shape of x, added before the activation.
+        dtype: dtype of y, that of x unless given.
+
+    Returns:
+        y, of the shape of x, and its ``Moments``, differentiable like y; with groups those of the whole batch, without
+        gradients. One value per feature gives the bias: without a state there is nothing that it could spoil.
+
+    Raises:
+        ValueError: for shapes, ranges and names that do not fit.
+        TypeError: for dtypes and kinds that do not fit.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> y, moments = jbn.batch_norm(jnp.array([[1.0], [3.0]]))
+    >>> moments.mean.item(), moments.var.item()
+    (2.0, 1.0)
+
+    Source: Ioffe and Szegedy 2015, algorithm 1.
+    """
+    recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype)
+    rows = _rows(recipe.layout, recipe.epsilon, axis_name, axis_index_groups, group_size)
+    return _normalized(rows, recipe, valid, operands)
+
+
+def moments(
+    x: ArrayLike,
+    *,
+    axis: Axis = -1,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+) -> Moments:
+    r"""Return count, mean and biased variance per feature, to the rounding error of the dtype of the arithmetic.
+
+    .. math:: \mu = \mathrm{E}[x], \quad \sigma^2 = \mathrm{E}[(x - \mu)^2]
+
+    Args:
+        x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
+        axis: the axis or axes of the features.
+        mask: bool, of the rank of x, each dimension 1 or that of x; only positions where it is true are counted.
+        axis_name: name or names of axes whose shards form one batch.
+
+    Returns:
+        ``Moments``, at least float32, differentiable in x. No valid rows give ``Moments.empty``.
+
+    Raises:
+        ValueError: for shapes and names that do not fit.
+        TypeError: for dtypes that do not fit.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> jbn.moments(jnp.array([[10001.0], [10003.0]])).var.item()
+    1.0
+
+    Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance", 1983: shifted data.
+    """
+    layout, values, valid = _read_rows(x, axis, mask)
+    return _moments_of(Rows(layout, sync_over(axis_name), 0.0), valid, values)
+
+
+class _Uses(NamedTuple):
+    """What the statistics of the batch are taken for."""
+
+    train: bool  # y is normalized by them
+    update: bool  # the running ones move towards them
+    unbiased: bool  # as those of a sample
+    gather: bool  # they are kept as they are, for ``recalibrate``
+
+
+# One compiled call each, so that an eager step costs one dispatch and the second call traces nothing.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _with_statistics(
+    rows: Rows,
+    recipe: Recipe,
+    uses: _Uses,
+    mask: Array | None,
+    operands: Operands,
+    mean: Array,
+    var: Array,
+    weight: ArrayLike,
+) -> tuple[Array, dict[str, Array]]:
+    wide, operands = recipe.wide, _named(operands)
+    given = mean, var
+    mean, var = running.opened(mean, var) if uses.gather else given
+    pilot = pilot_of(mean, wide)
+    batch = _statistics_of(rows, operands.x, mask, pilot)
+    new = {}
+    if uses.update:
+        whole = rows.whole(batch, pilot)
+        seen = Moments(*(place_as(value, mean) if value.ndim else value for value in whole))
+        if uses.gather:
+            moved = running.gathered(*given, seen)
+        else:
+            old = mean.astype(wide), place_as(var.astype(wide), mean)
+            moved = running.exponential(*old, seen, jnp.asarray(weight, wide), uses.unbiased)
+        new = {"mean": moved[0].astype(mean.dtype), "var": place_as(moved[1].astype(var.dtype), given[1])}
+    if uses.train:
+        return _by_batch(rows, recipe, mask, batch, operands), new
+    return _by_running(recipe, mask, operands, mean, var), new
+
+
+@partial(jax.jit, static_argnums=0)
+def _evaluate(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
+    return _by_running(recipe, mask, _named(operands), mean, var)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _normalized(rows: Rows, recipe: Recipe, mask: Array | None, operands: Operands) -> tuple[Array, Moments]:
+    pilot, operands = jnp.zeros(rows.layout.features, recipe.wide), _named(operands)
+    batch = _statistics_of(rows, operands.x, mask, pilot)
+    return _by_batch(rows, recipe, mask, batch, operands), rows.whole(batch, pilot)
+
+
+def _statistics_of(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moments:
+    with known_mesh():  # so that the derivative finds what was traced for the value
+        return statistics(rows, x, mask, pilot)
+
+
+def _by_running(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
+    """Normalize by the statistics of the state."""
+    mean = mean.astype(recipe.wide)
+    known = Moments(jnp.zeros((), recipe.wide), jnp.zeros_like(mean), mean, var.astype(recipe.wide))
+    return normalize(recipe, mask, known, operands)
+
+
+def _by_batch(rows: Rows, recipe: Recipe, mask: Array | None, batch: Moments, operands: Operands) -> Array:
+    """Normalize by the statistics of the batch, or of each of its groups."""
+    scale, bias = (None if v is None else rows.layout.vector(v) for v in (operands.scale, operands.bias))
+    operands = operands._replace(scale=scale, bias=bias)
+    return normalize(recipe._replace(layout=rows.layout), mask, rows.shared.mine(batch), operands)
+
+
+@partial(jax.jit, static_argnums=0)
+def _moments_of(rows: Rows, mask: Array | None, x: Array) -> Moments:
+    return _statistics_of(rows, x, mask, jnp.zeros(rows.layout.features, layouts.compute_dtype(x.dtype)))
+
+
+def _named(operands: Operands) -> Operands:
+    # Once, and outside the derivative rules: each of them would save an x of its own.
+    return operands._replace(x=named(INPUT, operands.x), residual=named(INPUT, operands.residual))
+
+
+def _read(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    mask: ArrayLike | None,
+    residual: ArrayLike | None,
+    axis: Axis,
+    epsilon: float,
+    activation: Activation | None,
+    dtype: DTypeLike | None,
+    *state: Array,
+) -> tuple[Recipe, Array | None, Operands]:
+    """Check everything against x."""
+    layout, values, valid = _read_rows(x, axis, mask)
+    operands = Operands(
+        values,
+        layouts.check_vector("scale", layouts.as_array("scale", scale), layout),
+        layouts.check_vector("bias", layouts.as_array("bias", bias), layout),
+        layouts.check_residual(layouts.as_array("residual", residual), layout),
+        (),
+    )
+    out = layouts.output_dtype(dtype, values)
+    wide = layouts.compute_dtype(values.dtype, out)
+    z = jax.ShapeDtypeStruct(layout.shape, wide)
+    opened, slopes = open_activation(activation, z, *jax.tree.leaves(operands), *state)
+    recipe = Recipe(layout, layouts.epsilon_of(epsilon), opened, out, wide)
+    return recipe, valid, operands._replace(slopes=slopes)
+
+
+def _rows(
+    layout: Layout,
+    epsilon: float,
+    axis_name: AxisName | None,
+    axis_index_groups: Groups | None,
+    group_size: int | None,
+) -> Rows:
+    """Read which rows share statistics."""
+    sync = sync_over(axis_name, axis_index_groups)
+    if group_size is None:
+        return Rows(layout, sync, epsilon)
+    if axis_index_groups is not None:
+        raise ValueError("axis_index_groups and group_size are both given; expected one: they group the same shards.")
+    examples, shards = layouts.groups_of(group_size, layout, int(sync.shards()))
+    return Rows(layout._replace(group=examples), sync.in_groups_of(shards), epsilon)
+
+
+def _read_rows(x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> tuple[Layout, Array, Array | None]:
+    values = layouts.as_array("x", x)
+    layout = layouts.layout_of(values, axis)
+    return layout, values, layouts.check_mask(layouts.as_array("mask", mask), layout)

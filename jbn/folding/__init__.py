@@ -1,0 +1,1 @@
+"""Normalizations inside the layers beside them."""

@@ -1,0 +1,96 @@
+"""``freeze``: a context in which layers of a Linen model stay as they are."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from jbn.core.layout import check_flag
+from jbn.freezing import Frozen, Patterns, matches, select
+
+TRACED = "It acts on what is traced inside it: enter it before the first call, once, around the loop over the steps."
+
+
+@dataclasses.dataclass
+class Found:
+    """The layers that ``replace`` or ``freeze`` has met so far, as paths such as ``block/BatchNorm_0``, each once."""
+
+    paths: tuple[str, ...] = ()  # those that it acted on
+    skipped: tuple[str, ...] = ()  # those that it left alone
+
+    def meet(self, path: str, acts: bool) -> None:
+        """Note a layer, once."""
+        name = "paths" if acts else "skipped"
+        met = getattr(self, name)
+        setattr(self, name, met if path in met else (*met, path))
+
+
+class _Rule(NamedTuple):
+    """One ``freeze`` under way."""
+
+    patterns: Patterns
+    frozen: Frozen
+    seen: Found
+
+
+_RULES: ContextVar[tuple[_Rule, ...]] = ContextVar("rules", default=())
+
+
+def frozen_at(path: str) -> Frozen:
+    """Return how the layer at a path is frozen; where several rules match, the innermost decides."""
+    frozen = Frozen()
+    for rule in _RULES.get():
+        acts = matches(path, rule.patterns)
+        rule.seen.meet(path, acts)
+        frozen = rule.frozen if acts else frozen
+    return frozen
+
+
+@contextmanager
+def freeze(
+    patterns: Patterns = "*", *, use_running_average: bool = True, update: bool = False, affine: bool = False
+) -> Iterator[Found]:
+    """Keep ``BatchNorm`` layers as they are inside a ``with`` block, while the model around them trains.
+
+    It acts where the model trains: a call in evaluation stays one, and so does the initialization. It takes Flax's
+    layers too inside ``replace``, in either order. Tracing decides, as there. Of several around one another the
+    innermost that matches a layer decides.
+
+    Args:
+        patterns: one or several ``fnmatch`` patterns for the paths of layers, see ``jbn.freeze``; all unless given.
+        use_running_average: whether they normalize by their running statistics or by those of the batch.
+        update: whether the running statistics move all the same.
+        affine: whether scale and bias are constants, in evaluation too. Weight decay needs ``jbn.trainable_mask``.
+
+    Yields:
+        ``Found(paths, skipped)``, which fills up as layers are called: those that match, and those that do not.
+
+    Raises:
+        TypeError: for patterns that are not strings, and flags that are not bools.
+
+    Warns:
+        UserWarning: at the end, where a pattern has matched no layer.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import jbn.linen
+    >>> model, x = nn.Sequential([nn.Dense(4), jbn.linen.BatchNorm(False), nn.relu]), jnp.ones((8, 3))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> with jbn.linen.freeze("layers_*") as frozen:
+    ...     y, updates = model.apply(variables, x, mutable=["batch_stats"])
+    >>> frozen.paths, float(updates["batch_stats"]["layers_1"]["var"][0])
+    (('layers_1',), 1.0)
+    """
+    matches("", patterns)  # their kind
+    flags = {"use_running_average": use_running_average, "update": update, "affine": affine}
+    rule = _Rule(patterns, Frozen(**{name: check_flag(name, value) for name, value in flags.items()}), Found())
+    token = _RULES.set((*_RULES.get(), rule))
+    try:
+        yield rule.seen
+    finally:
+        _RULES.reset(token)
+    try:
+        select((*rule.seen.paths, *rule.seen.skipped), patterns, "layers")
+    except ValueError as error:
+        warnings.warn(f"freeze(): {error} {TRACED}", stacklevel=3)

@@ -1,0 +1,165 @@
+"""``BatchNorm`` as a Linen module: it creates variables and calls ``bn_forward``; it holds no arithmetic."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen import initializers
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn.core.forward import batch_norm, bn_forward
+from jbn.core.layout import broadcast_mask, check_flag, layout_of
+from jbn.linen.freezing import frozen_at
+
+Initializer = Callable[..., Any]
+
+
+class BatchNorm(nn.Module):
+    r"""Batch normalization as a Linen module, a drop-in for ``flax.linen.BatchNorm``: the import line is the migration.
+
+    .. math:: y = f(\gamma\,(x - \mu)\,(\sigma^2 + \epsilon)^{-1/2} + \beta + \text{residual})
+
+    Constructor, call signature, variables (``params``: ``scale``, ``bias``; ``batch_stats``: ``mean``, ``var``), their
+    order, shapes and dtypes are Flax's, so that its checkpoints load unchanged. What differs in the figures is listed
+    in the README.
+
+    Args:
+        use_running_average: whether to use the statistics in ``batch_stats``; here or at the call, not at both.
+        axis: the axis or axes of the features.
+        momentum: weight of the old statistics, 0 to 1.
+        epsilon: ε > 0, added to the variance.
+        dtype: dtype of y, that of x unless given.
+        param_dtype: dtype of scale and bias.
+        use_bias: whether there is a bias β.
+        use_scale: whether there is a scale γ.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: name or names of the axes whose shards form one batch; not needed to initialize or to evaluate.
+        axis_index_groups: groups of indices of that axis.
+        use_fast_variance: accepted for Flax's sake, without effect: the statistics are always accurate.
+        force_float32_reductions: whether the statistics are stored in float32 or in ``param_dtype``; they are computed
+            in float32, or float64 for float64 x, in either case.
+        activation: f, a function such as ``nn.relu``, applied last and recomputed in the backward pass.
+        group_size: number of examples that are a batch of their own, see ``jbn.bn_forward``.
+        unbiased: let the running variance be that of a sample, as in PyTorch, see ``jbn.bn_forward``.
+
+    Raises:
+        ValueError: see ``jbn.bn_forward``; and where statistics would silently restart, because ``batch_stats`` was
+            not passed to ``apply``.
+        TypeError: see ``jbn.bn_forward``.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> from jbn.linen import BatchNorm
+    >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+    >>> layer = BatchNorm(use_running_average=False, activation=nn.relu)
+    >>> variables = layer.init(jax.random.key(1), x)
+    >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    >>> updates["batch_stats"]["mean"].shape
+    (3,)
+    """
+
+    use_running_average: bool | None = None
+    axis: int | tuple[int, ...] = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    activation: Callable[[Array], Array] | None = None
+    group_size: int | None = None
+    unbiased: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
+        """Normalize x.
+
+        Args:
+            x: float array with the features on ``axis``.
+            use_running_average: whether to use the statistics in ``batch_stats``.
+            mask: bool, broadcast to x as NumPy does (a mask of examples is ``mask[:, None]``), True where x is valid;
+                elsewhere y is 0.
+            residual: an array of the shape of x, added before the activation.
+
+        Returns:
+            y, of the shape of x. During initialization the statistics are those of the batch at hand, whatever its
+            size, and are not stored.
+
+        """
+        evaluate = check_flag(
+            "use_running_average", nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        )
+        if isinstance(self.activation, nn.Module):
+            raise TypeError(
+                f"activation is the module {type(self.activation).__name__}; expected a function, because the "
+                "derivative rule cannot create variables: call the module on the output of BatchNorm instead."
+            )
+        x = jnp.asarray(x)
+        mask = broadcast_mask(mask, x)
+        shape = layout_of(x, self.axis).features
+        _require_statistics(self)
+        stored = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stored)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, stored)
+        params: dict[str, Any] = {
+            "scale": self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
+            "bias": self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
+        }
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "mask": mask,
+            "activation": self.activation,
+            "residual": residual,
+            "dtype": self.dtype,
+        }
+        frozen = frozen_at("/".join(self.path))
+        train, update = frozen.flags(evaluate)
+        if self.is_initializing() and not evaluate:
+            return batch_norm(x, **params, **options)[0]
+        state = {"mean": mean.value, "var": var.value}
+        y, state = bn_forward(
+            lax.stop_gradient(params) if frozen.affine else params,
+            state,
+            x,
+            train,
+            update=update,
+            momentum=self.momentum,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            group_size=self.group_size,
+            unbiased=self.unbiased,
+            **options,
+        )
+        if update:
+            mean.value, var.value = state["mean"], state["var"]
+        return y
+
+
+# Not a method: Flax wraps those, and users who intercept method calls would see it.
+def _require_statistics(layer: BatchNorm) -> None:
+    """Refuse to create statistics outside initialization: they would restart at every step."""
+    if layer.has_variable("batch_stats", "mean") or layer.is_initializing():
+        return
+    if layer.is_mutable_collection("batch_stats") and not layer.is_mutable_collection("params"):
+        raise ValueError(
+            f"batch_stats is mutable but holds no statistics for {'/'.join(layer.path) or 'this BatchNorm'}, so they "
+            "would restart from mean 0 and variance 1 at every call. Pass them: model.apply({'params': params, "
+            "'batch_stats': batch_stats}, x, mutable=['batch_stats']), with the batch_stats of model.init or of the "
+            "step before."
+        )

@@ -1,0 +1,203 @@
+"""``fold``: a copy of an NNX model whose normalizations are inside the layers beside them; ``foldable`` says which."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+
+from jbn.core.layout import broadcast_mask
+from jbn.folding.kernel import fold as fold_one
+from jbn.folding.kernel import left_over, without_zeros
+from jbn.folding.links import Folds, Links, Pair, by_position, linked, mark
+from jbn.nnx.module import BatchNorm
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+_NORMS = (BatchNorm, nnx.BatchNorm)
+_LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
+
+
+class Folded(nnx.Module):
+    """What is left of a norm that ``fold`` has folded: its residual, its activation and its mask; called as it was."""
+
+    use_running_average: bool
+    activation: Any
+    dtype: Any
+    ours: bool  # whether it was jbn's
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: Any = None,
+    ) -> Array:
+        """Do what is left."""
+        if not (self.use_running_average if use_running_average is None else use_running_average):
+            raise ValueError(
+                "This norm is folded into the layer beside it and cannot train; use the model before that."
+            )
+        x = jnp.asarray(x)
+        given = x.dtype if self.ours else jnp.promote_types(x.dtype, jnp.float32)
+        mask = broadcast_mask(mask, x) if self.ours else None
+        dtype = self.dtype or given
+        return left_over(x, activation=self.activation, residual=residual, mask=mask, dtype=dtype)
+
+
+def foldable(model: nnx.Module, *args: Any, **kwargs: Any) -> Folds:
+    """Propose what ``fold`` can fold in a model, from a traced call; nothing is computed.
+
+    Args:
+        model: an NNX module; it is called in evaluation mode.
+        args: what it is called with, arrays or ``jax.ShapeDtypeStruct``.
+        kwargs: likewise.
+
+    Returns:
+        ``Folds(pairs, kept)``: the pairs of paths that ``fold`` takes, and the norms in none of them.
+
+    Raises:
+        ValueError: for a norm that normalizes by the batch.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp, jbn.nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.relu)
+    >>> jbn.nnx.foldable(model, jnp.ones((2, 4)))
+    Folds(pairs=(('layers/0', 'layers/1'),), kept=())
+    """
+    return _links(model, args, kwargs).chosen(None)
+
+
+def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwargs: Any) -> tuple[ModelT, Folds]:
+    r"""Fold the norms of a model in evaluation into the convolutions and dense layers beside them, in a copy.
+
+    .. math:: W'_o = a_o W_o,\quad b'_o = a_o (b_o - \mu_o) + \beta_o,\quad a = \gamma\,(\sigma^2 + \epsilon)^{-1/2}
+
+    Flax's norms and jbn's, and the layers ``nnx.Linear``, ``nnx.Conv`` and ``nnx.ConvTranspose``. A layer must be
+    called once, its norm alone must take what it returns, and its kernel must go into one product as it is, not masked,
+    not normalized, not shared. A norm that follows no such layer goes into the layer after it, if
+    there is no activation between them and no zeros are padded. Residual, activation and mask of jbn's norms stay.
+
+    Args:
+        model: an NNX module, which stays as it is.
+        args: what it is called with, arrays or ``jax.ShapeDtypeStruct``: a call is traced to see what follows what.
+        pairs: which to fold, (layer, norm) or (norm, layer), paths joined by ``/``; what ``foldable`` proposes unless
+            given.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        A copy of the model in evaluation mode, without the variables of folded norms, and ``Folds(pairs, kept)``. It
+        holds for calls that go the way that was traced: for a flag that changes what follows what, fold with that.
+
+    Raises:
+        ValueError: for pairs that the call does not show, with what it does show of their paths; for a norm that
+            normalizes by the batch, here or when the copy is called.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp, jbn.nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), jbn.nnx.BatchNorm(8, rngs=rngs), nnx.relu)
+    >>> folded, folds = jbn.nnx.fold(model, jnp.ones((2, 4)))
+    >>> folds.pairs, len(nnx.to_flat_state(nnx.state(folded)))  # a kernel and a bias
+    ((('layers/0', 'layers/1'),), 2)
+
+    Source: see ``jbn.fold``, which does one layer.
+    """
+    folds = _links(model, args, kwargs).chosen(pairs)
+    new = nnx.clone(model)
+    new.eval()
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_graph(new)}
+    for pair in folds.pairs:
+        _fold_pair(modules, pair)
+    return new, folds
+
+
+def _links(model: nnx.Module, args: Any, kwargs: Any) -> Links:
+    """Trace a call of a copy of the model whose layers and norms mark what they take and return."""
+    copy, norms = nnx.clone(model), list[str]()
+    copy.eval()
+    for path, module in nnx.iter_graph(copy):
+        norms += ["/".join(map(str, path))] if isinstance(module, _NORMS) else []
+        if _known(module):
+            module.marked, module.marked_rank = "/".join(map(str, path)), _rank(module)
+            object.__setattr__(module, "__class__", _marking(type(module)))  # type: ignore[arg-type]
+    graph, state = nnx.split(copy)
+
+    def run(state: Any, *args: Any, **kwargs: Any) -> Any:
+        model = nnx.merge(graph, state)
+        y = model(*args, **kwargs)
+        return y, nnx.state(model, nnx.Not(nnx.Param))  # what the call stores, such as intermediate values, is a result
+
+    return linked(run, args, kwargs, state, norms=norms)
+
+
+def _rank(module: Any) -> int:
+    """Return the rank of what a layer has: under ``nnx.vmap`` it sees one of a stack, which cannot be folded."""
+    return jnp.ndim((module.mean if isinstance(module, nnx.BatchNorm) else module.kernel)[...])
+
+
+def _known(module: Any) -> type | None:
+    """Return the class whose computation it is; subclasses may have code of their own."""
+    found = (known for known in (*_NORMS, *_LAYERS) if isinstance(module, known))
+    return next((known for known in found if type(module).__call__ is known.__call__), None)
+
+
+@cache
+def _marking(kind: Any) -> type:
+    """Return a class of modules that mark what they take and return."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_norm, whole = isinstance(self, nnx.BatchNorm), _rank(self) == self.marked_rank
+        args, kwargs = by_position(args, kwargs)
+        before = self.mean[...] if is_norm else None
+        last = is_norm and self.axis in (-1, jnp.ndim(args[0]) - 1)
+        takes = whole and (last if is_norm else _takes(self))
+        y = kind.__call__(self, mark(args[0], "in", self.marked) if takes else args[0], *args[1:], **kwargs)  # type: ignore[operator]
+        if is_norm and self.mean[...] is not before:
+            raise ValueError(
+                f"{self.marked} normalizes by the batch, whose statistics cannot be folded; expected a call in "
+                "evaluation, without use_running_average=False."
+            )
+        plain = last and getattr(self, "activation", None) is None and not kwargs.keys() & {"residual", "mask"}
+        return mark(y, "out", self.marked) if whole and (plain or not is_norm) else y
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _takes(layer: Any) -> bool:
+    """Say whether a norm can be folded into the layer after it."""
+    if isinstance(layer, nnx.ConvTranspose):
+        return False
+    return isinstance(layer, nnx.Linear) or without_zeros(layer.padding, layer.kernel_size, layer.input_dilation)
+
+
+def _fold_pair(modules: dict[str, Any], pair: Pair) -> None:
+    before = isinstance(modules[pair[1]], nnx.BatchNorm)
+    layer, norm = (modules[path] for path in (pair if before else pair[::-1]))
+    kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
+    held = {name: getattr(norm, name) for name in ("scale", "bias", "mean", "var")}
+    known = {name: None if variable is None else variable[...] for name, variable in held.items()}
+    folded = fold_one(
+        {name: known[name] for name in ("scale", "bias")},
+        {name: known[name] for name in ("mean", "var")},
+        kernel,
+        bias,
+        layout="." * (kernel.ndim - 2) + ("OI" if getattr(layer, "transpose_kernel", False) else "IO"),
+        into="previous" if before else "next",
+        groups=getattr(layer, "feature_group_count", 1),
+        padding=getattr(layer, "padding", None),
+        epsilon=norm.epsilon,
+    )
+    layer.kernel = layer.kernel.replace(folded[0])  # a variable of its own, for others may share the old one
+    layer.bias = nnx.Param(folded[1]) if layer.bias is None else layer.bias.replace(folded[1])
+    layer.use_bias = True
+    norm.ours = isinstance(norm, BatchNorm)
+    norm.activation = norm.activation if norm.ours else nnx.static(None)
+    for name in held:
+        delattr(norm, name)
+    object.__setattr__(norm, "__class__", Folded)

@@ -1,0 +1,150 @@
+"""``BatchNorm`` as an NNX module: it holds variables and calls ``bn_forward``; it holds no arithmetic."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+
+from jbn.core.forward import batch_norm, bn_forward
+from jbn.core.layout import OneValue, broadcast_mask, check_flag
+from jbn.freezing import Frozen
+
+# The attributes that Flax's norm lacks, and what they are where nothing is said.
+NEW = {"activation": None, "group_size": None, "unbiased": False}
+
+
+class BatchNorm(nnx.BatchNorm):
+    r"""Batch normalization as an NNX module, a drop-in for ``flax.nnx.BatchNorm`` and a subclass of it.
+
+    .. math:: y = f(\gamma\,(x - \mu)\,(\sigma^2 + \epsilon)^{-1/2} + \beta + \text{residual})
+
+    Constructor, attributes and variables (``nnx.Param``: ``scale``, ``bias``; ``nnx.BatchStat``: ``mean``, ``var``;
+    None where absent) are made by the Flax that is installed, so ``train()``, ``eval()``, ``set_attributes``,
+    ``nnx.view``, filters by type and checkpoints work unchanged. What differs in the figures is what differs from Flax
+    Linen, see the README; training and evaluation give the bits of ``jbn.linen.BatchNorm`` and ``jbn.bn_forward``.
+
+    Args:
+        num_features: the size of the feature axis.
+        activation: f, a function such as ``nnx.relu`` or a module such as ``nnx.PReLU()``, applied last and recomputed
+            in the backward pass.
+        group_size: number of examples that are a batch of their own, see ``jbn.bn_forward``.
+        unbiased: let the running variance be that of a sample, as in PyTorch, see ``jbn.bn_forward``.
+        options: those of ``flax.nnx.BatchNorm``: ``use_running_average``, False unless given; ``axis``, ``momentum``
+            (weight of the old statistics), ``epsilon``, ``dtype``, ``axis_name`` and ``axis_index_groups`` as in
+            ``jbn.bn_forward``; ``param_dtype``, ``use_bias``, ``use_scale``, ``bias_init``, ``scale_init`` and ``rngs``
+            for scale and bias, with ``bias_metadata`` and ``scale_metadata`` where this Flax has them;
+            ``use_fast_variance`` and ``promote_dtype`` without effect: statistics are always accurate, and taken in
+            float32 or wider.
+
+    Raises:
+        ValueError: see ``jbn.bn_forward``.
+        TypeError: see ``jbn.bn_forward``; and where ``use_running_average`` is neither True nor False.
+
+    >>> from flax import nnx
+    >>> import jax
+    >>> from jbn.nnx import BatchNorm
+    >>> layer = BatchNorm(3, activation=nnx.relu, rngs=nnx.Rngs(0))
+    >>> y = layer(jax.random.normal(jax.random.key(0), (8, 3)))
+    >>> bool((layer.mean[...] != 0).all())
+    True
+    """
+
+    frozen = Frozen()  # of the class, so that a model saved or made before has it too
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        activation: Callable[[Array], Array] | None = None,
+        group_size: int | None = None,
+        unbiased: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, **options)
+        self.activation = activation
+        self.group_size = group_size
+        self.unbiased = unbiased
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
+        """Normalize x; in training, move the statistics.
+
+        Args:
+            x: float array with the features on ``axis``.
+            use_running_average: whether to use ``mean`` and ``var``; instead of the attribute of this name.
+            mask: bool, broadcast to x as NumPy does (a mask of examples is ``mask[:, None]``), True where x is valid;
+                elsewhere y is 0.
+            residual: an array of the shape of x, added before the activation.
+
+        Returns:
+            y, of the shape of x.
+
+        Warns:
+            UserWarning: for one value per channel in training, where ``jbn.bn_forward`` raises, because an NNX model is
+                often tried on a single example first: y does not depend on x, and the statistics are kept.
+
+        """
+        evaluate = check_flag(
+            "use_running_average", self.use_running_average if use_running_average is None else use_running_average
+        )
+        train, update = self.frozen.flags(evaluate)
+        x = jnp.asarray(x)
+        mask = broadcast_mask(mask, x)
+        params: dict[str, Any] = {
+            "scale": None if self.scale is None else self.scale[...],
+            "bias": None if self.bias is None else self.bias[...],
+        }
+        params = jax.lax.stop_gradient(params) if self.frozen.affine else params
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "mask": mask,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+            "group_size": self.group_size,
+            "activation": self.activation,
+            "residual": residual,
+            "dtype": self.dtype,
+        }
+        state = {"mean": self.mean[...], "var": self.var[...]}
+        try:
+            y, state = bn_forward(
+                params,
+                state,
+                x,
+                train,
+                update=update,
+                momentum=self.momentum,
+                unbiased=self.unbiased,
+                **options,
+            )
+        except OneValue as error:
+            kept = f"This {type(self).__name__} of {self.num_features} features goes on and keeps its statistics."
+            warnings.warn(f"{error} {kept}", stacklevel=2)
+            if not train:
+                return bn_forward(params, state, x, False, **options)[0]
+            return batch_norm(x, **params, **options)[0]
+        if update:
+            self.mean[...], self.var[...] = state["mean"], state["var"]
+        return y
+
+
+def _shown(theirs: Callable[..., None], mine: Callable[..., None]) -> inspect.Signature:
+    """Return the signature of Flax's constructor with the new arguments after it."""
+    flax, ours = inspect.signature(theirs), inspect.signature(mine).parameters
+    return flax.replace(parameters=[*flax.parameters.values(), *(ours[name] for name in NEW)])
+
+
+BatchNorm.__init__.__signature__ = _shown(nnx.BatchNorm.__init__, BatchNorm.__init__)  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""What the layers of a model see in a run, and what follows from it: new statistics, a diagnosis."""

@@ -1,0 +1,249 @@
+"""``diagnose``: what is wrong with the statistics of a model, layer by layer."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import partial_eval
+
+from jbn.core.layout import epsilon_of, new_weight
+from jbn.observing.findings import Finding, LayerStatistics, findings_of, in_words, indices
+from jbn.observing.survey import Layer, Seen, Survey, Vector, listed, named_leaves, survey_of
+
+# A fit of the prior whose standard error is larger tells nothing: the prior and the batch are too much alike.
+_UNTOLD = 0.1
+
+
+class Diagnosis(NamedTuple):
+    """The statistics of every layer, in the order in which data pass them, and what is wrong."""
+
+    layers: tuple[LayerStatistics, ...]
+    findings: tuple[Finding, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join(f.message for f in self.findings) or f"No findings in {len(self.layers)} layers."
+
+
+def diagnose(
+    apply: Callable[[Any, Any, Any], Any],
+    params: Any,
+    state: Any,
+    batch: Any,
+    *,
+    epsilon: float = 1e-5,
+    momentum: float | None = None,
+    updates: int | None = None,
+) -> Diagnosis:
+    r"""Run one batch through a model as in training and say what is wrong with its normalization.
+
+    Running statistics μ, σ² beside those of the batch, μ_B, σ_B², with n independent values per channel:
+
+    .. math::
+        z_\mu = \frac{\mu_B - \mu}{\sigma_B / \sqrt{n}}, \quad z_{\sigma^2} = \sqrt{\tfrac{n - 1}{2}}\,
+        \ln\frac{\sigma_B^2}{\sigma^2}, \quad \text{gap}^2 = \sigma_B^2 \left(\frac{1}{\sqrt{\sigma^2 + \epsilon}} -
+        \frac{1}{\sqrt{\sigma_B^2 + \epsilon}}\right)^2 + \frac{(\mu_B - \mu)^2}{\sigma^2 + \epsilon}
+
+    The gap is the root mean square of y in evaluation minus y in training, for given x, where scale is 1; it is
+    multiplied by |scale| over the root mean square of the scales of the layer. The share p of the initial mean 0 and
+    variance 1 in the running statistics is fitted over all channels: :math:`\mu = (1 - p)\,\mu_B`,
+    :math:`\sigma^2 = p + (1 - p)\,\sigma_B^2`.
+
+    =================  =============================================================================================
+    kind               what was found
+    =================  =============================================================================================
+    ``non-finite``     a parameter, running statistics, or those of the batch in the first layer where they are
+    ``few values``     fewer than 16 values per channel
+    ``dead``           a channel that is constant in this batch
+    ``near-constant``  one whose deviation is below a tenth of √ε, or a millionth of its mean
+    ``below epsilon``  one whose variance is below ε
+    ``prior``          a gap, if only half of one, because the initial 0 and 1 are still in the running statistics
+    ``stale``          a gap that the prior does not explain
+    ``far mean``       |mean|/std of 100 or more, where other implementations lose digits
+    =================  =============================================================================================
+
+    A gap is half a standard deviation of the output over a layer, or a whole one in one channel, and more for batches
+    below 64 examples. What follows from a finding is no finding of its own.
+
+    Args:
+        apply: ``apply(params, state, batch)`` runs the model as in training and returns its new state, as in
+            ``jbn.recalibrate``. It is compiled once for each shape of a batch.
+        params: passed to ``apply``; a ``scale`` of a layer is found where its path in ``params`` is that in ``state``.
+        state: a tree with the running ``mean`` and ``var`` of every layer.
+        batch: what ``apply`` takes, any tree of arrays, sharded or not. The first axis of most of them counts examples:
+            values of one example are not independent.
+        epsilon: ε of the layers.
+        momentum: weight of the old value in training; with ``updates`` it gives p without a fit.
+        updates: how often the running statistics were updated.
+
+    Returns:
+        ``Diagnosis(layers, findings)``; ``print`` shows the messages of the findings. Of each layer, in the order of
+        the data, ``path`` and float64 arrays of the shape of its features: ``count`` and ``independent``, values per
+        channel; ``running_mean``, ``running_var``, ``batch_mean``, ``batch_var``; ``z_mean``, ``z_var``; ``gap``, and
+        what it is between the batch and a mixture of p prior and 1 - p batch, ``gap_by_prior``, and between this and
+        the running statistics, ``gap_beyond_prior``; ``ratio``, |mean|/std of the batch; and p, ``prior``, a number,
+        NaN where nothing tells. Of each finding ``path``, ``kind``, ``channels`` (indices, or index tuples) and
+        ``message``, which says what it means and what to do.
+
+    Raises:
+        ValueError: for a state without statistics, and layers that are not jbn's or do not update, with their paths.
+        TypeError: for arguments of other kinds.
+
+    >>> import jax, jbn
+    >>> params, state = jbn.bn_init(3)
+    >>> x = jax.random.normal(jax.random.key(0), (64, 3)).at[:, 1].set(5.0)
+    >>> def apply(params, state, x):
+    ...     return jbn.bn_forward(params, state, x, True)[1]
+    >>> diagnosis = jbn.diagnose(apply, params, state, x)
+    >>> [(finding.path, finding.kind, finding.channels) for finding in diagnosis.findings]
+    [('the layer', 'dead', (1,))]
+
+    Source: S. Ioffe, C. Szegedy, "Batch Normalization", 2015, for what is compared; the standard errors are those of
+    mean and log-variance of normal values. No other library has such a tool.
+    """
+    epsilon = epsilon_of(epsilon)
+    told = _told(momentum, updates)
+    if not callable(apply):
+        raise TypeError(f"apply is of type {type(apply).__name__}; expected a function of params, state and batch.")
+    survey = survey_of(state)
+    known, asked = survey.known(), survey.ask(survey.known(), "batch")
+    compiled = jax.jit(apply)
+    seen = survey.merged([survey.answer(compiled, params, asked, batch)])
+    before = _before(compiled.trace(params, asked, batch).jaxpr, survey, len(jax.tree.leaves(params)))
+    named, _ = named_leaves(params)
+    scales, examples = {keys[:-1]: leaf for keys, leaf in named if keys[-1:] == ("scale",)}, _examples(batch)
+    layers = [
+        _statistics(layer, *known[layer], seen[layer], scales.get(layer.keys), examples, epsilon, told)
+        for layer in sorted(survey.layers, key=lambda layer: len(before[layer]))
+    ]
+    findings = [
+        *_broken(named, batch, seen, before),
+        *(finding for layer in layers for finding in findings_of(layer, epsilon)),
+    ]
+    return Diagnosis(tuple(layers), tuple(findings))
+
+
+def _statistics(
+    layer: Layer,
+    mean: Vector,
+    var: Vector,
+    seen: Seen,
+    scale: Any,
+    examples: float,
+    epsilon: float,
+    told: float | None,
+) -> LayerStatistics:
+    with np.errstate(all="ignore"):
+        scale = np.abs(np.asarray(scale, np.float64)) if np.shape(scale) == mean.shape else np.ones_like(mean)
+        share = scale / np.sqrt(np.maximum((scale**2).mean(-1, keepdims=True), np.finfo(np.float64).tiny))
+        independent = np.minimum(seen.count, examples)
+        usable = (seen.count > 1) & np.isfinite(mean + var + seen.mean + seen.var)
+        prior = _fitted(mean, var, seen, independent, usable, epsilon) if told is None else told
+        p = prior if np.isfinite(prior) else 0.0
+        expected = seen._replace(mean=(1 - p) * seen.mean, var=p + (1 - p) * seen.var)
+        return LayerStatistics(
+            path=layer.path,
+            count=seen.count,
+            independent=independent,
+            running_mean=mean,
+            running_var=var,
+            batch_mean=seen.mean,
+            batch_var=seen.var,
+            z_mean=(seen.mean - mean) / np.sqrt(seen.var / independent),
+            z_var=np.log(seen.var / var) * np.sqrt((independent - 1) / 2),
+            gap=share * _gap(mean, var, seen, epsilon),
+            prior=prior,
+            gap_by_prior=share * _gap(expected.mean, expected.var, seen, epsilon),
+            gap_beyond_prior=share * _gap(mean, var, expected, epsilon),
+            ratio=np.abs(seen.mean) / np.sqrt(seen.var),
+        )
+
+
+def _gap(mean: Vector, var: Vector, seen: Seen, epsilon: float) -> Vector:
+    ours, theirs = np.sqrt(var + epsilon), np.sqrt(seen.var + epsilon)
+    return np.sqrt(seen.var * (1 / ours - 1 / theirs) ** 2 + ((seen.mean - mean) / ours) ** 2)
+
+
+def _fitted(mean: Vector, var: Vector, seen: Seen, independent: Vector, usable: Any, epsilon: float) -> float:
+    """Fit p to what is missing: μ_B - μ = p μ_B and σ² - σ_B² = p (1 - σ_B²), in running standard deviations.
+
+    By least absolute values, so that channels that are off for another reason do not decide.
+    """
+    deviation = np.sqrt(var + epsilon)
+    missing = np.stack([(seen.mean - mean) / deviation, (var - seen.var) / deviation**2])[:, usable]
+    slope = np.stack([seen.mean / deviation, (1 - seen.var) / deviation**2])[:, usable]
+    if not np.sqrt(2 / (independent[usable] * slope**2).sum()) < _UNTOLD:
+        return np.nan
+    order = np.argsort(missing / slope, axis=None)  # NaN, of slope 0 and weight 0, comes last
+    weights = np.abs(slope).ravel()[order].cumsum()
+    middle = order[np.searchsorted(weights, weights[-1] / 2)]
+    return float(np.clip((missing / slope).ravel()[middle], 0, 1)) + 0.0
+
+
+def _broken(named: Any, batch: Any, seen: dict[Layer, Seen], before: dict[Layer, set[Layer]]) -> Iterator[Finding]:
+    """Find what is not finite, where it begins."""
+    broken = {layer for layer, found in seen.items() if not np.isfinite(found.mean + found.var).all()}
+    params = list(_not_finite(named))
+    for keys, bad in params:
+        where = bad.any(tuple(range(bad.ndim - 1))) if bad.ndim else bad[None]
+        path = "/".join(keys) or "params"
+        message = f"{path}: {bad.sum()} of {bad.size} values are NaN or inf: {in_words(where)}. They reach "
+        message += "all that comes after. Go back to an older checkpoint, and look for what made a step too large."
+        yield Finding(path, "non-finite", indices(where), message)
+    held = ["/".join(("batch", *keys)) for keys, _ in _not_finite(named_leaves(batch)[0])]
+    why = "Params and batch are finite: what comes before it overflowed, so look for values too large for their dtype."
+    if held:
+        why = f"So are values of {listed(held)}: mend or mask them."
+    least = min((len(before[layer] & broken) for layer in broken), default=0)  # 0, but for layers in a circle
+    for layer in () if params else sorted(layer for layer in broken if len(before[layer] & broken) == least):
+        where = ~np.isfinite(seen[layer].mean + seen[layer].var)
+        others = len(broken) - 1
+        spread = f" and so in {others} other layer{'s' * (others > 1)}" if others else ""
+        message = f"{layer.path}: statistics of this batch are NaN or inf{spread}: {in_words(where)}. {why}"
+        yield Finding(layer.path, "non-finite", indices(where), message)
+
+
+def _not_finite(named: list[tuple[tuple[str, ...], Any]]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for keys, leaf in named:
+        if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact):
+            bad = ~np.asarray(jnp.isfinite(leaf))
+            if bad.any():
+                yield keys, bad
+
+
+def _before(jaxpr: Any, survey: Survey, start: int) -> dict[Layer, set[Layer]]:
+    """Return of each layer those that its statistics depend on: the ones that its data have passed."""
+
+    def needed(layer: Layer) -> list[bool]:
+        outputs = [i in layer[1:] for i in range(len(survey.leaves))]
+        return partial_eval.dce_jaxpr(jaxpr.jaxpr, outputs)[1][start:]
+
+    return {
+        layer: {other for other in survey.layers if other != layer and any(used[i] for i in other[1:])}
+        for layer, used in ((layer, needed(layer)) for layer in survey.layers)
+    }
+
+
+def _examples(batch: Any) -> float:
+    """Return the size that most arrays begin with; of several such, that of the most numbers."""
+    arrays: dict[int, list[int]] = {}
+    for leaf in jax.tree.leaves(batch):
+        if np.ndim(leaf):
+            arrays.setdefault(np.shape(leaf)[0], []).append(np.size(leaf))
+    return max(arrays, key=lambda size: (len(arrays[size]), sum(arrays[size])), default=np.inf)
+
+
+def _told(momentum: float | None, updates: int | None) -> float | None:
+    """Return the share of the prior that is left after so many updates, or None."""
+    if momentum is None and updates is None:
+        return None
+    if momentum is None or updates is None:
+        given, missing = ("updates", "momentum") if momentum is None else ("momentum", "updates")
+        raise ValueError(f"{given} is given without {missing}; expected both: the prior left is momentum**updates.")
+    new_weight(momentum)
+    if isinstance(updates, bool) or not isinstance(updates, int | np.integer):
+        raise TypeError(f"updates is {updates!r}; expected how often the statistics were updated, a whole number.")
+    if updates < 0:
+        raise ValueError(f"updates is {updates}; expected how often the statistics were updated, 0 or more.")
+    return float(momentum) ** int(updates)

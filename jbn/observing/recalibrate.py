@@ -1,0 +1,142 @@
+"""``recalibrate``: the population statistics of every layer of a model, exact over all batches."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import count
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+
+from jbn.core.state import ORDERS
+from jbn.observing.survey import Seen, Vector, listed, survey_of
+
+StateT = TypeVar("StateT")
+
+# When statistics count as those of the pass before: in standard deviations, and relative to the variance.
+_SETTLED = 1e-5
+
+
+def recalibrate(
+    apply: Callable[[Any, StateT, Any], StateT],
+    params: Any,
+    state: StateT,
+    batches: Iterable[Any],
+    *,
+    upstream: Literal["batch", "recalibrated"] = "batch",
+    unbiased: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> StateT:
+    r"""Return the state whose statistics are those of all rows of all batches, in every layer of a model.
+
+    .. math:: \mu = \frac{\sum_b n_b \mu_b}{\sum_b n_b}, \qquad
+        \sigma^2 = \frac{\sum_b n_b \left(\sigma_b^2 + (\mu_b - \mu)^2\right)}{\sum_b n_b}
+
+    For parameters whose running statistics are not those of training: averaged weights (SWA, EMA, schedule-free), other
+    data, small batches. Counts, means and variances are merged, so that masks, a partial last batch and shards of any
+    size are exact; momentum does not matter.
+
+    Args:
+        apply: ``apply(params, state, batch)`` runs the model as in training and returns its new state. It is compiled
+            once for each shape of a batch, so that a partial last batch compiles a second time, and not again when
+            the same function object comes back; it may contain ``jit``, ``scan``, ``shard_map`` with ``axis_name``.
+        params: passed to ``apply``.
+        state: a tree with the ``mean`` and ``var`` of every layer; other leaves come back as they are.
+        batches: what ``apply`` takes, one after the other; any tree of arrays each, sharded or not.
+        upstream: what layers normalize by meanwhile. "batch": as ``apply`` says, in training by the batch, which is
+            what the parameters were trained with and takes one pass over the data. "recalibrated": by the statistics
+            that are returned, as evaluation will, for batches too small to normalize by; it repeats the pass until no
+            statistics move, by more than 1e-5 of the deviation or the variance. k passes make the first k layers
+            right, and one more sees it; near the answer, such as after "batch", fewer do.
+        unbiased: let the variance be n/(n - 1) times the biased one, as in PyTorch.
+        progress: called with the number of the pass and of the batches done in it, both from 1.
+
+    Returns:
+        A state of the type, shapes, dtypes and sharding of the one given. A feature with fewer than two valid rows
+        keeps its statistics.
+
+    Raises:
+        ValueError: for no batches, a state without statistics, a layer without two valid rows, statistics that are not
+            finite, and layers that are not jbn's or do not update, with their paths.
+        TypeError: for arguments of other kinds, such as one batch instead of several.
+
+    >>> import jax, jbn
+    >>> params, state = jbn.bn_init(3)
+    >>> x = jax.random.normal(jax.random.key(0), (10, 3)) + 100
+    >>> def apply(params, state, x):
+    ...     return jbn.bn_forward(params, state, x, True)[1]
+    >>> state = jbn.recalibrate(apply, params, state, [x[:4], x[4:8], x[8:]])
+    >>> bool(abs(state.mean - x.mean(0)).max() < 1e-4)
+    True
+
+    Source: S. Ioffe, C. Szegedy, "Batch Normalization", 2015, algorithm 2; P. Izmailov et al., "Averaging Weights Leads
+    to Wider Optima", 2018, section 3.2; Y. Wu, J. Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
+    Elsewhere: ``torch.optim.swa_utils.update_bn`` averages the statistics of batches with equal weights.
+    """
+    _check(apply, batches, upstream)
+    survey = survey_of(state)
+    layers, known = survey.layers, survey.known()
+    most = 1 if upstream == "batch" else 1 + sum(math.prod(mean.shape[:-1]) for mean, _ in known.values())
+    for number in count(1):
+        run = partial(survey.answer, jax.jit(apply), params, survey.ask(known, upstream))
+        seen = survey.merged(_results(run, batches, number, progress))
+        if alone := [layer.path for layer in layers if not (seen[layer].count > 1).any()]:
+            raise ValueError(f"Fewer than two valid rows reached {listed(alone)}; expected some batch to have them.")
+        new = {layer: _chosen(seen[layer], *known[layer], unbiased) for layer in layers}
+        settled = all(_near(known[layer], new[layer]) for layer in layers)
+        known = new
+        if settled or number >= most:
+            break
+    if broken := [layer.path for layer in layers if not np.isfinite(seen[layer].var + seen[layer].mean).all()]:
+        raise ValueError(
+            f"The statistics of {listed(broken)} are not finite; expected finite activations: look for NaN or inf in "
+            "params and in batches, or mask the rows."
+        )
+    return survey.filled(known)  # type: ignore[no-any-return]
+
+
+def _results(run: Any, batches: Iterable[Any], number: int, progress: Any) -> Iterator[list[Any]]:
+    """Yield the leaves of the state of each batch, while the next batch is under way."""
+    waiting: list[Any] | None = None
+    for done, batch in enumerate(batches, 1):
+        ahead = run(batch)
+        if waiting is not None:
+            yield waiting
+        waiting = ahead
+        if progress is not None:
+            progress(number, done)
+    if waiting is None:
+        raise ValueError(
+            "batches is empty; expected at least one batch. An iterator that was used before has none left."
+        )
+    yield waiting
+
+
+def _chosen(seen: Seen, mean: Vector, var: Vector, unbiased: bool) -> tuple[Vector, Vector]:
+    new = seen.var * (seen.count / np.maximum(seen.count - 1, 1) if unbiased else 1)
+    usable = (seen.count > 1) & np.isfinite(seen.mean) & np.isfinite(new)
+    return np.where(usable, seen.mean, mean), np.where(usable, new, var)
+
+
+def _near(old: tuple[Vector, Vector], new: tuple[Vector, Vector]) -> bool:
+    spread, rounding = np.sqrt(new[1]), 2.0**-22 * np.abs(new[0])
+    same = np.abs(new[0] - old[0]) <= _SETTLED * spread + rounding
+    return bool((same & (np.abs(new[1] - old[1]) <= _SETTLED * new[1])).all())
+
+
+def _check(apply: object, batches: object, upstream: object) -> None:
+    if not callable(apply):
+        raise TypeError(f"apply is of type {type(apply).__name__}; expected a function of params, state and batch.")
+    if upstream not in ORDERS:
+        raise ValueError(f"upstream is {upstream!r}; expected {' or '.join(map(repr, ORDERS))}.")
+    one = hasattr(batches, "dtype") or hasattr(batches, "_fields") or isinstance(batches, Mapping | str)
+    if one or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is of type {type(batches).__name__}; expected an iterable of batches. One batch is [batch]."
+        )
+    if upstream == "recalibrated" and isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches is of type {type(batches).__name__}, which can be read once; upstream='recalibrated' reads it "
+            "again and again. Expected a list, or an object whose __iter__ starts anew."
+        )

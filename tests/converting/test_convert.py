@@ -1,0 +1,400 @@
+"""convert: what needs no other library than Flax. Other libraries are met in test_convert_torch, _keras and _peers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+
+pytest.importorskip("flax.nnx")  # without the warnings that Flax 0.12.0 gives while it is imported
+
+from flax import nnx
+
+import jbn
+from tests.support import nets
+
+MADE = ["jbn", "linen", "nnx", "torch", "keras"]  # without like
+RNG = np.random.default_rng(0)
+
+
+def vectors(size=3, seed=0, dtype="float32"):
+    values = np.random.default_rng(seed).standard_normal((4, size)) ** 2 + 0.5
+    return dict(zip(("scale", "bias", "mean", "var"), values.astype(jnp.dtype(dtype)), strict=True))
+
+
+def layer(size=3, **options):
+    v = vectors(size, **options)
+    return jbn.Params(v["scale"], v["bias"]), jbn.State(v["mean"], v["var"])
+
+
+def torch_norm(prefix="", size=3, **options):
+    v = vectors(size, **options)
+    own = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    return {prefix + own[name]: value for name, value in v.items()}
+
+
+def torch_model():
+    """Return the state_dict of a network like a ResNet, without num_batches_tracked, as old ones are."""
+    conv = {"conv1.weight": RNG.standard_normal((4, 3, 7, 7))}
+    blocks = {}
+    for stage in (1, 2):
+        for block in (0, 1):
+            at = f"layer{stage}.{block}."
+            blocks |= {f"{at}conv1.weight": RNG.standard_normal((4, 4, 3, 3)), **torch_norm(f"{at}bn1.", 4)}
+    down = {
+        "layer2.0.downsample.0.weight": RNG.standard_normal((4, 4, 1, 1)),
+        **torch_norm("layer2.0.downsample.1.", 4),
+    }
+    fc = {"fc.weight": RNG.standard_normal((5, 4)), "fc.bias": RNG.standard_normal(5)}
+    return {**conv, **torch_norm("bn1.", 4), **blocks, **down, **fc}
+
+
+def equal(got, want):
+    """Hold trees against each other, to the bit."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.dtype == w.dtype
+        assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
+
+
+@pytest.mark.parametrize("library", MADE)
+@given(
+    size=st.integers(1, 9),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    scale=st.booleans(),
+    bias=st.booleans(),
+    path=st.sampled_from(["", "norm", "a/b_1/norm"]),
+)
+def test_a_layer_goes_there_and_back(library, size, dtype, scale, bias, path):
+    (s, b), state = layer(size, dtype=dtype)
+    params = jbn.Params(s if scale else None, b if bias else None)
+    there = jbn.convert((params, state), "jbn", library, names={"": path})
+    equal(jbn.convert(there, library, "jbn", names={path: ""}), (params, state))
+
+
+@pytest.mark.parametrize("library", MADE)
+@given(
+    window=st.lists(st.integers(1, 3), max_size=3),
+    ends=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_a_model_goes_there_and_back(library, window, ends, dtype):
+    kernel = np.arange(np.prod([*window, *ends])).reshape(*window, *ends).astype(jnp.dtype(dtype))
+    variables = {
+        "params": {
+            "conv": {"kernel": kernel, "bias": kernel[..., 0, :].ravel()[: ends[1]]},
+            "norm": {"scale": kernel[-1].ravel()},
+        },
+        "batch_stats": {"norm": {"mean": kernel.ravel(), "var": kernel.ravel()}},
+    }
+    there = jbn.convert(variables, "linen", library)
+    equal(jbn.convert(there, library, "linen"), variables)
+
+
+def test_what_each_library_has():
+    (scale, bias), (mean, var) = tree = layer()
+    assert set(jbn.convert(tree, "jbn", "linen")) == {"params", "batch_stats"}
+    assert set(jbn.convert(tree, "jbn", "nnx")) == {"scale", "bias", "mean", "var"}
+    torch = jbn.convert(tree, "jbn", "torch", names={"": "layers.0"})
+    assert {name: value.dtype.name for name, value in torch.items()} == {
+        **{f"layers.0.{name}": "float32" for name in ("weight", "bias", "running_mean", "running_var")},
+        "layers.0.num_batches_tracked": "int64",
+    }
+    keras = jbn.convert(tree, "jbn", "keras")
+    for name, value in {"gamma": scale, "beta": bias, "moving_mean": mean, "moving_variance": var}.items():
+        assert type(keras[name]) is np.ndarray
+        np.testing.assert_array_equal(keras[name], value)
+    params, state = jbn.convert(torch, "torch", "jbn")
+    assert type(params["layers"]["0"]) is jbn.Params
+    assert type(state["layers"]["0"]) is jbn.State
+    assert isinstance(state["layers"]["0"].mean, jax.Array)
+
+
+def test_arrays_of_numpy_are_contiguous():
+    """Writers of files read their memory as it lies."""
+    variables = {"params": {"conv": {"kernel": np.ones((2, 3, 4, 5), np.float32)}}}
+    like = {"conv.weight": np.ones((5, 4, 2, 3), np.float32)}
+    for shapes in (None, like):
+        assert jbn.convert(variables, "linen", "torch", like=shapes)["conv.weight"].flags.c_contiguous
+
+
+def test_a_norm_with_more_arrays_loses_none():
+    tree = jbn.convert(layer(), "jbn", "keras", names={"": "bn"}) | {"bn/renorm_mean": np.ones(3, np.float32)}
+    params, state = jbn.convert(tree, "keras", "jbn")
+    assert set(params["bn"]) == {"scale", "bias", "renorm_mean"}
+    assert set(state["bn"]) == {"mean", "var"}
+
+
+def test_items_of_lists_are_numbers_in_nnx():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    kernel = RNG.standard_normal((4, 3)).astype("float32")
+    state_dict = {"0.weight": kernel, "0.bias": kernel[:, 0], **torch_norm("1.", 4)}
+    nnx.update(model, jbn.convert(state_dict, "torch", "nnx", names={"": "layers"}))
+    np.testing.assert_array_equal(model.layers[0].kernel[...], kernel.T)
+    np.testing.assert_array_equal(model.layers[1].var[...], state_dict["1.running_var"])
+
+
+@pytest.mark.parametrize("spelled", ["layer1.0.bn1", "layer1/0/bn1"])
+def test_names_of_a_residual_network(spelled):
+    names = {
+        spelled: "first",
+        "layer*.*.downsample.0": "stage*/block*/proj_conv",
+        "layer*.*.downsample.1": "stage*/block*/proj_norm",
+        "layer*.*.bn*": "stage*/block*/norm*",
+        "layer*.*": "stage*/block*",
+        "fc": None,
+    }
+    variables = jbn.convert(torch_model(), "torch", "linen", names=names)
+    block = {"conv1", "norm1"}
+    assert set(variables["params"]) == {"conv1", "bn1", "first", "stage1", "stage2"}
+    assert {name: set(part) for name, part in variables["params"]["stage1"].items()} == {
+        "block0": {"conv1"},
+        "block1": block,
+    }
+    assert set(variables["params"]["stage2"]["block0"]) == block | {"proj_conv", "proj_norm"}
+    assert variables["params"]["stage2"]["block0"]["proj_conv"]["kernel"].shape == (1, 1, 4, 4)
+    assert set(variables["batch_stats"]) == {"bn1", "first", "stage1", "stage2"}
+
+
+def test_names_by_a_function():
+    seen = []
+
+    def name(path):
+        seen.append(path)
+        return None if path == "fc" else path.replace("layer1.0", "block").replace(".", "_")
+
+    params = jbn.convert(torch_model(), "torch", "linen", names=name)["params"]
+    assert "layer2.0.downsample.1" in seen
+    assert {"block_bn1", "layer2_0_downsample_1", "conv1"} < set(params)
+    assert "fc" not in params
+
+
+def test_the_root_has_the_empty_path():
+    wrapped = {f"module.{name}": value for name, value in torch_norm("bn.").items()} | {"n_averaged": np.zeros(())}
+    assert set(jbn.convert(wrapped, "torch", "torch", names={"module": "", "": None})) == {
+        *torch_norm("bn."),
+        "bn.num_batches_tracked",
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "unbiased", "factor"),
+    [
+        ("torch", "linen", False, 99 / 100),
+        ("torch", "nnx", True, 1),
+        ("torch", "keras", False, 99 / 100),
+        ("torch", "torch", False, 1),
+        ("keras", "torch", False, 100 / 99),
+        ("keras", "jbn", False, 1),
+        ("keras", "jbn", True, 100 / 99),
+        ("jbn", "torch", False, 100 / 99),
+        ("jbn", "torch", True, 1),
+        ("jbn", "linen", True, 1),
+    ],
+)
+def test_count_converts_the_variance_where_conventions_differ(source, target, unbiased, factor):
+    """By n/(n - 1) towards that of a sample, and back; without count nothing is touched."""
+    tree = layer(dtype="float32")
+    there = jbn.convert(tree, "jbn", source, unbiased=True)  # as it is: no count
+    same, new = (jbn.convert(there, source, target, unbiased=unbiased, count=n) for n in (None, 100))
+    same, new = (jbn.convert(t, target, "jbn") for t in (same, new))
+    equal(same, tree)
+    equal((new[0], new[1].mean), (tree[0], tree[1].mean))
+    want = (tree[1].var.astype(np.float64) * factor).astype(np.float32)
+    np.testing.assert_array_equal(new[1].var, want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_count_keeps_the_dtype(dtype):
+    tree = torch_norm(dtype=dtype)
+    assert jbn.convert(tree, "torch", "keras", count=9)["moving_variance"].dtype == tree["running_var"].dtype
+
+
+def test_counts_by_pattern():
+    tree = {**torch_norm("a.bn."), **torch_norm("b.bn."), **torch_norm("c.bn.")}
+    state = jbn.convert(tree, "torch", "nnx", count={"b": np.int64(2), "[ab].bn": 4})
+    ratios = [float((state[name]["bn"]["var"] / tree[f"{name}.bn.running_var"])[0]) for name in "abc"]
+    assert ratios == pytest.approx([3 / 4, 1 / 2, 1])
+
+
+@given(
+    window=st.lists(st.integers(1, 3), max_size=3),
+    ends=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    groups=st.integers(1, 3),
+)
+def test_the_two_kernels_of_a_transposed_convolution(window, ends, groups):
+    from jbn.converting.dialects import adjoint
+
+    kernel = np.random.default_rng(0).standard_normal((*window, ends[0], ends[1] * groups)).astype("float32")
+    other = adjoint(kernel, groups)
+    assert other.shape == (*window, ends[1], ends[0] * groups)
+    np.testing.assert_array_equal(adjoint(other, groups), kernel)
+
+
+@pytest.mark.parametrize("window", [(3,), (2, 3)])
+def test_transpose_kernel_of_flax_is_the_other_kernel(window):
+    """Both layers of Flax give the same y, from one state_dict of PyTorch."""
+    rank = len(window)
+    x = RNG.standard_normal((2, *(5,) * rank, 4)).astype("float32")
+    state_dict = {"up.weight": RNG.standard_normal((4, 6, *window)).astype("float32"), "up.bias": np.ones(6, "float32")}
+    ys = []
+    for kind in ("transposed", "transpose_kernel"):
+        up = nn.ConvTranspose(6, window, (2,) * rank, transpose_kernel=kind == "transpose_kernel", name=None)
+        like = {"params": {"up": jax.eval_shape(up.init, jax.random.key(0), x)["params"]}}
+        variables = jbn.convert(state_dict, "torch", "linen", like=like, kinds={"up": kind})
+        ys.append(up.apply({"params": variables["params"]["up"]}, x))
+        np.testing.assert_array_equal(
+            jbn.convert(variables, "linen", "torch", like=state_dict, kinds={"up": kind})["up.weight"],
+            state_dict["up.weight"],
+        )
+    np.testing.assert_allclose(*ys, atol=1e-5)
+    want = lax.conv_transpose(
+        x, jnp.moveaxis(state_dict["up.weight"], (0, 1), (-1, -2)), (2,) * rank, "SAME", transpose_kernel=True
+    )
+    np.testing.assert_allclose(ys[1], want + 1, atol=1e-5)
+
+
+def test_depthwise_kernels_of_keras():
+    """Output i·multiplier + m belongs to input i and multiplier m."""
+    kernel = RNG.standard_normal((3, 3, 4, 2)).astype("float32")
+    variables = jbn.convert({"dw/kernel": kernel}, "keras", "linen", kinds={"dw": "depthwise"})
+    flat = variables["params"]["dw"]["kernel"]
+    assert flat.shape == (3, 3, 1, 8)
+    np.testing.assert_array_equal(flat[:, :, 0, 5], kernel[:, :, 2, 1])
+    back = jbn.convert(variables, "linen", "keras", like={"dw/kernel": kernel}, kinds={"dw": "depthwise"})
+    np.testing.assert_array_equal(back["dw/kernel"], kernel)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "depthwise"])
+@pytest.mark.parametrize("library", ["torch", "keras"])
+def test_a_dense_layer_among_convolutions_stays_one(kind, library):
+    """A pattern may name a whole decoder."""
+    variables = {"params": {"decoder": {"fc": {"kernel": RNG.standard_normal((3, 3)).astype("float32")}}}}
+    plain, named = (jbn.convert(variables, "linen", library, kinds=said) for said in (None, {"decoder": kind}))
+    equal(named, plain)
+    equal(jbn.convert(named, library, "linen", kinds={"decoder": kind}), variables)
+
+
+def test_embeddings_are_not_transposed():
+    table = RNG.standard_normal((7, 3)).astype("float32")
+    params = jbn.convert({"emb.weight": table}, "torch", "linen", kinds={"emb": "embedding"})["params"]
+    np.testing.assert_array_equal(params["emb"]["embedding"], table)
+    for library, name in (("torch", "emb.weight"), ("keras", "emb/embeddings")):
+        np.testing.assert_array_equal(jbn.convert({"params": params}, "linen", library)[name], table)
+
+
+def test_what_has_no_meaning_here_goes_along():
+    like = {"params": {"x": {"logit_scale": jnp.zeros((2, 3))}}}
+    tree = {"x.logit_scale": RNG.standard_normal((2, 3)).astype("float32")}
+    np.testing.assert_array_equal(
+        jbn.convert(tree, "torch", "linen", like=like)["params"]["x"]["logit_scale"], tree["x.logit_scale"]
+    )
+
+
+def test_a_norm_of_a_layer_may_have_more_axes():
+    """As the layer norm of PyTorch over (2, 3): a weight of the shape of the bias is a scale."""
+    weight = RNG.standard_normal((2, 3)).astype("float32")
+    params = jbn.convert({"ln.weight": weight, "ln.bias": weight + 1}, "torch", "linen")["params"]["ln"]
+    np.testing.assert_array_equal(params["scale"], weight)
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+def test_flattened_examples(outputs):
+    """Features first, (C, H, W), and last, (H, W, C): y is the same."""
+    shape = (2, 3, 4)
+    image = RNG.standard_normal(shape).astype("float32")
+    weight = RNG.standard_normal((24, 5) if outputs else (5, 24)).astype("float32")
+    state_dict = {"fc.weight": weight, "fc.bias": weight[:, 0]}
+    dense = jbn.convert(state_dict, "torch", "linen", flattened={"fc": shape})["params"]["fc"]
+    last = np.moveaxis(image, 0, -1)
+    if outputs:
+        z = image.ravel()[:5]
+        want = np.moveaxis((weight @ z + weight[:, 0]).reshape(shape), 0, -1)
+        got = (z @ dense["kernel"] + dense["bias"]).reshape(last.shape)
+    else:
+        want = weight @ image.ravel() + weight[:, 0]
+        got = last.ravel() @ dense["kernel"] + dense["bias"]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    back = jbn.convert({"params": {"fc": dense}}, "linen", "torch", flattened={"fc": shape})
+    equal(back, state_dict)
+
+
+def test_a_norm_of_flattened_examples():
+    tree = torch_norm("bn.", 24)
+    stats = jbn.convert(tree, "torch", "linen", flattened={"bn": (2, 3, 4)})["batch_stats"]["bn"]
+    want = np.moveaxis(tree["bn.running_mean"].reshape(2, 3, 4), 0, -1).ravel()
+    np.testing.assert_array_equal(stats["mean"], want)
+    same = jbn.convert(tree, "torch", "torch", flattened={"bn": (2, 3, 4)})
+    np.testing.assert_array_equal(same["bn.running_mean"], tree["bn.running_mean"])
+
+
+def test_pixels_of_one_need_no_order():
+    square = {"fc.weight": RNG.standard_normal((6, 6)).astype("float32")}
+    params = jbn.convert(square, "torch", "linen", flattened={"fc": (6, 1, 1)})["params"]
+    np.testing.assert_array_equal(params["fc"]["kernel"], square["fc.weight"].T)
+
+
+def test_linen_and_nnx():
+    """A state, its shapes and nothing are filled alike; y has the same bits."""
+    net, states = nets.Net(), (nnx.Param, nnx.BatchStat)
+    variables, (x, _) = nets.linen_variables(net), nets.batch(0)
+    want = jax.jit(net.apply, static_argnums=2)(variables, x, False)
+    model = nnx.eval_shape(nets.NNXNet)  # and no time for initial values
+    model.eval()
+    graph, shapes = nnx.split(model)
+    state = jbn.convert(variables, "linen", "nnx", like=shapes)
+    assert isinstance(state, nnx.State)
+    np.testing.assert_array_equal(jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, x), want)
+    equal(jbn.convert(state, "nnx", "linen"), variables)
+    equal(jbn.convert(variables, "linen", "nnx", like=state), state)
+    nnx.update(model, jbn.convert(variables, "linen", "nnx"))
+    equal(nnx.state(model, states), state)
+
+
+def test_like_gives_structure_dtypes_and_sharding():
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    like = {
+        "batch_stats": {"bn": {"mean": jnp.zeros(3, jnp.float16), "var": jax.ShapeDtypeStruct((3,), jnp.float32)}},
+        "params": {"bn": {"scale": jax.device_put(jnp.zeros(3), there), "bias": np.zeros(3, jnp.bfloat16)}},
+    }
+    tree = torch_norm("bn.")
+    got = jbn.convert(tree, "torch", "linen", like=like)
+    assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, like)
+    assert got["params"]["bn"]["scale"].sharding == there
+    np.testing.assert_array_equal(got["params"]["bn"]["scale"], tree["bn.weight"])
+    frozen = jbn.convert(tree, "torch", "linen", like=nn.FrozenDict(like))
+    assert isinstance(frozen, nn.FrozenDict)
+
+
+def test_the_number_of_batches_is_that_of_like():
+    like = {**torch_norm("bn."), "bn.num_batches_tracked": np.array(7)}
+    tree = jbn.convert(torch_norm("bn.", seed=1), "torch", "linen")
+    assert jbn.convert(tree, "linen", "torch", like=like)["bn.num_batches_tracked"] == 7
+    like["bn.num_batches_tracked"] = jax.ShapeDtypeStruct((), jnp.int32)
+    got = jbn.convert(tree, "linen", "torch", like=like)["bn.num_batches_tracked"]
+    assert (got, got.dtype) == (0, np.int32)
+    assert "bn.num_batches_tracked" not in jbn.convert(tree, "linen", "torch", like=torch_norm("bn."))
+
+
+def test_nothing_is_shared_with_the_source():
+    room = np.zeros(64, np.float32)
+    start = -room.ctypes.data % 64 // 4
+    mean = room[start : start + 32]  # where jax would take the memory as it is
+    tree = {**torch_norm("bn.", 32), "bn.running_mean": mean}
+    got = [jbn.convert(tree, "torch", library) for library in ("torch", "linen")]
+    before = jax.tree.map(np.array, got)
+    for value in tree.values():
+        value[:] = np.nan
+    for g, b in zip(jax.tree.leaves(got), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(g, b)
+    got[0]["bn.weight"][:] = 5  # and can be written to
+
+
+def test_what_is_left_out_is_not_read():
+    model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Dropout(0.1, rngs=nnx.Rngs(1)))
+    state = nnx.state(model)
+    tree = jbn.convert(state, "nnx", "torch", names={"layers/1/rngs": None, "layers": ""})
+    assert "0.running_var" in tree

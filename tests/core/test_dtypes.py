@@ -1,0 +1,89 @@
+"""Dtypes: y in that of x, arithmetic and statistics at least float32, the state in its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+from tests.support import oracle
+
+ALL = ["float16", "bfloat16", "float32", "float64"]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("shift", range(4))
+@pytest.mark.parametrize("state_dtype", ALL)
+@pytest.mark.parametrize("dtype", ALL)
+def test_every_pair_under_strict_promotion(dtype, state_dtype, shift):
+    param_dtype = ALL[(ALL.index(dtype) + ALL.index(state_dtype) + shift) % 4]
+    out, train = [None, "bfloat16", "float64"][shift % 3], (ALL.index(dtype) + shift) % 2 == 0
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 3)) + 2, dtype)
+    params = {"scale": jnp.ones(3, param_dtype), "bias": jnp.zeros(3, param_dtype)}
+    state = {"mean": jnp.zeros(3, state_dtype), "var": jnp.ones(3, state_dtype)}
+
+    def loss(params, x):
+        y, new = jbn.bn_forward(params, state, x, train, dtype=out, residual=x, activation=jax.nn.relu)
+        return y.sum().astype(jnp.float32), (y, new)
+
+    with jax.numpy_dtype_promotion("strict"):
+        (dp, dx), (y, new) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+        jax.jvp(lambda x: loss(params, x)[0], (x,), (x,))
+    assert y.dtype == (out or dtype)
+    assert dx.dtype == x.dtype
+    assert dp["scale"].dtype == dp["bias"].dtype == param_dtype
+    assert new["mean"].dtype == new["var"].dtype == state_dtype
+
+
+@pytest.mark.parametrize("residual_dtype", ["float32", "bfloat16", "float16"])
+def test_a_residual_of_another_dtype_under_strict_promotion(residual_dtype):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 3)), jnp.bfloat16)
+    added = jnp.ones((16, 3), residual_dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        y, pull = jax.vjp(lambda x, r: jbn.batch_norm(x, residual=r, activation=jax.nn.relu)[0], x, added)
+        dx, dr = pull(y)
+    assert (dx.dtype, dr.dtype) == (x.dtype, added.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision_x_has_float32_statistics(dtype):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4096, 3)) + 30, dtype)
+    _, mean, var = oracle.moments(x)
+    m = jbn.moments(x)
+    assert m.var.dtype == jnp.float32
+    np.testing.assert_allclose(m.mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(m.var, var, rtol=1e-5)
+
+
+def test_a_low_precision_state_is_computed_in_float32():
+    x = jnp.full((8, 2), 5.0).at[0].set(5.5)
+    state = {"mean": jnp.full(2, 3.0, jnp.bfloat16), "var": jnp.ones(2, jnp.bfloat16)}
+    _, new = jbn.bn_forward(None, state, x, True, momentum=0.9)
+    want = jnp.float32(3 + 0.1 * (5.0625 - 3)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(new["mean"], np.full(2, want))
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_is_float64_all_the_way():
+    x = np.random.default_rng(0).standard_normal((1000, 3)) + 1e6
+    want = oracle.forward(x)
+    y, m = jbn.batch_norm(x)
+    assert m.var.dtype == jnp.float64
+    np.testing.assert_allclose(m.var, want.var, rtol=1e-12)
+    np.testing.assert_allclose(y, want.y, atol=1e-9)
+
+
+def test_numpy_input_without_x64():
+    x = np.random.default_rng(0).standard_normal((10, 3))
+    y, m = jbn.batch_norm(x)
+    assert y.dtype == m.var.dtype == jnp.float32
+    y, state = jbn.bn_forward(None, {"mean": np.zeros(3), "var": np.ones(3)}, x, True)
+    assert y.dtype == state["mean"].dtype == jnp.float32
+
+
+def test_large_values_whose_squares_overflow():
+    x = np.float32(1e15) * (np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32) + 1e4)
+    x64 = oracle.forward(x)
+    y, m = jbn.batch_norm(x)
+    assert np.isfinite(np.asarray(m.var)).all()
+    np.testing.assert_allclose(y, x64.y, atol=1e-4)

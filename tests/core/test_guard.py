@@ -1,0 +1,87 @@
+"""When the second sweep is taken: where digits would be lost, and only there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+from jbn.core.axes import Sync
+from jbn.core.layout import layout_of
+from jbn.core.statistics import Rows, pilot_of, statistics
+
+
+def fires(x, mean, mask=None, epsilon=1e-5):
+    """The guard moves the pilot, and nothing else does."""
+    pilot = pilot_of(jnp.asarray(mean, jnp.float32), np.dtype(np.float32))
+    m = statistics(Rows(layout_of(x, -1), Sync(), epsilon), jnp.asarray(x), mask, pilot)
+    return bool((m.pilot != pilot).any())
+
+
+def normal(mean, std=1.0, rows=4096):
+    return (np.random.default_rng(0).standard_normal((rows, 3)) * std + mean).astype(np.float32)
+
+
+@pytest.mark.parametrize(("distance", "fired"), [(0.0, False), (1.0, False), (1.3, False), (1.5, True), (1e4, True)])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_it_fires_where_the_pilot_is_far(distance, fired, mean):
+    assert fires(normal(mean + distance), np.full(3, mean)) == fired
+
+
+def test_one_far_channel_is_enough():
+    assert fires(normal(0) + np.float32([0, 0, 5]), np.zeros(3))
+
+
+@pytest.mark.parametrize("mean", [1e2, 1e4, 1e5])
+def test_a_warmed_model_with_large_means_sweeps_once(mean):
+    step = jax.jit(lambda s, x: jbn.bn_forward(None, s, x, True, momentum=0.9)[1])
+    state = jbn.bn_init(3)[1]
+    rng = np.random.default_rng(0)
+    draw = lambda: (rng.standard_normal((256, 3)) + mean).astype(np.float32)  # noqa: E731
+    for _ in range(150):
+        state = step(state, draw())
+    assert not any(fires(draw(), state.mean) for _ in range(20))
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99])
+@pytest.mark.parametrize("value", [0.0, 1e-3, 1.0, -700.0, 1e4, 123456.789])
+def test_a_constant_channel_does_not_hold_it_open(value, momentum):
+    x = normal(0).astype(np.float32)
+    x[:, 1] = value
+    step = jax.jit(lambda s: jbn.bn_forward(None, s, x, True, momentum=momentum)[1])
+    state = jax.lax.fori_loop(0, 2500, lambda _, s: step(s), jbn.bn_init(3)[1])
+    assert not fires(x, state.mean)
+
+
+def test_masked_rows_do_not_open_it():
+    x = normal(0)
+    x[100:] = 1e6
+    assert not fires(x, np.zeros(3), mask=jnp.arange(4096)[:, None] < 100)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_does_not_open_it(bad):
+    x = normal(0)
+    x[5, 1] = bad
+    assert not fires(x, np.zeros(3))
+
+
+def test_a_state_that_is_not_finite_is_no_pilot():
+    assert not fires(normal(0), np.array([np.nan, np.inf, 0]))
+
+
+def test_epsilon_decides_what_digits_matter():
+    x = normal(1e-3, std=1e-6)
+    assert not fires(x, np.zeros(3), epsilon=1e-5)
+    assert fires(x, np.zeros(3), epsilon=1e-9)
+
+
+def test_a_nan_channel_beside_one_that_is_far():
+    x = normal(0) + np.float32([0, 1e4, 0])
+    x[7, 0] = np.nan
+    state = jbn.bn_init(3)[1]
+    y, new = jbn.bn_forward(None, state, x, True)
+    far = x[:, 1].astype(np.float64)
+    np.testing.assert_allclose(y[:, 1], (far - far.mean()) / np.sqrt(far.var() + 1e-5), atol=4e-6)
+    assert new.mean[0] == 0
+    assert new.mean[1] > 0

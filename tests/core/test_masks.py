@@ -1,0 +1,103 @@
+"""Masks: only valid positions count, and nothing in the others reaches anything."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+from jbn.core.layout import Layout
+from tests.support import oracle
+from tests.support.cases import CASES, DOORS, data
+
+MASKED = [case for case in CASES if case.mask is not None and case.dtype != "float64"]
+doors = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+
+
+@doors
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_nothing_leaks(case, door, train):
+    clean = data(case)
+    hidden = ~np.broadcast_to(clean.mask, case.shape)
+
+    def everything(poison):
+        def poisoned(a):
+            with np.errstate(over="ignore"):
+                return None if a is None else np.where(hidden, np.asarray(poison).astype(a.dtype), a)
+
+        d = clean._replace(x=poisoned(clean.x), residual=poisoned(clean.residual))
+        names = [name for name in ("x", "scale", "bias", "residual") if getattr(d, name) is not None]
+        # The cotangent is poisoned as well: what is computed from masked outputs must not matter either.
+        g = poisoned(np.ones(case.shape, jnp.dtype(case.dtype)))
+        f = lambda *v: door(case, d._replace(**dict(zip(names, v, strict=True))), train)  # noqa: E731
+        y, pull, state = jax.vjp(f, *(getattr(d, name) for name in names), has_aux=True)
+        ones = {name: np.ones_like(getattr(d, name)) for name in names}
+        tangents = tuple(poisoned(one) if name in ("x", "residual") else one for name, one in ones.items())
+        _, dy = jax.jvp(lambda *v: f(*v)[0], tuple(getattr(d, name) for name in names), tangents)
+        return y, state, pull(g), dy
+
+    clean_ones, *others = map(everything, (1.5, np.nan, np.inf, 1e30))
+    for found in others:
+        for a, b in zip(jax.tree.leaves(clean_ones), jax.tree.leaves(found), strict=True):
+            assert np.isfinite(oracle.wide(a)).all()
+            np.testing.assert_array_equal(oracle.wide(a), oracle.wide(b))
+        y, _, (dx, *_), dy = found
+        for a in (y, dx, dy):
+            assert not oracle.wide(a)[hidden].any()
+
+
+@doors
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_all_masked(case, door):
+    d = data(case)._replace(mask=np.zeros(case.mask, bool), x=np.full(case.shape, np.nan, jnp.dtype(case.dtype)))
+    (y, state), pull = jax.vjp(lambda x: door(case, d._replace(x=x), True), d.x)
+    assert not oracle.wide(y).any()
+    np.testing.assert_array_equal(state["mean"], d.mean)
+    np.testing.assert_array_equal(state["var"], d.var)
+    (dx,) = pull((jnp.ones_like(y), jax.tree.map(jnp.ones_like, state)))
+    assert not oracle.wide(dx).any()
+
+
+@doors
+@pytest.mark.parametrize("value", [3.0, 1e4, -7.3e-3])
+def test_one_valid_row_at_run_time(door, value):
+    case = next(c for c in MASKED if c.mask == (12, 4) and c.residual)
+    mask = np.zeros(case.mask, bool)
+    mask[5] = True
+    d = data(case)._replace(mask=mask, x=np.full(case.shape, value, np.float32))
+    y, state = jax.jit(lambda d: door(case, d, True))(d)
+    want = np.where(mask, np.maximum(d.bias[None] + d.residual, 0), 0)
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_array_equal(state["mean"], d.mean)
+    np.testing.assert_array_equal(state["var"], d.var)
+
+
+def test_a_mask_may_tell_features_apart():
+    x = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    mask = np.ones((50, 3), bool)
+    mask[10:, 1] = False
+    mask[:, 2] = False
+    m = jbn.moments(x, mask=mask)
+    np.testing.assert_array_equal(m.count, [50, 10, 0])
+    np.testing.assert_allclose(m.mean[1], x[:10, 1].mean(), rtol=1e-5)
+    _, state = jbn.bn_forward(None, jbn.State(jnp.zeros(3), jnp.ones(3)), x, True, mask=mask)
+    assert state.mean[2] == 0
+    assert state.var[2] == 1
+    assert state.mean[1] != 0
+
+
+def test_counts_beyond_the_integers_of_float32():
+    # A sum of ones in float32 stops at 2²⁴.
+    rows = 2**24 + 10
+    m = jax.eval_shape(lambda: jbn.moments(jnp.zeros((1, 1)), mask=jnp.ones((1, 1), bool)))
+    assert m.count.dtype == jnp.float32
+    layout = Layout((rows, 1), (1,))
+    assert layout.valid(np.broadcast_to(np.ones((), bool), (rows, 1))) == rows
+    assert layout.valid(np.ones((1, 1), bool)) == rows
+
+
+def test_an_all_true_mask_changes_nothing():
+    x = np.random.default_rng(0).standard_normal((6, 5, 4)).astype(np.float32) + 100
+    for a, b in zip(jbn.moments(x), jbn.moments(x, mask=np.ones((1, 1, 1), bool)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -1,0 +1,142 @@
+"""Under jit a sharded batch is one batch, on Auto and on Explicit meshes, whatever axes are sharded."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jbn
+from tests.core.test_sharding import settings
+from tests.support import oracle
+from tests.support.shards import Setting, mesh
+
+kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+SHAPE = (8, 6, 4)  # features last, over the axis "model"
+X, G = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+
+
+def specs(tree):
+    """Return the sharding in the type of every array."""
+    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, tree)
+
+
+@settings
+@kinds
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2), (1, 4)], ids=str)
+def test_a_sharded_batch(setting, kind, shape):
+    s = Setting(**setting)
+    m = mesh(shape, ("data", "more"), kind)
+    with jax.set_mesh(m):
+
+        def put(a):
+            return None if a is None else jax.device_put(a, NamedSharding(m, P(("data", "more"))))
+
+        y, new, (dx, dscale, dbias) = jax.jit(s.step)(put(s.x), put(s.mask), put(s.g), s.scale, s.bias, s.state)
+    s.check(y, new, dx, dscale, dbias)
+
+
+@kinds
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("state_spec", [P(), P("model")], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_sharded_features(kind, mean, state_spec, masked):
+    """The state keeps its sharding, and gradients have those of what they belong to."""
+    m = mesh((2, 2), ("data", "model"), kind)
+    mask = np.arange(48).reshape(8, 6, 1) % 5 > 0 if masked else None
+    x = X + np.float32(mean)
+    with jax.set_mesh(m):
+        put = partial(jax.device_put, device=NamedSharding(m, P("data", None, "model")))
+        params, state = jax.device_put(jbn.bn_init(4), NamedSharding(m, state_spec))
+
+        @jax.jit
+        def step(params, state, x, g):
+            def loss(params, x):
+                y, new = jbn.bn_forward(params, state, x, True, mask=mask, momentum=0.0)
+                return (y * g).sum(), (y, new)
+
+            grads, (y, new) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+            assert specs((new, grads)) == specs((state, (params, x)))
+            return y, new, grads
+
+        y, new, (dparams, dx) = step(params, state, put(x), put(G))
+    want, grads = oracle.forward(x, mask=mask), oracle.gradients(G, x, mask=mask)
+    bound = 1e-5 if mean else 1e-6
+    for got, right in ((y, want.y), (new.var, want.var), (dx, grads["x"]), (dparams.scale, grads["scale"])):
+        assert np.abs(oracle.wide(got) - right).max() <= bound * max(1, np.abs(right).max())
+
+
+@kinds
+@pytest.mark.parametrize("size", [None, 2])
+def test_the_state_keeps_its_sharding_whatever_else_is_sharded(kind, size):
+    """A mask that tells features apart, and statistics that lie apart from each other."""
+    m = mesh((2, 2), ("data", "model"), kind)
+    mask = np.arange(X.size).reshape(SHAPE) % 5 > 0
+    with jax.set_mesh(m):
+        put = partial(jax.device_put, device=NamedSharding(m, P("data", None, "model")))
+        place = lambda value, *spec: jax.device_put(jnp.full(4, value), NamedSharding(m, P(*spec)))  # noqa: E731
+        for state in (jbn.State(place(0.0), place(1.0)), jbn.State(place(0.0), place(1.0, "model"))):
+
+            @jax.jit
+            def step(state, x, mask):
+                new = jbn.bn_forward(None, state, x, True, mask=mask, momentum=0.0, group_size=size)[1]
+                assert specs(new) == specs(state)
+                return new
+
+            np.testing.assert_allclose(step(state, put(X), put(mask)).var, oracle.moments(X, mask=mask)[2], rtol=1e-6)
+
+
+@kinds
+def test_a_scan_keeps_the_type_of_the_state(kind):
+    m = mesh((2, 2), ("data", "model"), kind)
+    with jax.set_mesh(m):
+        xs = jax.device_put(np.stack([X] * 3), NamedSharding(m, P(None, "data", None, "model")))
+        forward = lambda state, x: jbn.bn_forward(None, state, x, True)[::-1]  # noqa: E731
+        state, _ = jax.jit(partial(jax.lax.scan, forward))(jbn.bn_init(4)[1], xs)
+    np.testing.assert_allclose(state.mean, (1 - 0.99**3) * X.mean((0, 1)), atol=1e-7)
+
+
+@kinds
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_a_mapped_axis_may_be_the_sharded_one(kind, mean):
+    """Under vmap over a sharded axis each member is a batch of its own, with a state of its own or a shared one."""
+    m = mesh((4,), ("data",), kind)
+    x = X + np.float32(mean)
+    want = np.stack([oracle.forward(part).y for part in x])
+    with jax.set_mesh(m):
+        put = partial(jax.device_put, device=NamedSharding(m, P("data")))
+        params, state = jbn.bn_init(4)
+        stateless = jax.jit(jax.vmap(lambda x: jbn.batch_norm(x)[0]))(put(x))
+        shared, new = jax.jit(jax.vmap(lambda x: jbn.bn_forward(params, state, x, True)))(put(x))
+        mapped = put(jax.tree.map(lambda a: jnp.stack([a] * 8), state))
+        own, newer = jax.jit(jax.vmap(lambda s, x: jbn.bn_forward(params, s, x, True)))(mapped, put(x))
+    for y in (stateless, shared, own):
+        np.testing.assert_allclose(y, want, atol=1e-5)
+    for a, b in zip(new, newer, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert specs(newer) == specs(mapped)
+
+
+def test_an_explicit_mesh_that_is_not_set():
+    m = mesh((2, 2), ("data", "model"), AxisType.Explicit)
+    params, state = jax.device_put(jbn.bn_init(4), NamedSharding(m, P()))
+    x = jax.device_put(X, NamedSharding(m, P("data", None, "model")))
+    for call in (jbn.bn_forward, jax.jit(jbn.bn_forward, static_argnums=3)):
+        y, new = call(params, state, x, True)
+        np.testing.assert_allclose(y, oracle.forward(X).y, atol=1e-5)
+        assert specs(new) == specs(state)
+
+
+@kinds
+def test_second_derivatives_with_sharded_features(kind):
+    def second(x):
+        return jax.grad(lambda x: (jax.grad(lambda x: (jbn.batch_norm(x)[0] ** 3).sum())(x) ** 2).sum())(x)
+
+    m = mesh((2, 2), ("data", "model"), kind)
+    with jax.set_mesh(m):
+        got = jax.jit(second)(jax.device_put(X, NamedSharding(m, P("data", None, "model"))))
+    want = second(X)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())

@@ -1,0 +1,117 @@
+"""The second call compiles nothing and traces nothing."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+import jbn.linen
+from jbn.core import statistics
+
+PARAMS, STATE = jbn.bn_init(4)
+MOMENTA = (i / 1000 for i in itertools.count())
+
+
+def xs():
+    rng = np.random.default_rng(0)
+    while True:
+        yield jnp.asarray(rng.standard_normal((8, 4)), jnp.float32)
+
+
+def apply(layer, variables, x):
+    return layer.apply(variables, x, mutable=["batch_stats"])[0]
+
+
+LAYER = jbn.linen.BatchNorm(False, activation=nn.relu)
+VARIABLES = {"params": PARAMS._asdict(), "batch_stats": STATE._asdict()}
+CALLS = {
+    "train": lambda x: jbn.bn_forward(PARAMS, STATE, x, True),
+    "train with another momentum": lambda x: jbn.bn_forward(PARAMS, STATE, x, True, momentum=next(MOMENTA)),
+    "train with everything": lambda x: jbn.bn_forward(
+        PARAMS, STATE, x, True, activation=jax.nn.silu, residual=x, mask=x > 0
+    ),
+    "evaluate": lambda x: jbn.bn_forward(PARAMS, STATE, x, False, activation=jax.nn.relu),
+    "batch_norm": lambda x: jbn.batch_norm(x),
+    "moments": lambda x: jbn.moments(x),
+    "merge": lambda x: jbn.merge(jbn.moments(x), jbn.moments(x)),
+    "linen": lambda x: apply(LAYER, VARIABLES, x),
+}
+DERIVED = {
+    "as it is": lambda f: f,
+    "gradient": lambda f: lambda x: jax.grad(lambda x: sum(a.sum() for a in jax.tree.leaves(f(x))))(x),
+    "jvp": lambda f: lambda x: jax.jvp(f, (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("derive", DERIVED.values(), ids=DERIVED)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_eager_calls_compile_once(call, derive, compilations):
+    x = xs()
+    f = derive(call)
+    f(next(x)), f(next(x))
+    before = len(compilations)
+    f(next(x)), f(next(x))
+    assert compilations[before:] == []
+
+
+def test_jit_traces_once():
+    traces = []
+
+    @jax.jit
+    def step(state, x):
+        traces.append(1)
+        return jax.grad(lambda x: jbn.bn_forward(PARAMS, state, x, True)[0].sum(), has_aux=False)(x)
+
+    x = xs()
+    for _ in range(3):
+        step(STATE, next(x))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_value_and_derivative_trace_the_statistics_once(layers, monkeypatch):
+    traces = []
+    around = statistics._around
+    monkeypatch.setattr(statistics, "_around", lambda *args, **options: traces.append(1) or around(*args, **options))
+    net = nn.Sequential([module for _ in range(layers) for module in (nn.Dense(7), jbn.linen.BatchNorm(False))])
+    x = jnp.zeros((8, 4))
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    traces.clear()
+    jax.clear_caches()
+
+    @jax.jit
+    def step(variables, x):
+        def loss(params):
+            y, new = net.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return jnp.square(y).mean(), new
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    step.lower(variables, x)
+    assert len(traces) == 1
+
+
+def test_the_measure_sees_a_fresh_function(compilations):
+    x = next(xs())
+    for _ in range(2):
+        before = len(compilations)
+        jbn.batch_norm(x, activation=lambda z: z * 2)
+        assert len(compilations) > before
+
+
+@pytest.fixture
+def compilations():
+    """Collect the name of every event with which JAX reports that it compiles."""
+    events: list[str] = []
+
+    def listen(name: str, _seconds: float, **_: object) -> None:
+        if "backend_compile" in name:
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.clear_event_listeners()

@@ -1,0 +1,78 @@
+"""Runs of `jbn train` in this process, and what they leave behind."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+from typer.testing import CliRunner
+
+from jbn.lab import train as trainer
+from jbn.lab.checkpoints import Checkpoints
+from jbn.lab.commands import app
+from jbn.lab.devices import mesh_of
+from jbn.lab.models import ConvNetwork
+from jbn.lab.recipe import initial, update
+from tests.lab.test_train import RECIPE, SHAPE
+from tests.lab.test_train import replace as changed
+
+STEPS = 18
+WHOLE = {"--model": "dense", "--epochs": 2, "--devices": 1, "--ema": 0.9, "--save-every": 5, "--keep": 10}
+SMALL = changed(RECIPE, network=ConvNetwork(batch_norm=True), ema=0.5)
+
+
+def train(out, arguments=()):
+    """Run `jbn train` in this process, which has eight devices."""
+    jax.devices()
+    return CliRunner().invoke(app, ["train", "--out", str(out), *map(str, arguments)], prog_name="jbn")
+
+
+def options(**changes):
+    return [part for option in (WHOLE | changes).items() for part in option]
+
+
+def shapes(recipe, shape=SHAPE):
+    return jax.eval_shape(lambda: initial(recipe, shape))
+
+
+def restored(checkpoints, recipe=SMALL, devices=1, shape=SHAPE):
+    with Checkpoints(checkpoints, 10) as kept:
+        return kept.restore(shapes(recipe, shape), mesh_of(devices))
+
+
+def end_of(out):
+    recipe = changed(RECIPE, ema=0.9)
+    state = restored(out / "checkpoints", recipe)
+    assert int(state.step) == STEPS
+    return state
+
+
+def steps_of(path):
+    return sorted(int(folder.name) for folder in path.iterdir())
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(path):
+    return {file.relative_to(path): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def stopping(monkeypatch, step):
+    """Let a run be sent SIGTERM in a step; it learns of it with the step after the next, whose batch is read later."""
+    monkeypatch.setattr(
+        trainer,
+        "update",
+        lambda recipe, state, batch: (
+            signal.raise_signal(signal.SIGTERM) if int(state.step) == step else None,
+            update(recipe, state, batch),
+        )[1],
+    )
+
+
+def folder(path, *parts):
+    path.mkdir()
+    for number, part in enumerate(parts):
+        np.savez(path / f"part-{number}.npz", images=part.images, labels=part.labels)
+    return path
