@@ -13,7 +13,7 @@ import numpy as np
 
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
 from jbn.converting.trees import Address, Layer, Path, as_numpy, by_address, dtype_of, filled
-from jbn.freezing import select
+from jbn.paths import name_few, select
 
 Value = TypeVar("Value")
 Library = Literal["jbn", "linen", "nnx", "torch", "keras", "haiku", "equinox"]
@@ -64,7 +64,7 @@ def convert(
             ``{"fc": None, "layer*.*.bn*": "layer*/block*/norm*", "module": ""}``. Or a function of a path of a layer.
             Without it paths are the same, but for the separator, which is a point in PyTorch and a slash elsewhere.
         kinds: layers of which the arrays do not tell what they are, by patterns of paths in the source, see
-            ``jbn.freeze``. "transposed": a transposed convolution; "transpose_kernel": one that has
+            ``jbn.keep_statistics``. "transposed": a transposed convolution; "transpose_kernel": one that has
             ``transpose_kernel=True`` in Flax; "depthwise": a depthwise convolution, to or from Keras; "embedding": an
             embedding, from PyTorch or Equinox. Name every one of the first three: with as many channels in as out,
             shapes do not tell. What their layout does not say, groups and channels, is read from ``like``.
@@ -208,7 +208,7 @@ def _renamed(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Pa
         pattern = re.compile(re.escape(_slashed(origin.split(old))).replace(r"\*", "([^/]*)") + "(.*)")
         hits = {path: match for path in paths if (match := pattern.fullmatch(_slashed(path)))}
         if not hits:
-            near = _some(get_close_matches(old, list(map(origin.spell, paths)), n=4, cutoff=0.0), len(paths))
+            near = name_few(get_close_matches(old, list(map(origin.spell, paths)), n=4, cutoff=0.0), len(paths))
             raise ValueError(f"names: {old!r} matches none of the {len(paths)} layers of tree: {near}.")
         for path, match in hits.items():
             found.setdefault(path, None if new is None else _rewritten(goal.split(new), match.groups()))
@@ -248,8 +248,8 @@ def _check_complete(
             shown.append(f"{goal.spell(at)!r} from {came[at[:-1]]!r}{near}")
         raise ValueError(
             f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: "
-            f"{_some(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
-            f"{_some(map(repr, lacking))}. Expected names that bring them together, None for what is left "
+            f"{name_few(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
+            f"{name_few(map(repr, lacking))}. Expected names that bring them together, None for what is left "
             "out; in like only what is to be filled; embeddings named in kinds."
         )
     pairs = {goal.spell(at): (value, theirs[at]) for at, value in ours.items()}
@@ -260,16 +260,10 @@ def _check_complete(
     ]
     if other:
         raise ValueError(
-            f"{len(other)} arrays of tree differ from like: {_some(other)}. Expected the same sizes; transposed and "
+            f"{len(other)} arrays of tree differ from like: {name_few(other)}. Expected the same sizes; transposed and "
             "depthwise convolutions are to be named in kinds."
         )
 
 
 def _is_float(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact))
-
-
-def _some(items: Iterable[str], number: int | None = None) -> str:
-    """List a few."""
-    several = list(items)
-    return (", ".join(several[:4]) or "none") + ", ..." * (len(several[:4]) < (number or len(several)))

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+from jax.tree_util import tree_flatten_with_path
 
 from jbn.core.forward import Params, State
+from jbn.paths import flatten, read_keys
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Path = tuple[str, ...]
@@ -29,7 +30,7 @@ def in_mapping(separator: str, expected: str) -> Callable[[Any], Addresses]:
     """Return the reader of a mapping of names to arrays."""
 
     def addresses(tree: Any) -> Addresses:
-        paths = _paths(tree) if isinstance(tree, Mapping) else [()]
+        paths = flatten(tree)[0] if isinstance(tree, Mapping) else [()]
         if deeper := {path[0] for path in paths if len(path) > 1}:
             raise TypeError(f"holds a tree under {min(deeper)!r}; expected {expected}, a mapping of names to arrays.")
         if () in paths:
@@ -41,7 +42,7 @@ def in_mapping(separator: str, expected: str) -> Callable[[Any], Addresses]:
 
 def in_variables(tree: Any) -> Addresses:
     """Read the variables of a Linen model."""
-    paths = _paths(tree)
+    paths = flatten(tree)[0]
     if strange := {path[0] if len(path) > 1 else "an array" for path in paths} - {"params", "batch_stats"}:
         raise ValueError(
             f"holds {', '.join(sorted(strange))}; expected the variables of Flax Linen, a mapping with 'params' and, "
@@ -52,7 +53,7 @@ def in_variables(tree: Any) -> Addresses:
 
 def in_model(tree: Any) -> Addresses:
     """Read the state of an NNX model."""
-    paths = _paths(tree)
+    paths = flatten(tree)[0]
     if () in paths:
         raise TypeError(f"is of type {type(tree).__name__}; expected nnx.state(model, (nnx.Param, nnx.BatchStat)).")
     return [_address(path) for path in paths]
@@ -60,7 +61,7 @@ def in_model(tree: Any) -> Addresses:
 
 def in_pair(tree: Any) -> Addresses:
     """Read params and state of functions that call ``jbn.bn_forward``."""
-    paths = _paths(_pair(tree, "(params, state)"))
+    paths = flatten(_pair(tree, "(params, state)"))[0]
     if any(len(path) < 2 for path in paths):
         raise TypeError("has arrays without names; expected (params, state), such as those of jbn.bn_init.")
     return [_address(path[1:]) for path in paths]
@@ -68,7 +69,7 @@ def in_pair(tree: Any) -> Addresses:
 
 def in_modules(tree: Any) -> Addresses:
     """Read params and state of Haiku; running averages belong to the norm above them."""
-    paths = _paths(_pair(tree, "(params, state) of hk.transform_with_state"))
+    paths = flatten(_pair(tree, "(params, state) of hk.transform_with_state"))[0]
     if any(len(path) != 3 for path in paths):
         raise TypeError("is no tree of Haiku; expected (params, state), each {module: {name: array}}.")
     found: Addresses = []
@@ -96,7 +97,7 @@ def in_equinox(tree: Any) -> Addresses:
             if index is not None:
                 where |= {at: (path, name) for at, name in zip(_position(positions, index), names, strict=True)}
     return [
-        *(_address(_path(keys)) if hasattr(leaf, "shape") else None for keys, leaf in tree_flatten_with_path(model)[0]),
+        *(_address(keys) if hasattr(leaf, "shape") else None for keys, leaf in zip(*flatten(model)[:2], strict=True)),
         *(where.get(at, (("eqx.nn.State",), str(at))) for at in range(size)),
     ]
 
@@ -195,15 +196,6 @@ def _pair(tree: Any, expected: str) -> tuple[Any, Any]:
     return tree
 
 
-def _paths(tree: Any) -> list[Path]:
-    return [_path(keys) for keys, _ in tree_flatten_with_path(tree)[0]]
-
-
-def _path(keys: tuple[Any, ...]) -> Path:
-    boxed = len(keys) > 1 and keys[-1] == GetAttrKey("value")  # nnx.Param, nn.Partitioned
-    return tuple(keystr((key,), simple=True) for key in (keys[:-1] if boxed else keys))
-
-
 def _address(path: Path) -> Address:
     return path[:-1], path[-1]
 
@@ -216,7 +208,7 @@ def _norms(model: Any) -> Iterator[tuple[Path, Any]]:
 
     for keys, node in tree_flatten_with_path(model, is_leaf=is_norm)[0]:
         if is_norm(node):
-            yield _path(keys), node
+            yield read_keys(keys), node
 
 
 def _flat(layers: Mapping[Path, Layer]) -> dict[Path, Array]:

@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jbn
 from benchmarks.compilers import compile, mesh, missing
-from jbn.core.layout import layout_of
+from jbn.core.checks import read_layout
+from jbn.core.sums import split_few_rows
 from tests.support import oracle
 
 # Matrices, images of few positions, few rows in all, small examples that are joined: a GPU sums these in two steps ...
@@ -30,11 +31,11 @@ no_gpu_compiler = pytest.mark.skipif(missing("gpu-h200") is not None, reason=str
 
 @pytest.mark.parametrize("shape", STEPPED + AT_ONCE, ids=str)
 def test_where_there_are_two_steps(shape):
-    parts = layout_of(np.zeros(shape, np.float32), -1)._parts(jnp.zeros(shape))
+    parts = split_few_rows(read_layout(np.zeros(shape, np.float32), -1), jnp.zeros(shape))
     assert (parts is not None) == (shape in STEPPED)
     if parts is not None:
-        assert parts.values == np.prod(shape[:-1])
-        assert 16 <= parts.examples <= parts.values / 8
+        assert parts.row_count == np.prod(shape[:-1])
+        assert 16 <= parts.examples <= parts.row_count / 8
 
 
 @pytest.fixture(params=["cpu", "cuda", "tpu"])
