@@ -33,6 +33,10 @@ class Folds:
     pairs: tuple[Pair, ...]
     kept: tuple[str, ...]
 
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """Unpack as ``pairs, kept``."""
+        return iter((self.pairs, self.kept))
+
 
 @dataclass(frozen=True)
 class Links:

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jbn
-from jbn.core.statistics import quotient
 from tests.support import oracle
 
 batches = st.builds(
