@@ -172,7 +172,7 @@ def check_rows(layout: Layout, shards: int) -> None:
     if layout.group_row_count * shards == 1:
         raise OneValue(
             f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
-            f"{shards} shard{'s' * (shards > 1)}{f', group_size {layout.group}' * bool(layout.group)}), so its "
+            f"{shards} shard{'s' * (shards > 1)}{'' if layout.group is None else f', group_size {layout.group}'}), so its "
             "variance is zero. Expected at least two: use a larger batch or group, axis_name= to share statistics, or "
             "train=False, without update=, for a single example (use_running_average=True in Flax)."
         )

@@ -143,10 +143,10 @@ class BatchNorm(nnx.BatchNorm):
         return y
 
 
-def _shown(theirs: Callable[..., None], mine: Callable[..., None]) -> inspect.Signature:
+def _join_signatures(theirs: Callable[..., None], mine: Callable[..., None]) -> inspect.Signature:
     """Return the signature of Flax's constructor with the new arguments after it."""
     flax, ours = inspect.signature(theirs), inspect.signature(mine).parameters
     return flax.replace(parameters=[*flax.parameters.values(), *(ours[name] for name in NEW)])
 
 
-BatchNorm.__init__.__signature__ = _shown(nnx.BatchNorm.__init__, BatchNorm.__init__)  # type: ignore[attr-defined]
+BatchNorm.__init__.__signature__ = _join_signatures(nnx.BatchNorm.__init__, BatchNorm.__init__)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jbn
+from jbn.core.sums import divide
 from tests.support import oracle
 
 batches = st.builds(
