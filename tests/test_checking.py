@@ -189,7 +189,7 @@ def test_a_check_that_raises_is_a_row(monkeypatch):
 
     monkeypatch.setattr(checking, "_CHECKS", {"torn": torn})
     report = check(devices=jax.devices()[:1])
-    assert [row[:3] for row in report.rows] == [("torn", "first", 0.0), ("torn", "", None)]
+    assert [(row.check, row.of, row.measured) for row in report.rows] == [("torn", "first", 0.0), ("torn", "", None)]
     assert report.rows[1].note == "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
     assert report.verdict == "FAILED: 1 of 2 checks: torn"
 

@@ -170,11 +170,12 @@ class OneValue(ValueError):
 def check_rows(layout: Layout, shards: int) -> None:
     """Refuse to train on one value per feature: its variance is zero and the output is the bias, whatever x is."""
     if layout.group_row_count * shards == 1:
+        group = "" if layout.group is None else f", group_size {layout.group}"
         raise OneValue(
             f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
-            f"{shards} shard{'s' * (shards > 1)}{'' if layout.group is None else f', group_size {layout.group}'}), so its "
-            "variance is zero. Expected at least two: use a larger batch or group, axis_name= to share statistics, or "
-            "train=False, without update=, for a single example (use_running_average=True in Flax)."
+            f"{'1 shard' if shards == 1 else f'{shards} shards'}{group}), so its variance is zero. "
+            "Expected at least two: use a larger batch or group, axis_name= to share statistics, or train=False, without "
+            "update=, for a single example (use_running_average=True in Flax)."
         )
 
 
