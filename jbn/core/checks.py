@@ -174,8 +174,8 @@ def check_rows(layout: Layout, shards: int) -> None:
         raise OneValue(
             f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
             f"{'1 shard' if shards == 1 else f'{shards} shards'}{group}), so its variance is zero. "
-            "Expected at least two: use a larger batch or group, axis_name= to share statistics, or train=False, without "
-            "update=, for a single example (use_running_average=True in Flax)."
+            "Expected at least two: use a larger batch or group, axis_name= to share statistics, or train=False, "
+            "without update=, for a single example (use_running_average=True in Flax)."
         )
 
 
