@@ -13,7 +13,7 @@ from jax import Array, lax
 from jbn.core.axes import vary_as
 from jbn.core.layout import Layout
 from jbn.core.statistics import Moments
-from jbn.core.sums import join_transposes, read_apart, repeat_rows
+from jbn.core.sums import read_apart, repeat_rows
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,11 @@ def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, 
         u = u if d.scale is None else u + r * d.scale.astype(dtype)
         w = -a * dm.offset
         w = w if d.bias is None else w + d.bias.astype(dtype)
-        u, w = join_transposes(u, w, operands.x)
         z, _ = _affine(recipe, m, operands)
         # Of the three readers of x the first two are the sums of ``statistics``; Σ g c, the transpose of c u, is here.
         own, pilot, offset = read_apart(3, operands.x, m.pilot, m.offset)[-1]
         _, centred = _affine(recipe, replace(m, pilot=pilot, offset=offset), operands._replace(x=own))
-        u, w = (repeat_rows(layout, vector, operands.x) for vector in (u, w))
+        u, w = (repeat_rows(layout, vary_as(vector, operands.x), operands.x) for vector in (u, w))
         dz = layout.spread(a) * d.x.astype(dtype) + centred * u + w
         if d.residual is not None:
             # Added in the dtype of the arrays, so that its transpose is one array for x and the residual: written once,

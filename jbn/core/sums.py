@@ -1,7 +1,8 @@
 """What compilers do badly with the sums and the differences of normalization, and what is done instead.
 
-Each function here stands for one of them. Its docstring tells the versions that were seen to need it, the symptom
-without it, and the test that shows the symptom still: once that test fails, the function can go.
+Each function here stands for one of them. Its docstring tells the version that was seen to need it, the symptom
+without it, and the test in ``tests/core/test_sums.py``, or elsewhere, that shows the symptom: the day it fails, the
+function can go for that version.
 """
 
 import math
@@ -34,9 +35,9 @@ def sum_rows(layout: Layout, values: Array) -> Array:
 
     - CPUs before jax 0.10 add one row after another, so that the error grows with the number of rows
       (``test_accuracy`` on the oldest jax).
-    - XLA:GPU, at least up to jax 0.12, sums up to 4096 rows by one block of threads for 32 features. Instead of letting
-      these few threads compute x - k and g·(x - μ), it writes both to memory, in float32, before the sum: 22 passes
-      over x instead of 10 (``test_sums``).
+    - XLA:GPU, in jax 0.10.2, sums up to 4096 rows by one block of threads for 32 features. Instead of letting these few
+      threads compute x - k and g·(x - μ), it writes both to memory, in float32, before the sum: 22 passes over x
+      instead of 10, forward and backward (``test_gpus_still_write_what_few_threads_sum``).
     """
     if layout.group is not None:
         first, *rest = layout.row_axes
@@ -139,9 +140,10 @@ def divide(part: Array | float, count: ArrayLike) -> Array:
 def read_apart(times: int, *arrays: Array) -> list[tuple[Array, ...]]:
     """Return ``times`` copies of some arrays, each to be read by one reduction alone.
 
-    XLA:CPU, seen in jax 0.10 to 0.12, lets a reduction compute what precedes it, such as x - k and the conversion of x
-    to float32, only if nothing else uses the result, and otherwise writes that result to memory: 6 passes over x
-    instead of 4 for the statistics (``test_sums``). Behind an optimization barrier of its own each copy has one user.
+    XLA:CPU, in jax 0.10.2, lets a reduction compute what precedes it, such as x - k and the conversion of x to float32,
+    only if nothing else uses the result, and otherwise writes that result to memory: 17 passes over x instead of 13,
+    forward and backward (``test_cpus_still_write_what_two_sums_read``). Behind an optimization barrier of its own each
+    copy has one user.
     """
 
     def behind_barriers(*read: Array) -> list[tuple[Array, ...]]:
@@ -157,9 +159,10 @@ def read_apart(times: int, *arrays: Array) -> list[tuple[Array, ...]]:
 def round_quotient(quotient: Array) -> Array:
     """Let a product be rounded before anything is added to it.
 
-    XLA, on CPUs at least up to jax 0.12, may compute the pilot anew at each of its uses and contract k + Σ·(1/n) into
-    one operation with one rounding. Then x - k at one use and k at another stand for different numbers, and the second
-    sweep loses the digits that it is made for (``test_sums``). A clamp that changes no number parts the two operations.
+    XLA:CPU, in jax 0.10.2, may compute the pilot anew at each of its uses and contract k + Σ·(1/n) into one operation
+    with one rounding. Then k in x - k and k in the moments are different numbers, and dx is off by 1e-4 of its size at
+    a mean of 10⁵ (``test_cpus_still_contract_the_quotient_and_the_pilot``). A clamp that changes no number parts the
+    two operations.
     """
     largest = jnp.finfo(quotient.dtype).max
     return lax.clamp(-largest, quotient, largest)
@@ -168,8 +171,8 @@ def round_quotient(quotient: Array) -> Array:
 def keep_rounding(tree: Tree) -> Tree:
     """Let sums such as the mean k + d be rounded.
 
-    XLA's simplifier, at least up to jax 0.12, takes k out of (k + d) - k again, and with it the rounding of k + d that
-    was counted on when groups are merged around a pilot (``test_groups``).
+    XLA's simplifier, in jax 0.10.2, takes k out of (k + d) - k again, and with it the rounding of k + d that is counted
+    on where groups are merged around a pilot (``test_sums_of_a_pilot_and_an_offset_are_still_taken_apart``).
     """
     return lax.optimization_barrier(tree)
 
@@ -179,9 +182,10 @@ def sweep_again_if(
 ) -> tuple[Array, Array]:
     """Return ``sweep(pilot)`` where ``far`` is true, and otherwise what was ``found`` before.
 
-    A ``lax.cond`` with two peculiarities. The pilot goes through a barrier, because otherwise XLA finds both branches
-    cheap and always runs them (``test_guard`` counts conditionals). And the branches return arrays of two ranks,
-    because libtpu 0.0.52 crashes on a conditional whose branches return two sums of one shape.
+    A ``lax.cond`` with two peculiarities. The pilot goes through a barrier, because otherwise XLA:GPU, in jax 0.10.2,
+    finds both branches cheap and always runs them, in one more pass over x (``test_gpus_still_run_both_branches``). And
+    the branches return arrays of two ranks, because libtpu 0.0.52 crashes on a conditional whose branches return two
+    sums of one shape (``test_the_tpu_compiler_still_crashes_on_two_sums_of_one_shape``).
     """
 
     def again() -> tuple[Array, Array]:
@@ -190,14 +194,3 @@ def sweep_again_if(
 
     first, second = lax.cond(far, again, lambda: (found[0], found[1][None]))
     return first, second[0]
-
-
-def join_transposes(u: Array, w: Array, x: Array) -> tuple[Array, Array]:
-    """Return u and w, so that the sums over x in their transposes cost one collective and less memory.
-
-    They are stacked and split again. Split, because the transpose of ``lax.split`` is one concatenation, where that of
-    two indexed rows is two padded arrays and their sum. Without it the derivative takes two collectives, and
-    rematerialized GPU programs hold more at once (``test_sharding``, ``test_memory``).
-    """
-    u, w = (half[0] for half in lax.split(vary_as(jnp.stack([u, w]), x), (1, 1)))
-    return u, w
