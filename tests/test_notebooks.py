@@ -7,7 +7,7 @@ import tomllib
 import nbformat
 import pytest
 
-from notebooks.execute import NOTEBOOKS, executed
+from notebooks.execute import FOLDER, NOTEBOOKS, executed
 
 # The machinery of the kernel, not what runs in it: what that warns of would be an output of the notebook.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -70,12 +70,14 @@ def test_titles_and_sections_are_numbered_without_gaps(path):
 
 @each
 def test_a_fresh_run_prints_and_draws_what_is_saved(path, tmp_path):
-    shutil.copy(path, tmp_path)
+    for file in (path, *FOLDER.glob("*.safetensors")):
+        shutil.copy(file, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     # Three devices, where the saved run had another number: no cell may depend on it.
     fresh = executed(tmp_path / path.name, tmp_path, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="3")
     for saved, new in zip(codes(read(path)), codes(fresh), strict=True):
         assert [shape(output) for output in saved.outputs] == [shape(output) for output in new.outputs], saved.source
-    assert {file.name for file in tmp_path.iterdir()} == {path.name}
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 @each
