@@ -1,10 +1,19 @@
 """Settings for every test and doctest: eight simulated devices, no silent broadcasting, a fixed hypothesis profile."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_X64"] = "0"  # whatever the shell says: literals are float32, but for tests that ask for float64
+# The processes of a run, and those that tests start, share what they compile. The first of them names the folder, so
+# that it is a new one for each run; with the variable set, compiled programs stay for the next run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jbn-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 import hypothesis
 import jax

@@ -53,7 +53,7 @@ def keep_statistics(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
         ValueError: for a pattern that matches nothing, and for trees of different paths.
         TypeError: for patterns that are not strings.
 
-    >>> import jbn
+    >>> import jax, jbn
     >>> old = {"backbone": {"bn": jbn.bn_init(2)[1]}, "head": {"bn": jbn.bn_init(2)[1]}}
     >>> new = jax.tree.map(lambda value: value + 1, old)
     >>> kept = jbn.keep_statistics(old, new, "backbone")

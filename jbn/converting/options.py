@@ -64,7 +64,7 @@ def convert_options(options: Mapping[str, Any], source: str, target: str) -> dic
     Raises:
         ValueError: for options that are not above or lacking, values out of range, and what the target cannot express.
 
-    >>> import jbn
+    >>> import jbn, jbn.linen
     >>> jbn.convert_options({"momentum": 0.99}, "keras", "torch")
     {'eps': 0.001, 'momentum': 0.01, 'affine': True}
     >>> layer = jbn.linen.BatchNorm(**jbn.convert_options({"eps": 1e-3}, "torch", "linen"))

@@ -33,7 +33,8 @@ class Moments:
         offset: mean - pilot, (features,).
         var: the variance, divided by count, (features,), ≥ 0.
 
-    >>> Moments.empty(3).mean.shape
+    >>> import jbn
+    >>> jbn.Moments.empty(3).mean.shape
     (3,)
     """
 
