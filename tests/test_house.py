@@ -12,6 +12,7 @@ import pytest
 import jbn
 from benchmarks import flax_differences
 
+pytestmark = pytest.mark.core
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

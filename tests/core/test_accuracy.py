@@ -8,6 +8,8 @@ import pytest
 import jbn
 from tests.support import oracle
 
+pytestmark = pytest.mark.core
+
 SHAPES = [(32, 56, 56, 64), (4096, 12), (16, 7, 9, 5, 3)]
 # Round ones, random ones, and those around the threshold of the second sweep.
 MEANS = [0.0, 1.0, 1.3, 1.5, 2.0, 3.0, 10.0, 33.71, 100.0, 1e3, 1234.567, 1e4, 12345.678, 1e5, 98765.43]

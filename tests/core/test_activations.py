@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 import jbn
 from jbn.core.activation import _is_plain
 
+pytestmark = pytest.mark.core
+
 X = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
 PLAIN = jbn.batch_norm(X)[0]
 

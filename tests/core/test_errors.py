@@ -11,6 +11,8 @@ import pytest
 import jbn
 from jbn.linen import BatchNorm
 
+pytestmark = pytest.mark.core
+
 X = np.zeros((8, 4), np.float32)
 PARAMS, STATE = jbn.bn_init(4)
 

@@ -10,6 +10,8 @@ from jbn.core.axes import Sync
 from jbn.core.checks import read_layout
 from jbn.core.statistics import SharedRows, choose_pilot, statistics
 
+pytestmark = pytest.mark.core
+
 
 def fires(x, mean, mask=None, epsilon=1e-5):
     """The guard moves the pilot, and nothing else does."""

@@ -11,6 +11,8 @@ from jbn.core.sums import count_rows
 from tests.support import oracle
 from tests.support.cases import CASES, DOORS, data
 
+pytestmark = pytest.mark.core
+
 MASKED = [case for case in CASES if case.mask is not None and case.dtype != "float64"]
 doors = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 

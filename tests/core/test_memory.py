@@ -7,6 +7,8 @@ import pytest
 import jbn
 import jbn.linen
 
+pytestmark = pytest.mark.core
+
 X = jax.ShapeDtypeStruct((32, 16, 16, 64), jnp.bfloat16)
 MASK = jax.ShapeDtypeStruct((32, 16, 16, 1), jnp.bool_)
 

@@ -11,6 +11,8 @@ import jbn
 from jbn.core.sums import divide
 from tests.support import oracle
 
+pytestmark = pytest.mark.core
+
 batches = st.builds(
     lambda rows, mean, spread, seed: (np.random.default_rng(seed).standard_normal((rows, 3)) * spread + mean).astype(
         np.float32

@@ -9,6 +9,8 @@ from flax.core import FrozenDict
 import jbn
 from tests.support import oracle
 
+pytestmark = pytest.mark.core
+
 X = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32) * [1, 2, 3] + np.float32([4, 5, 6])
 X = X.astype(np.float32)
 

@@ -12,6 +12,8 @@ import jbn
 import jbn.linen
 from jbn.core import statistics
 
+pytestmark = pytest.mark.core
+
 PARAMS, STATE = jbn.bn_init(4)
 MOMENTA = (i / 1000 for i in itertools.count())
 

@@ -11,6 +11,8 @@ from tests.support import oracle
 from tests.support.cases import CASES, by_function, data
 from tests.support.shards import Setting, mesh
 
+pytestmark = pytest.mark.core
+
 X = (np.random.default_rng(0).standard_normal((40, 3)) * [1, 2, 3] + [4, 5, 6]).astype(np.float32)
 STATE = jbn.State(jnp.full(3, 2.0), jnp.full(3, 0.5))
 BOTH = [(train, update) for train in (True, False) for update in (True, False)]

@@ -7,6 +7,8 @@ import pytest
 from tests.support import oracle
 from tests.support.cases import CASES, DOORS, Case, by_function, data
 
+pytestmark = pytest.mark.core
+
 over = pytest.mark.parametrize("case", CASES, ids=str)
 
 
