@@ -1,46 +1,23 @@
-"""What the demo says on the terminal: progress while it trains, a table and a sentence when it is done."""
+"""What a run says on the terminal: progress while it trains, a table and a sentence of the demo when it is done."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from jbn.lab.training import EVALUATION_INTERVAL
 
-
-def progress_bars(console: Console) -> Progress:
-    """Return bars that show steps, loss, validation accuracy and the time left, one per network."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[accuracy]}"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-def add_bar(progress: Progress, title: str, steps: int) -> TaskID:
-    """Add the bar of a network that has not started yet."""
-    return progress.add_task(title, total=steps, loss="waiting", accuracy="")
-
-
-def show_step(progress: Progress, task: TaskID, done: int, history: dict[str, np.ndarray]) -> None:
-    """Show on a bar where a network stands after `done` steps, and say once that its loss is not finite."""
-    losses = history["training_loss"]
-    evaluation = -1 if done == len(losses) else done // EVALUATION_INTERVAL
-    accuracy = f"val. {history['validation_accuracy'][evaluation]:.1%}"
-    bar = progress.tasks[progress.task_ids.index(task)]
-    if done and not np.isfinite(losses[done - 1]) and np.isfinite(losses[: done - 1]).all():
-        progress.console.print(f"{bar.description}: the loss is not finite at step {done}; going on with the record.")
-    first = not bar.fields["accuracy"]
-    loss = "compiling" if first and done < len(losses) else f"loss {losses[done - 1]:.3g}"
-    # The time left counts from the first report.
-    (progress.reset if first else progress.update)(task, completed=done, loss=loss, accuracy=accuracy)
+@contextlib.contextmanager
+def bar(console: Console, title: str, steps: int) -> Iterator[Callable[..., None]]:
+    """Show steps, loss, accuracy and the time left; yields what shows a step, with `loss` or `accuracy` in words."""
+    columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    more = (TextColumn("{task.fields[accuracy]}"), TimeRemainingColumn(compact=True))
+    off = not console.is_terminal
+    with Progress(TextColumn("{task.description}"), *columns, *more, console=console, disable=off) as progress:
+        task = progress.add_task(title, total=steps, loss="compiling", accuracy="")
+        yield lambda step, **words: progress.update(task, completed=step, **words)
 
 
 def table_of(networks: list[dict[str, Any]], devices: str) -> Table:
