@@ -21,10 +21,10 @@ SAVE_EVERY = 50  # A checkpoint takes about 50 ms, and a step from 1 ms (dense) 
 
 
 def run(options: DemoOptions, place: DemoPlace, console: Console) -> None:
-    """Train what `options` ask for, or go on with the run in `place.out`; write results.json and figure.png there.
+    """Train what ``options`` ask for, or go on with the run in ``place.out``; write results.json and figure.png there.
 
     Raises:
-        OptionError: an option, or what is in `place.out`, does not fit.
+        OptionError: an option, or what is in ``place.out``, does not fit.
         Stopped, FileError: as ``train`` does.
     """
     mesh = mesh_of(place.devices)
@@ -81,6 +81,11 @@ def _train(plan: TrainOptions, place: DemoPlace, console: Console) -> dict[str, 
             train(plan, of_network, console)
     except Stopped as stop:
         raise Stopped(f"{plan.title}: {stop}", stop.status) from None
+    except OptionError as error:
+        if error.option != "--resume":
+            raise
+        fix = f"remove '{out}' to train this network anew"
+        raise OptionError("--resume", f"{str(error).rpartition('; ')[0]}; {fix}") from None
     found = json.loads((out / directory.RESULTS).read_text(encoding="utf-8"))
     entry = {"model": plan.model, "batch_norm": plan.batch_norm, "learning_rate": plan.learning_rate}
     entry |= {name: found[name] for name in ("parameters", "test_accuracy", "test_loss", "median_step_ms")}

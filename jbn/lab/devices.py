@@ -12,9 +12,9 @@ AXIS = "data"
 
 
 def mesh_of(count: int | None) -> Mesh:
-    """Return the first `count` devices of each process as a mesh, all of them for None.
+    """Return the first ``count`` devices of each process as a mesh, all of them for None.
 
-    Where there are CPUs alone, `count` of them are simulated.
+    Where there are CPUs alone, ``count`` of them are simulated.
     """
     if count is not None and count > 1:
         # A process that used JAX before keeps the devices it has. Beside accelerators it is without effect.
@@ -32,7 +32,7 @@ def mesh_of(count: int | None) -> Mesh:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Return the arrays of `tree` with a whole copy on each device."""
+    """Return the arrays of ``tree`` with a whole copy on each device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 

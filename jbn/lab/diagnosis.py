@@ -44,7 +44,7 @@ def run(options: DiagnoseOptions, console: Console) -> Diagnosis:
     """Print the diagnosis of a checkpoint, draw it where a figure is asked for, and return it.
 
     Raises:
-        OptionError: the figure cannot be written, or as `diagnose_run` says.
+        OptionError: the figure cannot be written, or as ``diagnose_run`` says.
     """
     figure = options.figure
     if figure is not None and (figure.suffix != ".png" or not figure.parent.is_dir()):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+# What Orbax and the file system say, each in its own words, when a file cannot be written.
 REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EDQUOT)]
 
 
@@ -39,7 +40,6 @@ def file_errors(path: Path) -> Iterator[None]:
     except FileError:
         raise
     except Exception as error:
-        # Orbax passes on what the system says in the middle of a page of its own.
         said = " ".join(str(error).split())
         reason = next((reason for reason in REASONS if reason in said), said[:300])
         raise FileError(f"cannot write '{path}' ({reason})") from error

@@ -19,7 +19,7 @@ SMOOTHING = 15
 def draw_demo(networks: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draw a row per model (loss, accuracy, pre-activations without and with batch norm) and save it as PNG.
 
-    `networks` are the entries of `networks` in results.json, the one without batch norm first.
+    ``networks`` are the entries of ``networks`` in results.json, the one without batch norm first.
     """
     pairs = list(zip(networks[::2], networks[1::2], strict=True))
     figure = Figure(figsize=(17, 0.6 + 3.5 * len(pairs)), layout="constrained")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 # One step of gradient descent moves a logit by about learning_rate * |features|^2, and 64x64 positions
-# instead of 8x8 give 64 times as many features: at 0.1 the first steps of `conv64` are far too long.
+# instead of 8x8 give 64 times as many features: at 0.1 the first steps of ``conv64`` are far too long.
 DEMO_RATES = {"dense": 0.1, "conv": 0.1, "conv64": 0.1 / 64}
 RATES = {"sgd": 0.05, "adamw": 1e-3}
 
@@ -32,7 +32,7 @@ def kind(read: Callable[[str], Any], fits: Callable[[Any], bool], expected: str,
 
 
 def whole(low: int, high: int, metavar: str = "N") -> dict[str, Any]:
-    """Return the kind of the whole numbers from `low` to `high`."""
+    """Return the kind of the whole numbers from ``low`` to ``high``."""
     return kind(int, lambda number: low <= number <= high, f"a whole number from {low} to {high}", metavar)
 
 
@@ -71,7 +71,7 @@ class Place:
     """How a run is carried out: its result is the same for any of it; the help of a field says what it is.
 
     Attributes:
-        typed: the names of all options that the command was given, those of `Options` too.
+        typed: the names of all options that the command was given, those of ``Options`` too.
     """
 
     typed: frozenset[str] = field(default=frozenset(), kw_only=True)
@@ -130,7 +130,7 @@ class TrainOptions(Options):
         fingerprint: of the training data. This and what follows is no option: the data and the demo decide it.
         batch_norm: whether ``dense`` and ``conv`` have it.
         momentum: of ``sgd``.
-        steps: after which the run ends; None where `epochs` tell.
+        steps: after which the run ends; None where ``epochs`` tell.
         record: whether it is one for a figure: looked at every few steps, and not ended by a loss that is not finite.
     """
 
@@ -245,7 +245,7 @@ def flag(name: str) -> str:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Let a function of such records be a command of Typer: their fields are its options, in this order."""
+    """Let a function of records be a command of Typer whose options are their fields, in this order."""
     records = list(get_type_hints(function).values())[:-1]  # the last one is that of the result
 
     @functools.wraps(function)
@@ -253,9 +253,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         typed = {name for name in values if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
         made = []
         for record in records:
-            of_it = {field.name: values[field.name] for field in options_of(record)}
-            of_it |= {field.name: tuple(of_it[field.name] or ()) for field in fields(record) if _repeats(field)}
-            made.append(record(**of_it, **({"typed": frozenset(typed)} if issubclass(record, Place) else {})))
+            own = {field.name: values[field.name] for field in options_of(record)}
+            own |= {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
+            made.append(record(**own, typed=frozenset(typed)) if issubclass(record, Place) else record(**own))
         function(*made)
 
     parameters = [_parameter(record, field) for record in records for field in options_of(record)]
@@ -266,18 +266,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(record: type[Any], field: Field[Any]) -> inspect.Parameter:
     """Return what Typer reads of a field."""
-    type_, asked = get_type_hints(record)[field.name], field.metadata["typer"]
+    type_, shown = get_type_hints(record)[field.name], field.metadata["typer"]
     default: Any = field.default
-    if _repeats(field):  # Typer takes it as a list
-        type_, default = list[str], [*default] or None
+    if isinstance(default, tuple):  # Typer takes what may be repeated as a list
+        type_, default = list[str], list(default)
+        shown = shown | {"show_default": bool(default)}
     if default is MISSING:
-        default, info = inspect.Parameter.empty, typer.Argument(**asked)
+        default, info = inspect.Parameter.empty, typer.Argument(**shown)
     else:
-        info = typer.Option(flag(field.name), **asked)
+        info = typer.Option(flag(field.name), **shown)
     annotation = Annotated[type_, info]  # type: ignore[valid-type]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _repeats(field: Field[Any]) -> bool:
-    """Return whether an option may be repeated."""
-    return isinstance(field.default, tuple)

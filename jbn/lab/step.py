@@ -74,7 +74,7 @@ class State(NamedTuple):
     params: Any
     batch_stats: Any
     opt_state: Any
-    average: Any  # of `variables` over the steps, or None
+    average: Any  # of ``variables`` over the steps, or None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Measures(NamedTuple):
 
 @partial(jax.jit, static_argnames=("recipe", "shape"))
 def initial(recipe: Recipe, shape: tuple[int, int, int]) -> State:
-    """Return the state before the first step, for images of `shape`."""
+    """Return the state before the first step, for images of ``shape``."""
     # Two images: of a single one, an 8x8 image at a quarter of its size has few values per channel.
     variables = recipe.network.init(jax.random.key(recipe.options.seed), jnp.zeros((2, *shape)), train=False)
     params, stats = variables["params"], variables.get("batch_stats", {})
@@ -104,7 +104,7 @@ def initial(recipe: Recipe, shape: tuple[int, int, int]) -> State:
 
 @partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 def update(recipe: Recipe, state: State, batch: Batch) -> tuple[State, Measures]:
-    """Return the state after a step on `batch`, and what it measured. The state passed in is gone afterwards.
+    """Return the state after a step on ``batch``, and what it measured. The state passed in is gone afterwards.
 
     Where the loss or the gradient is not finite and that ends the run, the state stays as it was: what led there can
     still be looked at.
@@ -117,7 +117,7 @@ def update(recipe: Recipe, state: State, batch: Batch) -> tuple[State, Measures]
     params, stats = optax.apply_updates(state.params, updates), new.get("batch_stats", {})
     average = state.average
     if options.ema:
-        # The first average is of random weights: it is forgotten faster than `ema` says.
+        # The first average is of random weights: it is forgotten faster than ``ema`` says.
         decay = jnp.minimum(options.ema, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update({"params": params, "batch_stats": stats}, average, 1 - decay)
     moved = State(state.step + 1, params, stats, opt_state, average)
@@ -147,7 +147,7 @@ def evaluate(network: nn.Module, variables: Any, batch: Batch) -> tuple[Array, A
 
 @partial(jax.jit, static_argnames="network")
 def preactivations(network: nn.Module, variables: Any, images: Array) -> Array:
-    """Return the `PERCENTILES` (5,) of what enters the last ReLU for images (n, h, w, c), over all units.
+    """Return the ``PERCENTILES`` (5,) of what enters the last ReLU for images (n, h, w, c), over all units.
 
     Batch norm uses the statistics of these images, as in training; the running statistics are left alone.
     """
@@ -165,7 +165,7 @@ def judge(logits: Array, labels: Array) -> tuple[Array, Array]:
 
 
 def augment(options: TrainOptions, step: Array, images: Array) -> Array:
-    """Shift each image by up to an eighth of its size and flip every other one, as far as `options` ask for it.
+    """Shift each image by up to an eighth of its size and flip every other one, as far as ``options`` ask for it.
 
     What happens to a row depends on the seed, the step and its place in the batch, not on the device it is on.
     """

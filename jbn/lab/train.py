@@ -55,7 +55,7 @@ def run(options: TrainOptions, place: TrainPlace, console: Console) -> None:
 
 
 def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[str, Any]:
-    """Train as `options` say, or go on with the run in `place.out`; write checkpoints, metrics and results there.
+    """Train as ``options`` say, or go on with the run in ``place.out``; write checkpoints, metrics and results there.
 
     Returns what was found.
 
@@ -72,14 +72,14 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
     processes.same(options)
     if place.resume and began != options.fingerprint:
         raise OptionError("--data", f"is not what it was when the run in '{place.out}' began; expected the same files")
-    network = Network(options, parts, mesh)
+    job = Job(options, parts, mesh)
     if not place.resume:  # last, so that what is refused leaves no folder behind
         processes.together(lambda: directory.start(place.out, options) if first else None)
         processes.together(lambda: directory.find(place.out))
-    state, seconds = _fit(network, place, console)
-    found = network.look(state)
+    state, seconds = _fit(job, place, console)
+    found = job.look(state)
     if options.record and parts.test is not None:
-        found |= network.evaluate("test", parts.test, state.variables)
+        found |= job.evaluate("test", parts.test, state.variables)
     content = {
         "processes": jax.process_count(),
         "images": {"training": len(parts.training), "validation": len(parts.validation or ())},
@@ -93,7 +93,7 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
     return content
 
 
-class Network:
+class Job:
     """A network to train, its data on the devices, and what is looked at meanwhile.
 
     Attributes:
@@ -156,12 +156,12 @@ class Network:
             yield state, measured, used, time.perf_counter() - began
 
 
-def _fit(network: Network, place: TrainPlace, console: Console) -> tuple[State, list[float]]:
+def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, list[float]]:
     """Make the steps that are left; return the last state and the seconds of each step but the first two."""
     here, first = f"process {jax.process_index()}", jax.process_index() == 0
-    record, steps, seconds = network.options.record, network.recipe.steps, list[float]()
+    record, steps, seconds = job.options.record, job.recipe.steps, list[float]()
     with Checkpoints(place.out / directory.CHECKPOINTS, place.keep) as checkpoints, processes.note_signals() as sent:
-        state = begun = processes.together(lambda: network.begin(checkpoints, place.at))
+        state = begun = processes.together(lambda: job.begin(checkpoints, place.at))
         step = int(begun.step)
         if step:
             console.print(f"Going on with '{place.out}' after step {step} of {steps}", soft_wrap=True)
@@ -173,25 +173,25 @@ def _fit(network: Network, place: TrainPlace, console: Console) -> tuple[State, 
             return f"{here} lost another process after step {step}; {saved[0]}. {directory.go_on()}"
 
         processes.at_loss(words_of_loss)
-        with Metrics(place.out if first else None, step) as metrics, bar(console, network.options.title, steps) as show:
+        with Metrics(place.out if first else None, step) as metrics, bar(console, job.options.title, steps) as show:
             show(step)
-            if step == 0 and 0 in network.looks:
-                metrics.write(0, **network.look(begun))
-            for state, measured, batch, took in network.steps(begun, sent):
+            if step == 0 and 0 in job.looks:
+                metrics.write(0, **job.look(begun))
+            for state, measured, batch, took in job.steps(begun, sent):
                 if not (record or np.isfinite([measured.loss, measured.gradient_norm]).all()):
                     checkpoints.finish()
-                    raise Stopped(_not_finite(network, state, batch, measured, checkpoints.steps()), 1)
+                    raise Stopped(_not_finite(job, state, batch, measured, checkpoints.steps()), 1)
                 checkpoints.check()
                 step += 1
                 seconds.append(took)
                 metrics.write(step, **{name: value for name, value in measured._asdict().items() if name != "signal"})
                 show(step, loss=f"loss {measured.loss:.3g}")
-                if step in network.looks:
-                    found = network.look(state)
+                if step in job.looks:
+                    found = job.look(state)
                     metrics.write(step, **found)
                     show(step, accuracy=", ".join(_accuracies(found)))
                     if not record:
-                        epoch = f"epoch {step // network.batches.per_epoch}, step {step}: loss {measured.loss:.3g}"
+                        epoch = f"epoch {step // job.batches.per_epoch}, step {step}: loss {measured.loss:.3g}"
                         console.print(", ".join([epoch, *_accuracies(found)]), soft_wrap=True)
                 if step % place.save_every == 0 or step == steps or measured.signal:
                     checkpoints.save(state)
@@ -209,12 +209,12 @@ def _accuracies(found: dict[str, Any]) -> list[str]:
     return [f"{name} {found[f'{name}_accuracy']:.1%}" for name in ("validation", "average") if f"{name}_loss" in found]
 
 
-def _not_finite(network: Network, state: State, batch: Batch, measured: Measures, saved: list[int]) -> str:
-    """Return the message of a loss or gradient that is not finite; `state` is that before the step."""
-    step, source = int(state.step), network.parts.training
+def _not_finite(job: Job, state: State, batch: Batch, measured: Measures, saved: list[int]) -> str:
+    """Return the message of a loss or gradient that is not finite; ``state`` is that before the step."""
+    step, source = int(state.step), job.parts.training
     what = f"gradient norm {measured.gradient_norm:g}" if np.isfinite(measured.loss) else f"loss {measured.loss:g}"
-    why, advice = blame(network.recipe, state, batch), "Try a smaller --learning-rate or a longer --warmup-epochs"
-    for row in network.batches.rows(step, network.options.seed):
+    why, advice = blame(job.recipe, state, batch), "Try a smaller --learning-rate or a longer --warmup-epochs"
+    for row in job.batches.rows(step, job.options.seed):
         if not np.isfinite(source.rows(np.array([row])).images).all():
             why, advice = f"{source.where(int(row))} has values that are not finite", "Mend the data"
             break

@@ -226,6 +226,20 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert not (tmp_path / "run" / "dense-without-batch-norm" / "checkpoints").exists()
 
 
+def test_a_damaged_network_is_named_and_can_be_trained_anew(finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    (out / NAMES[1] / "results.json").unlink()
+    shutil.rmtree(out / NAMES[1] / "checkpoints" / str(STEPS) / "state")
+    result = demo("--out", out, "--resume")
+    assert result.exit_code == 2
+    line = result.output.rstrip().splitlines()[-1]
+    assert f"'--resume': the checkpoint '{out / NAMES[1] / 'checkpoints' / str(STEPS)}' cannot be used (" in line
+    assert line.endswith(f"; remove '{out / NAMES[1]}' to train this network anew")
+    shutil.rmtree(out / NAMES[1])
+    assert demo("--out", out, "--resume").exit_code == 0
+    assert (out / NAMES[1] / "metrics.jsonl").read_bytes() == (finished[0] / NAMES[1] / "metrics.jsonl").read_bytes()
+
+
 def test_a_run_of_an_earlier_demo_is_refused_in_words(finished, tmp_path):
     (tmp_path / "checkpoints" / NAMES[0] / "50").mkdir(parents=True)
     shutil.copy(finished[0] / "options.json", tmp_path)

@@ -52,7 +52,7 @@ def arrays(out):
     """Return the last checkpoint of a run, by name, as its own options describe it."""
     options, mesh = recorded(out, TrainOptions), mesh_of(1)
     parts = parts_of(options)
-    recipe = trainer.Network(options, parts, mesh).recipe
+    recipe = trainer.Job(options, parts, mesh).recipe
     with Checkpoints(out / "checkpoints", 0) as checkpoints:
         return by_name(checkpoints.restore(shapes(recipe, parts.training.image_shape), mesh))
 

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """A data set cut into batches of `size` rows, whatever the number of devices.
+    """A data set cut into batches of ``size`` rows, whatever the number of devices.
 
     Every epoch shows each row once, in an order of its own; its last batch may hold fewer. Batches are padded to equal
     shares for the devices, and the padding is marked.
@@ -38,7 +38,7 @@ class Batches:
         self._order = lru_cache(2)(lambda seed, epoch: np.random.default_rng((seed, epoch)).permutation(len(source)))
 
     def rows(self, step: int, seed: int) -> np.ndarray:
-        """Return the rows of a step; they depend on it and `seed` alone, so that a resumed run needs no memory."""
+        """Return the rows of a step; they depend on it and ``seed`` alone, so that a resumed run needs no memory."""
         epoch, index = divmod(step, self.per_epoch)
         return self._order(seed, epoch)[index * self.size : (index + 1) * self.size]
 
@@ -47,7 +47,7 @@ class Batches:
         return np.arange(len(self.source))[index * self.size : (index + 1) * self.size]
 
     def read(self, rows: np.ndarray, signal: int = 0) -> Batch:
-        """Return rows as a batch over all devices: each process reads those of its devices, and says its `signal`."""
+        """Return rows as a batch over all devices: each process reads those of its devices, and says its ``signal``."""
         padding = -(-self.size // self._devices) * self._devices - len(rows)
         shares = np.pad(rows, (0, padding), constant_values=-1).reshape(self._devices, -1)
         own = shares[self._here].ravel()

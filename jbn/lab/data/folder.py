@@ -32,7 +32,7 @@ class Folder(Source):
         self._starts = np.cumsum([0] + [part.images.shape[0] for part in parts[:-1]])
 
     def rows(self, rows: np.ndarray) -> Images:
-        """Return the images and labels of `rows`, integers (k,) in [0, n), in this order; repeats are allowed.
+        """Return the images and labels of ``rows``, integers (k,) in [0, n), in this order; repeats are allowed.
 
         Images are float32 (k, height, width, channels). What is larger than float32 becomes infinite.
 

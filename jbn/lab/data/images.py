@@ -77,7 +77,7 @@ class Digits(NamedTuple):
 
 
 def digits(seed: int) -> Digits:
-    """Return scikit-learn's 1797 digits of 8x8x1, split by `seed` with equal shares of each class."""
+    """Return scikit-learn's 1797 digits of 8x8x1, split by ``seed`` with equal shares of each class."""
     bunch = load_digits()
     images, labels = (bunch.images[..., np.newaxis] / 16).astype(np.float32), bunch.target.astype(np.int32)
     parts = []

@@ -18,7 +18,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(options: TrainOptions) -> Parts:
-    """Return the data of a run; `OptionError` where there are none, or where they do not fit each other."""
+    """Return the data of a run; ``OptionError`` where there are none, or where they do not fit each other."""
     if options.data is None:
         if options.validation is not None:
             raise OptionError(

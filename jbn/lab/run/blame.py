@@ -14,7 +14,7 @@ from jbn.linen import BatchNorm
 
 
 def blame(recipe: Recipe, state: State, batch: Batch) -> str:
-    """Return in words what is not finite first when `batch` goes through the network forward, and then backward."""
+    """Return in words what is not finite first when ``batch`` goes through the network forward, and then backward."""
     layers: list[str] = []
 
     def watched(params: Any) -> tuple[Array, list[Array]]:

@@ -25,9 +25,9 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
-    """The last `keep` checkpoints of a run in a folder, named by their steps, written while training goes on.
+    """The last ``keep`` checkpoints of a run in a folder, named by their steps, written while training goes on.
 
-    With `keep` 0 they are only read, whoever writes meanwhile.
+    With ``keep`` 0 they are only read, whoever writes meanwhile.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -48,7 +48,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
 
     def save(self, state: State) -> None:
-        """Begin to write a state; `FileError` where this cannot begin, or where the write before it has failed."""
+        """Begin to write a state; ``FileError`` where this cannot begin, or where the write before it has failed."""
         step = int(state.step)
         with file_errors(self.folder / str(step)):
             self.finish()
@@ -57,12 +57,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 self._checkpointer.save(self.folder / str(step), args=ocp.args.Composite(**parts))
 
     def check(self) -> None:
-        """Raise `FileError` where what was begun has failed."""
+        """Raise ``FileError`` where what was begun has failed."""
         with file_errors(self.folder):
             self._checkpointer.check_for_errors()
 
     def finish(self) -> None:
-        """Wait until what was begun is written, and delete all but the last; `FileError` where it cannot be."""
+        """Wait until what was begun is written, and delete all but the last; ``FileError`` where it cannot be."""
         with file_errors(self.folder):
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
@@ -71,7 +71,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                     shutil.rmtree(path.rename(path.with_name(path.name + UNFINISHED)))
 
     def restore(self, like: State, mesh: Mesh, at: int | None = None) -> State:
-        """Return the state of step `at`, the last one for None, on the devices of `mesh`.
+        """Return the state of step ``at``, the last one for None, on the devices of ``mesh``.
 
         Args:
             like: a state of the same network, or its shapes and dtypes.
@@ -95,7 +95,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise OptionError("--resume", f"{error}; {offer}") from None
 
     def read(self, step: int, like: State, mesh: Mesh) -> State:
-        """Return the state of a step as `restore` does, `FileError` where it cannot be used."""
+        """Return the state of a step as ``restore`` does, ``FileError`` where it cannot be used."""
         whole = NamedSharding(mesh, PartitionSpec())
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), like)
         with _quiet():

@@ -28,14 +28,14 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place in one move, never half written."""
+    """Let ``write`` fill a file beside ``path``, then put it in place in one move, never half written."""
     partial = path.with_name(f".{path.name}.partial")
     write(partial)
     os.replace(partial, path)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON, atomically; a NaN or an infinity in it is an error, for JSON has neither."""
+    """Write ``content`` as JSON, atomically; a NaN or an infinity in it is an error, for JSON has neither."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     # Innermost lists on one line. A string holds no line break, so none is touched.
     text = re.sub(r"\[\n([^][{}]*)\]", lambda match: "[" + re.sub(r"\n *", " ", match[1]).strip() + "]", text)
@@ -74,7 +74,7 @@ def go_on() -> str:
 
 
 def start(out: Path, options: Options) -> None:
-    """Make `out` and note the options of a new run in it; refuse a directory that holds a run already."""
+    """Make ``out`` and note the options of a new run in it; refuse a directory that holds a run already."""
     try:
         present = [name for name in (OPTIONS, CHECKPOINTS, RESULTS, FIGURE) if (out / name).exists()]
         if present:
@@ -96,7 +96,7 @@ def find(out: Path) -> None:
 
 
 def resume(place: DemoPlace | TrainPlace, options: OptionsT) -> OptionsT:
-    """Return the options of the run in `place.out`; those that were typed must be the same as there."""
+    """Return the options of the run in ``place.out``; those that were typed must be the same as there."""
     out, before = place.out, recorded(place.out, type(options))
     if not os.access(out, os.W_OK):
         raise OptionError("--out", f"cannot write to '{out}'; expected a directory to write to")
@@ -111,7 +111,7 @@ def resume(place: DemoPlace | TrainPlace, options: OptionsT) -> OptionsT:
 
 
 def recorded(out: Path, kind: type[OptionsT]) -> OptionsT:
-    """Return the options of the run in `out`."""
+    """Return the options of the run in ``out``."""
     try:
         content = json.loads((out / OPTIONS).read_text(encoding="utf-8"))
         missing = {field.name for field in options_of(kind)} - content.keys()

@@ -15,8 +15,8 @@ TENSORBOARD = "tensorboard"
 class Metrics(contextlib.AbstractContextManager["Metrics"]):
     """The record of a run: a line for every step and one for every evaluation.
 
-    Lines after the step `done`, from which the run goes on, are taken out: nothing is recorded twice. One process
-    writes; the others, `out` None, write nothing.
+    Lines after the step ``done``, from which the run goes on, are taken out: nothing is recorded twice. One process
+    writes; the others, ``out`` None, write nothing.
     """
 
     def __init__(self, out: Path | None, done: int) -> None:
@@ -40,7 +40,7 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
                     file.close()
 
     def write(self, step: int, **values: float) -> None:
-        """Record the values of a step, null for what is not finite; `FileError` where the disk is full."""
+        """Record the values of a step, null for what is not finite; ``FileError`` where the disk is full."""
         if self._lines is None:
             return
         with file_errors(self._path):

@@ -32,7 +32,7 @@ _kept: dict[str, Any] = {}
 def join(place: TrainPlace) -> None:
     """Join the other processes of the run: at an address, or those that the cluster names; else be the only one.
 
-    JAX gives up `place.timeout` seconds after the last sign of life of another process, at the start and later.
+    JAX gives up ``place.timeout`` seconds after the last sign of life of another process, at the start and later.
     """
     names, within = ("coordinator", "num_processes", "process_id"), f"within --timeout {place.timeout} seconds"
     given = {flag(name): getattr(place, name) for name in names}
@@ -64,7 +64,7 @@ def join(place: TrainPlace) -> None:
 
 
 def at_loss(words: Callable[[], str]) -> None:
-    """Let this process say `words()`, and end with exit status 75, where another one is lost."""
+    """Let this process say ``words()``, and end with exit status 75, where another one is lost."""
     _kept["words"] = words
 
 
@@ -85,7 +85,7 @@ def _watch_aborts() -> None:
 
 
 def together(check: Callable[[], T]) -> T:
-    """Return what `check` returns; where it raises `OptionError` in one process, raise that in all of them."""
+    """Return what ``check`` returns; where it raises ``OptionError`` in one process, raise that in all of them."""
     failure, result = None, None
     try:
         result = check()
@@ -100,7 +100,7 @@ def together(check: Callable[[], T]) -> T:
 
 
 def same(options: Options) -> None:
-    """Raise `OptionError` unless the options are the same in all processes."""
+    """Raise ``OptionError`` unless the options are the same in all processes."""
     values = {flag(name): repr(value) for name, value in asdict(options).items()}
     for process, said in enumerate(_gather(values)):
         for option, value in values.items():
@@ -141,7 +141,7 @@ def note_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def exit_status(out: Path) -> Iterator[None]:
-    """Say why the run in `out` ends before its time, and end with the exit status of that."""
+    """Say why the run in ``out`` ends before its time, and end with the exit status of that."""
     try:
         yield
         _leave()
