@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from jbn.lab.data.images import PART, TRAINING
-from jbn.lab.devices import in_words, mesh_of
+from jbn.lab.devices import mesh_of, name_devices
 from jbn.lab.errors import OptionError, Stopped, file_errors
 from jbn.lab.figures import draw_demo
 from jbn.lab.options import DemoOptions, DemoPlace, TrainOptions, TrainPlace
@@ -47,7 +47,7 @@ def run(options: DemoOptions, place: DemoPlace, console: Console) -> None:
     figure = place.out / directory.FIGURE
     with file_errors(figure):
         directory.write_atomically(figure, lambda path: draw_demo(networks, f"Handwritten digits, {how}", path))
-    console.print(table_of(networks, in_words(mesh)))
+    console.print(table_of(networks, name_devices(mesh)))
     for plain, normalized in zip(networks[::2], networks[1::2], strict=True):
         console.print(finding(plain, normalized), soft_wrap=True)
     for name in (directory.FIGURE, directory.RESULTS):

@@ -36,7 +36,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def in_words(mesh: Mesh) -> str:
+def name_devices(mesh: Mesh) -> str:
     """Return how many devices there are, and of which kind."""
     kind = mesh.devices.flat[0].device_kind
     return f"one device ({kind})" if mesh.size == 1 else f"{mesh.size} devices ({kind})"

@@ -25,8 +25,8 @@ from jbn.lab.figures import COLOURS
 from jbn.lab.models import MOMENTUM
 from jbn.lab.options import DiagnoseOptions, TrainOptions
 from jbn.lab.run.checkpoints import Checkpoints
-from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, recorded, write_atomically
-from jbn.lab.step import Recipe, augment, initial, recipe_of
+from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, read_options, write_atomically
+from jbn.lab.step import Recipe, augment, initial_state, recipe_of
 
 EPSILON = 1e-5  # of the networks of ``jbn train``, as MOMENTUM is
 # Where ``jbn.observing.findings`` begins to speak of a gap, and of a mean far off; it keeps these numbers to itself.
@@ -76,20 +76,20 @@ def diagnose_run(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
         OptionError: there is no such checkpoint, or it or its data cannot be read.
     """
     out, step = _run_of(path)
-    with _about():
-        options = recorded(out, TrainOptions)
+    with _blame_checkpoint():
+        options = read_options(out, TrainOptions)
         if not options.batch_norm:
             raise FileError(f"the network in '{out}' has no batch normalization")
     mesh = mesh_of(1)
-    with _about(f"cannot use the data of the run in '{out}': "):
+    with _blame_checkpoint(f"cannot use the data of the run in '{out}': "):
         training = parts_of(replace(options, validation=None)).training
         if options.fingerprint != training.fingerprint:
             raise FileError("they are not what they were when it began")
         batches = Batches(training, batch_size or options.batch_size, mesh)
         batch = batches.read(batches.rows(0, seed))
     recipe = recipe_of(options, Batches(training, options.batch_size, mesh))
-    like = jax.eval_shape(lambda: initial(recipe, training.image_shape))
-    with Checkpoints(out / CHECKPOINTS, keep=0) as checkpoints, _about():
+    like = jax.eval_shape(lambda: initial_state(recipe, training.image_shape))
+    with Checkpoints(out / CHECKPOINTS, keep=0) as checkpoints, _blame_checkpoint():
         steps = checkpoints.steps()
         chosen = max(steps, default=0) if step is None else step
         if chosen not in steps:
@@ -97,7 +97,7 @@ def diagnose_run(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
             raise FileError(f"no checkpoint of step {chosen or 'any'} in '{checkpoints.folder}'; {saved}")
         state = checkpoints.read(chosen, like, mesh)
     found = diagnose(
-        _as_trained(recipe),
+        _training_pass(recipe),
         state.params,
         state.batch_stats,
         batch,
@@ -109,7 +109,7 @@ def diagnose_run(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
 
 
 @cache
-def _as_trained(recipe: Recipe) -> Any:
+def _training_pass(recipe: Recipe) -> Any:
     """Return the network as a step runs it: on augmented images, some of which may be padding."""
 
     def apply(params: Any, stats: Any, batch: Batch) -> Any:
@@ -138,7 +138,7 @@ def _run_of(path: Path) -> tuple[Path, int | None]:
 
 
 @contextlib.contextmanager
-def _about(what: str = "") -> Iterator[None]:
+def _blame_checkpoint(what: str = "") -> Iterator[None]:
     """Turn what is wrong with a file into an error of the one argument of the command."""
     try:
         yield
@@ -163,18 +163,18 @@ def table_of(diagnosis: Diagnosis) -> Table:
             layer.path,
             str(layer.count.size),
             f"{layer.count.min():.0f}",
-            _most(np.abs(layer.z_mean)),
-            _most(np.abs(layer.z_var)),
-            _most(layer.gap),
+            _largest(np.abs(layer.z_mean)),
+            _largest(np.abs(layer.z_var)),
+            _largest(layer.gap),
             "-" if np.isnan(layer.prior) else f"{layer.prior:.0%}",
             f"{layer.batch_var.min():.0e}",
-            _most(layer.ratio),
+            _largest(layer.ratio),
             style="bold" if layer.path in flagged else None,
         )
     return table
 
 
-def _most(values: np.ndarray) -> str:
+def _largest(values: np.ndarray) -> str:
     """Return the largest number in five characters."""
     most = np.max(values, where=~np.isnan(values), initial=-1)
     return "-" if most < 0 else f"{most:.2f}" if most < 100 else f"{most:.0f}" if most < 1000 else f"{most:.0e}"
@@ -185,7 +185,7 @@ def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -
     layers = diagnosis.layers
     figure = Figure(figsize=(max(8, 3 + 0.8 * len(layers)), 9), layout="constrained")
     gap, variance, ratio = figure.subplots(3, sharex=True)
-    marked = np.concatenate([_marked(diagnosis, layer.path, layer.count.shape) for layer in layers])
+    marked = np.concatenate([_marks(diagnosis, layer.path, layer.count.shape) for layer in layers])
     # Channels of a layer side by side, from the first to the last.
     places = np.concatenate(
         [i + np.linspace(-0.35, 0.35, layer.count.size + 2)[1:-1] for i, layer in enumerate(layers)]
@@ -211,7 +211,7 @@ def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -
     return figure
 
 
-def _marked(diagnosis: Diagnosis, path: str, shape: tuple[int, ...]) -> np.ndarray:
+def _marks(diagnosis: Diagnosis, path: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return for each channel of a layer whether a finding names it."""
     marked = np.zeros(shape, bool)
     for channels in (finding.channels for finding in diagnosis.findings if finding.path == path):

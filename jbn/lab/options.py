@@ -31,17 +31,17 @@ def kind(read: Callable[[str], Any], fits: Callable[[Any], bool], expected: str,
     return {"parser": parse, "metavar": metavar}
 
 
-def whole(low: int, high: int, metavar: str = "N") -> dict[str, Any]:
+def whole_number(low: int, high: int, metavar: str = "N") -> dict[str, Any]:
     """Return the kind of the whole numbers from ``low`` to ``high``."""
     return kind(int, lambda number: low <= number <= high, f"a whole number from {low} to {high}", metavar)
 
 
-def one_of(*choices: str) -> dict[str, Any]:
+def choice(*choices: str) -> dict[str, Any]:
     """Return the kind of these words."""
     return kind(str, choices.__contains__, f"{', '.join(choices[:-1])} or {choices[-1]}", "|".join(choices))
 
 
-SEED, DEVICES = whole(0, 2**32 - 1), whole(1, 64)
+SEED, DEVICES = whole_number(0, 2**32 - 1), whole_number(1, 64)
 POSITIVE = kind(float, lambda number: 0 < number < math.inf, "a number greater than 0", "RATE")
 NOT_NEGATIVE = kind(float, lambda number: 0 <= number < math.inf, "a number from 0 on", "N")
 SHARE = kind(float, lambda number: 0 <= number < 1, "a number from 0 to below 1", "DECAY")
@@ -85,12 +85,12 @@ class DemoOptions(Options):
         ("dense", "conv"),
         "What to train; may be repeated. dense: two hidden layers. conv: one 3x3 convolution on 8x8 images. "
         "conv64: the same on 64x64x3 images, which takes minutes.",
-        one_of(*DEMO_RATES, "all"),
+        choice(*DEMO_RATES, "all"),
     )
     learning_rate: float | None = option(None, "Default: 0.1, and 0.1/64 for conv64.", POSITIVE)
-    steps: int = option(400, "Steps per network.", whole(1, 100_000))
+    steps: int = option(400, "Steps per network.", whole_number(1, 100_000))
     # One image has no batch statistics, and there are 1077 training images.
-    batch_size: int = option(128, "Images per step, 2 to 1077.", whole(2, 1077))
+    batch_size: int = option(128, "Images per step, 2 to 1077.", whole_number(2, 1077))
     seed: int = option(0, "Seed of the data split, the weights and the order of images.", SEED)
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class TrainOptions(Options):
     model: str = option(
         "resnet",
         "dense, conv: the networks of the demo; resnet: three residual blocks.",
-        one_of("dense", "conv", "resnet"),
+        choice("dense", "conv", "resnet"),
     )
     data: str | None = option(
         None,
@@ -146,23 +146,23 @@ class TrainOptions(Options):
         metavar="DIR",
     )
     validation: str | None = option(None, "Folder of images to evaluate on, beside --data.", metavar="DIR")
-    epochs: int = option(10, "Times through the data.", whole(1, 100_000))
+    epochs: int = option(10, "Times through the data.", whole_number(1, 100_000))
     batch_size: int = option(
         128,
         "Images a step, on all devices together. It decides the result; the number of devices does not.",
-        whole(2, 2**24),
+        whole_number(2, 2**24),
     )
-    optimizer: str = option("sgd", "sgd has Nesterov's momentum 0.9.", one_of(*RATES))
+    optimizer: str = option("sgd", "sgd has Nesterov's momentum 0.9.", choice(*RATES))
     learning_rate: float | None = option(None, "Default: 0.05 for sgd, 0.001 for adamw.", POSITIVE)
     schedule: str = option(
-        "cosine", "The learning rate after its warmup: falling to 0, or the same.", one_of("cosine", "constant")
+        "cosine", "The learning rate after its warmup: falling to 0, or the same.", choice("cosine", "constant")
     )
     warmup_epochs: float = option(1.0, "Epochs in which the rate grows from 0.", NOT_NEGATIVE)
     weight_decay: float = option(1e-4, "Pulls kernels towards 0; scale and bias are left.", NOT_NEGATIVE, metavar="W")
-    augment: tuple[str, ...] = option((), "Change images at random; may be repeated.", one_of("shift", "flip"))
+    augment: tuple[str, ...] = option((), "Change images at random; may be repeated.", choice("shift", "flip"))
     ema: float = option(0.0, "Keep an average of weights too, such as 0.999; 0: none.", SHARE)
     dtype: str = option(
-        "float32", "Of the arithmetic; weights and statistics are float32.", one_of("float32", "bfloat16")
+        "float32", "Of the arithmetic; weights and statistics are float32.", choice("float32", "bfloat16")
     )
     seed: int = option(0, "Seed of weights, order and augmentation.", SEED)
     fingerprint: str = ""
@@ -201,16 +201,18 @@ class TrainPlace(Place):
     coordinator: str | None = option(
         None, "Where process 0 is reached, for a run of several processes.", metavar="HOST:PORT"
     )
-    num_processes: int | None = option(None, "How many processes there are.", whole(1, 100_000))
-    process_id: int | None = option(None, "Which of them this is, from 0 on.", whole(0, 99_999))
+    num_processes: int | None = option(None, "How many processes there are.", whole_number(1, 100_000))
+    process_id: int | None = option(None, "Which of them this is, from 0 on.", whole_number(0, 99_999))
     cluster: bool = option(
         False, "Learn --coordinator, --num-processes and --process-id from SLURM, Open MPI or the TPU slice."
     )
-    timeout: int = option(100, "After which a silent process is taken for lost.", whole(5, 3600, "SECONDS"))
-    save_every: int = option(100, "Steps between checkpoints.", whole(1, 2**31 - 1))
-    keep: int = option(3, "Checkpoints to keep.", whole(1, 1000))
+    timeout: int = option(100, "After which a silent process is taken for lost.", whole_number(5, 3600, "SECONDS"))
+    save_every: int = option(100, "Steps between checkpoints.", whole_number(1, 2**31 - 1))
+    keep: int = option(3, "Checkpoints to keep.", whole_number(1, 1000))
     resume: bool = option(False, "Go on with the run in --out.")
-    at: int | None = option(None, "With --resume: from this checkpoint, not the last.", whole(1, 2**31 - 1, "STEP"))
+    at: int | None = option(
+        None, "With --resume: from this checkpoint, not the last.", whole_number(1, 2**31 - 1, "STEP")
+    )
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ class DiagnoseOptions:
         "The --out of jbn train, for its last checkpoint, or one of its checkpoints: DIR/checkpoints/100.",
         metavar="CHECKPOINT",
     )
-    batch_size: int | None = option(None, "Training images to look at. Default: a batch.", whole(2, 2**24))
+    batch_size: int | None = option(None, "Training images to look at. Default: a batch.", whole_number(2, 2**24))
     seed: int = option(0, "Seed of the choice of images.", SEED)
     figure: Path | None = option(None, "Draw the statistics of every channel too.", metavar="FILE.png")
 

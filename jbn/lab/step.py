@@ -93,7 +93,7 @@ class Measures(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("recipe", "shape"))
-def initial(recipe: Recipe, shape: tuple[int, int, int]) -> State:
+def initial_state(recipe: Recipe, shape: tuple[int, int, int]) -> State:
     """Return the state before the first step, for images of ``shape``."""
     # Two images: of a single one, an 8x8 image at a quarter of its size has few values per channel.
     variables = recipe.network.init(jax.random.key(recipe.options.seed), jnp.zeros((2, *shape)), train=False)

@@ -14,7 +14,7 @@ from rich.console import Console
 from jbn.lab.data.batches import Batch, Batches
 from jbn.lab.data.images import Source
 from jbn.lab.data.parts import Parts, parts_of
-from jbn.lab.devices import in_words, mesh_of, replicate
+from jbn.lab.devices import mesh_of, name_devices, replicate
 from jbn.lab.errors import OptionError, Stopped
 from jbn.lab.options import TrainOptions, TrainPlace
 from jbn.lab.report import bar
@@ -28,7 +28,7 @@ from jbn.lab.step import (
     Measures,
     State,
     evaluate,
-    initial,
+    initial_state,
     preactivations,
     recipe_of,
     update,
@@ -47,8 +47,8 @@ def run(options: TrainOptions, place: TrainPlace, console: Console) -> None:
     found = train(options, place, console)
     said = ", ".join(_accuracies(found)) or "no validation data"
     pace = "" if found["median_step_ms"] is None else f", {found['median_step_ms']:g} ms a step"
-    size = directory.recorded(place.out, TrainOptions).batch_size
-    where = f"after {found['steps']} steps of {size} images on {in_words(mesh)}"
+    size = directory.read_options(place.out, TrainOptions).batch_size
+    where = f"after {found['steps']} steps of {size} images on {name_devices(mesh)}"
     console.print(f"{said} {where}{pace}", soft_wrap=True)
     for name in (directory.METRICS, directory.RESULTS):
         console.print(f"Wrote {place.out / name}", soft_wrap=True)
@@ -66,16 +66,16 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
     """
     mesh, first = mesh_of(place.devices), jax.process_index() == 0
     if place.resume:
-        options = processes.together(lambda: directory.resume(place, options))
-    parts = processes.together(lambda: parts_of(options))
+        options = processes.agree(lambda: directory.resume(place, options))
+    parts = processes.agree(lambda: parts_of(options))
     began, options = options.fingerprint, replace(options, fingerprint=parts.training.fingerprint)
-    processes.same(options)
+    processes.compare(options)
     if place.resume and began != options.fingerprint:
         raise OptionError("--data", f"is not what it was when the run in '{place.out}' began; expected the same files")
     job = Job(options, parts, mesh)
     if not place.resume:  # last, so that what is refused leaves no folder behind
-        processes.together(lambda: directory.start(place.out, options) if first else None)
-        processes.together(lambda: directory.find(place.out))
+        processes.agree(lambda: directory.start(place.out, options) if first else None)
+        processes.agree(lambda: directory.find(place.out))
     state, seconds = _fit(job, place, console)
     found = job.look(state)
     if options.record and parts.test is not None:
@@ -86,7 +86,7 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "steps": int(state.step),
         "median_step_ms": round(float(np.median(seconds)) * 1e3, 4) if seconds else None,
-        **directory.finite(found),
+        **directory.json_numbers(found),
     }
     if first:
         directory.write_results(place.out, options, mesh, content)
@@ -138,8 +138,8 @@ class Job:
         """Return the state that the run begins with, or goes on from."""
         shape = self.parts.training.image_shape
         if checkpoints.steps() or at is not None:
-            return checkpoints.restore(jax.eval_shape(lambda: initial(self.recipe, shape)), self._mesh, at)
-        return State(*replicate(initial(self.recipe, shape), self._mesh))
+            return checkpoints.restore(jax.eval_shape(lambda: initial_state(self.recipe, shape)), self._mesh, at)
+        return State(*replicate(initial_state(self.recipe, shape), self._mesh))
 
     def steps(self, state: State, sent: list[int]) -> Iterator[tuple[State, Measures, Batch, float]]:
         """Make the steps that are left; yield the state after each, what it measured, its batch and its seconds."""
@@ -161,18 +161,18 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, list[flo
     here, first = f"process {jax.process_index()}", jax.process_index() == 0
     record, steps, seconds = job.options.record, job.recipe.steps, list[float]()
     with Checkpoints(place.out / directory.CHECKPOINTS, place.keep) as checkpoints, processes.note_signals() as sent:
-        state = begun = processes.together(lambda: job.begin(checkpoints, place.at))
+        state = begun = processes.agree(lambda: job.begin(checkpoints, place.at))
         step = int(begun.step)
         if step:
             console.print(f"Going on with '{place.out}' after step {step} of {steps}", soft_wrap=True)
-        for path in processes.together(lambda: checkpoints.set_aside(step) if first else []):
+        for path in processes.agree(lambda: checkpoints.set_aside(step) if first else []):
             console.print(f"Moved a later checkpoint to {path}", soft_wrap=True)
 
         def words_of_loss() -> str:
             saved = [f"step {last} is saved" for last in checkpoints.steps()[-1:]] or ["nothing is saved yet"]
             return f"{here} lost another process after step {step}; {saved[0]}. {directory.go_on()}"
 
-        processes.at_loss(words_of_loss)
+        processes.set_last_words(words_of_loss)
         with Metrics(place.out if first else None, step) as metrics, bar(console, job.options.title, steps) as show:
             show(step)
             if step == 0 and 0 in job.looks:

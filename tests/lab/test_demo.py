@@ -93,6 +93,7 @@ def diverged(tmp_path_factory):
     update.clear_cache()
     result = demo("--model", "dense", "--steps", 7, "--batch-size", 400, "--learning-rate", "1e30", "--out", out)
     assert result.exit_code == 0, result.output
+    assert steps_of(out / "dense-without-batch-norm" / "checkpoints") == [7]  # the weights moved on
     text = " ".join(result.output.split())
     return SimpleNamespace(text=text, results=strict_json(out / "results.json"), compilations=update._cache_size())
 
@@ -135,7 +136,7 @@ def test_the_folder_of_a_network_is_that_of_a_training_run(finished, whole):
     for name, batch_norm in zip(NAMES, (False, True), strict=True):
         assert {path.name for path in (out / name).iterdir()} == {path.name for path in whole.iterdir()}
         assert steps_of(out / name / "checkpoints") == [STEPS]
-        options = directory.recorded(out / name, TrainOptions)
+        options = directory.read_options(out / name, TrainOptions)
         assert (options.model, options.batch_norm, options.steps, options.seed) == ("conv", batch_norm, STEPS, 3)
         lines, those = lines_of(out / name), lines_of(whole)
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))

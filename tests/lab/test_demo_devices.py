@@ -14,7 +14,7 @@ from jbn.lab.data.images import Held, Images
 from jbn.lab.demo import plan_of
 from jbn.lab.devices import mesh_of, replicate
 from jbn.lab.options import DemoOptions, TrainPlace
-from jbn.lab.step import State, initial, update
+from jbn.lab.step import State, initial_state, update
 from tests.lab.test_train import by_name
 from tests.support.runs import arrays, lines_of
 
@@ -62,7 +62,7 @@ def test_more_devices_than_images():
     for mesh in (mesh_of(8), mesh_of(1)):
         batches = Batches(Held("five", data), 5, mesh)
         recipe = trainer.recipe_of(plan_of(OPTIONS, "dense", batch_norm=True), batches)
-        state = State(*replicate(initial(recipe, data.images.shape[1:]), mesh))
+        state = State(*replicate(initial_state(recipe, data.images.shape[1:]), mesh))
         ends.append(by_name(update(recipe, state, batches.read(batches.in_order(0)))))
     assert_same_to_rounding(*ends, 16)
 
@@ -90,7 +90,9 @@ def test_a_state_is_whole_on_every_device():
     mesh = mesh_of(4)
     batches = Batches(Held("digits", digits(3).training), 50, mesh)
     recipe = trainer.recipe_of(plan_of(OPTIONS, "dense", batch_norm=True), batches)
-    state, _ = update(recipe, State(*replicate(initial(recipe, (8, 8, 1)), mesh)), batches.read(batches.rows(0, 3)))
+    state, _ = update(
+        recipe, State(*replicate(initial_state(recipe, (8, 8, 1)), mesh)), batches.read(batches.rows(0, 3))
+    )
     for leaf in jax.tree.leaves(state):
         assert len(leaf.sharding.device_set) == 4
         assert leaf.sharding.is_fully_replicated

@@ -9,7 +9,7 @@ from jbn.lab.data.images import enlarge
 from jbn.lab.demo import plan_of
 from jbn.lab.models import NETWORKS
 from jbn.lab.options import DemoOptions
-from jbn.lab.step import Recipe, evaluate, initial, update
+from jbn.lab.step import Recipe, evaluate, initial_state, update
 from tests.lab.test_train import one_batch
 from tests.support import oracle
 
@@ -42,7 +42,7 @@ def recipe_of(name, batch_norm, seed=0):
 
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_networks_differ_in_batch_norm_alone(name):
-    plain, normalized = (initial(recipe_of(name, batch_norm, seed=7), (8, 8, 1)) for batch_norm in (False, True))
+    plain, normalized = (initial_state(recipe_of(name, batch_norm, seed=7), (8, 8, 1)) for batch_norm in (False, True))
     kernels = {layer: leaves["kernel"] for layer, leaves in plain.params.items()}
     assert plain.batch_stats == {}
     for layer, kernel in kernels.items():
@@ -59,7 +59,7 @@ def test_a_step_is_plain_gradient_descent(data):
         logits, _ = recipe.network.apply(variables, batch.images, train=True, mutable=["batch_stats"])
         return -jax.nn.log_softmax(logits)[np.arange(360), batch.labels].mean()
 
-    start = initial(recipe, (8, 8, 1))
+    start = initial_state(recipe, (8, 8, 1))
     expected = jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, start.params, jax.grad(loss)(start.params))
     moved, measures = update(recipe, start, batch)
     assert measures.learning_rate == np.float32(0.1)
@@ -71,7 +71,7 @@ def test_a_step_is_plain_gradient_descent(data):
 
 def test_evaluation_uses_the_running_statistics(data):
     recipe, batch = recipe_of("dense", True), one_batch(data.training)
-    state = initial(recipe, (8, 8, 1))
+    state = initial_state(recipe, (8, 8, 1))
     for _ in range(20):
         before = state
         state, _ = update(recipe, before, batch)

@@ -18,7 +18,7 @@ from jbn.lab.devices import mesh_of
 from jbn.lab.options import TrainOptions
 from jbn.lab.run.checkpoints import Checkpoints
 from jbn.lab.run.directory import start
-from jbn.lab.step import initial, recipe_of
+from jbn.lab.step import initial_state, recipe_of
 from tests.lab.test_train import random_data
 from tests.observing.test_diagnose import HEAD, PARAMS, PLANTED, STATE, apply, changed, rows
 from tests.support.runs import contents, folder
@@ -45,9 +45,9 @@ def saved(out, step=60, **changes):
     start(out, replace(options, fingerprint=training.fingerprint))
     batches = Batches(training, options.batch_size, mesh_of(1))
     recipe = recipe_of(options, batches)
-    state = initial(recipe, training.image_shape)
+    state = initial_state(recipe, training.image_shape)
     parts = [batches.read(batches.in_order(index)) for index in range(len(training) // batches.size)]
-    stats = recalibrate(lab._as_trained(recipe), state.params, state.batch_stats, parts)
+    stats = recalibrate(lab._training_pass(recipe), state.params, state.batch_stats, parts)
     with Checkpoints(out / "checkpoints", 3) as checkpoints:
         checkpoints.save(state._replace(step=jnp.int32(step), batch_stats=stats))
         checkpoints.finish()
@@ -156,13 +156,13 @@ def test_table_and_figure_of_what_is_broken(name, tmp_path):
     assert HEAD in text
     assert "…" not in text
     lab.figure_of(found.diagnosis, found.title).savefig(tmp_path / "figure.png")
-    marked = lab._marked(found.diagnosis, expected[0], (6,))
+    marked = lab._marks(found.diagnosis, expected[0], (6,))
     assert tuple(np.flatnonzero(marked)) == expected[2]
 
 
 def test_channels_of_stacked_layers_are_marked():
     finding = lab.diagnose(apply, PARAMS, STATE, rows(8)).findings[0]._replace(path="a", channels=((1, 2), (0, 3)))
-    marked = lab._marked(lab.Diagnosis((), (finding,)), "a", (2, 4))
+    marked = lab._marks(lab.Diagnosis((), (finding,)), "a", (2, 4))
     assert np.flatnonzero(marked).tolist() == [3, 6]
 
 

@@ -18,7 +18,7 @@ from jbn.lab.devices import mesh_of, replicate
 from jbn.lab.models import NETWORKS, ResNet
 from jbn.lab.options import TrainOptions
 from jbn.lab.run.blame import blame
-from jbn.lab.step import Recipe, State, augment, evaluate, initial, update
+from jbn.lab.step import Recipe, State, augment, evaluate, initial_state, update
 from jbn.linen import BatchNorm
 from tests.support import oracle
 
@@ -70,7 +70,7 @@ def assert_same_bits(arrived, expected):
 
 
 def begun(recipe, devices=1, shape=SHAPE):
-    return State(*replicate(initial(recipe, shape), mesh_of(devices)))
+    return State(*replicate(initial_state(recipe, shape), mesh_of(devices)))
 
 
 def trained(recipe, data, size, steps, devices=1):

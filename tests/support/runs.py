@@ -13,8 +13,8 @@ from jbn.lab.data.parts import parts_of
 from jbn.lab.devices import mesh_of
 from jbn.lab.options import TrainOptions
 from jbn.lab.run.checkpoints import Checkpoints
-from jbn.lab.run.directory import recorded
-from jbn.lab.step import initial, update
+from jbn.lab.run.directory import read_options
+from jbn.lab.step import initial_state, update
 from tests.lab.test_train import CONV, RECIPE, SHAPE, by_name, changed
 
 STEPS = 18
@@ -33,7 +33,7 @@ def options(**changes):
 
 
 def shapes(recipe, shape=SHAPE):
-    return jax.eval_shape(lambda: initial(recipe, shape))
+    return jax.eval_shape(lambda: initial_state(recipe, shape))
 
 
 def restored(checkpoints, recipe=SMALL, devices=1, shape=SHAPE):
@@ -50,7 +50,7 @@ def end_of(out):
 
 def arrays(out):
     """Return the last checkpoint of a run, by name, as its own options describe it."""
-    options, mesh = recorded(out, TrainOptions), mesh_of(1)
+    options, mesh = read_options(out, TrainOptions), mesh_of(1)
     parts = parts_of(options)
     recipe = trainer.Job(options, parts, mesh).recipe
     with Checkpoints(out / "checkpoints", 0) as checkpoints:

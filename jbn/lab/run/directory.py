@@ -42,7 +42,7 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+def json_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
     """Return the values, null for what is not finite."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
@@ -97,7 +97,7 @@ def find(out: Path) -> None:
 
 def resume(place: DemoPlace | TrainPlace, options: OptionsT) -> OptionsT:
     """Return the options of the run in ``place.out``; those that were typed must be the same as there."""
-    out, before = place.out, recorded(place.out, type(options))
+    out, before = place.out, read_options(place.out, type(options))
     if not os.access(out, os.W_OK):
         raise OptionError("--out", f"cannot write to '{out}'; expected a directory to write to")
     for name in (field.name for field in options_of(type(options)) if field.name in place.typed):
@@ -110,7 +110,7 @@ def resume(place: DemoPlace | TrainPlace, options: OptionsT) -> OptionsT:
     return before
 
 
-def recorded(out: Path, kind: type[OptionsT]) -> OptionsT:
+def read_options(out: Path, kind: type[OptionsT]) -> OptionsT:
     """Return the options of the run in ``out``."""
     try:
         content = json.loads((out / OPTIONS).read_text(encoding="utf-8"))

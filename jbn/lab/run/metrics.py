@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jbn.lab.errors import file_errors
-from jbn.lab.run.directory import METRICS, finite, write_atomically
+from jbn.lab.run.directory import METRICS, json_numbers, write_atomically
 
 TENSORBOARD = "tensorboard"
 
@@ -44,7 +44,7 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
         if self._lines is None:
             return
         with file_errors(self._path):
-            self._lines.write(json.dumps({"step": step} | finite(values)) + "\n")
+            self._lines.write(json.dumps({"step": step} | json_numbers(values)) + "\n")
             for name, value in values.items():
                 if self._board is not None:
                     self._board.add_scalar(name, value, step)

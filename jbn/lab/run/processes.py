@@ -43,7 +43,7 @@ def join(place: TrainPlace) -> None:
         expected = f"expected {', '.join(given)} together, or --cluster where the cluster tells them"
         raise OptionError(missing[0], f"is missing; {expected}")
     here = "this process" if place.process_id is None else f"process {place.process_id}"
-    at_loss(lambda: f"{here} did not find the others; expected all of them {within}")
+    set_last_words(lambda: f"{here} did not find the others; expected all of them {within}")
     _watch_aborts()
     try:
         jax.distributed.initialize(
@@ -63,7 +63,7 @@ def join(place: TrainPlace) -> None:
         raise OptionError(option, f"cannot join the other processes ({reason}); expected {expected}") from None
 
 
-def at_loss(words: Callable[[], str]) -> None:
+def set_last_words(words: Callable[[], str]) -> None:
     """Let this process say ``words()``, and end with exit status 75, where another one is lost."""
     _kept["words"] = words
 
@@ -84,7 +84,7 @@ def _watch_aborts() -> None:
     ctypes.CDLL(None).signal(int(signal.SIGABRT), _kept["handler"])
 
 
-def together(check: Callable[[], T]) -> T:
+def agree(check: Callable[[], T]) -> T:
     """Return what ``check`` returns; where it raises ``OptionError`` in one process, raise that in all of them."""
     failure, result = None, None
     try:
@@ -99,7 +99,7 @@ def together(check: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def same(options: Options) -> None:
+def compare(options: Options) -> None:
     """Raise ``OptionError`` unless the options are the same in all processes."""
     values = {flag(name): repr(value) for name, value in asdict(options).items()}
     for process, said in enumerate(_gather(values)):
