@@ -4,6 +4,7 @@ import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_X64"] = "0"  # whatever the shell says: literals are float32, but for tests that ask for float64
 
 import hypothesis
 import jax

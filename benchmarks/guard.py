@@ -25,7 +25,7 @@ from rich.table import Table
 import jbn
 from jbn.core import statistics
 from jbn.core.axes import Sync
-from jbn.core.layout import layout_of
+from jbn.core.checks import read_layout
 from jbn.lab.data import digits
 from jbn.lab.models import NETWORKS
 from jbn.linen import BatchNorm
@@ -56,8 +56,8 @@ class ResNet(nn.Module):
 
 def fires(x: Array, mean: Array, epsilon: float) -> Array:
     """Return whether the guard fires for a batch and a running mean."""
-    rows = statistics.Rows(layout_of(x, -1), Sync(), epsilon)
-    pilot = statistics.pilot_of(mean, np.dtype(np.float32))
+    rows = statistics.SharedRows(read_layout(x, -1), Sync(), epsilon)
+    pilot = statistics.choose_pilot(mean, np.dtype(np.float32))
     return (statistics.statistics(rows, x, None, pilot).pilot != pilot).any()
 
 

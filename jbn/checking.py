@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -38,26 +39,42 @@ _SENT = re.compile(
 _BESIDE = ("jaxlib", "libtpu", *(f"jax-cuda{n}-{part}" for n in (12, 13) for part in ("plugin", "pjrt")), "numpy")
 
 
-class Row(NamedTuple):
-    """One line of a report."""
+@dataclass(frozen=True)
+class Row:
+    """One line of a report.
+
+    Attributes:
+        check: what was checked.
+        of: of what; empty where the check as a whole was skipped or raised.
+        measured: what came out.
+        bound: the most that it may be; None where it is told without a bound.
+        verdict: "passed", "failed", "measured" or "skipped".
+        note: units, or the reason.
+    """
 
     check: str
-    of: str  # empty where the check as a whole was skipped or raised
+    of: str
     measured: float | None
-    bound: float | None  # the most that measured may be; None: it is told without a bound
-    verdict: str  # passed, failed, measured or skipped
+    bound: float | None
+    verdict: str
     note: str
 
     @property
     def name(self) -> str:
         """The check, and of what it is."""
-        return ": ".join(filter(None, self[:2]))
+        return ": ".join(filter(None, (self.check, self.of)))
 
 
-class Report(NamedTuple):
-    """What ``check`` found; its text is a table whose last line is the verdict."""
+@dataclass(frozen=True)
+class Report:
+    """What ``check`` found; its text is a table whose last line is the verdict.
 
-    heading: tuple[str, ...]  # versions; devices
+    Attributes:
+        heading: versions, and devices.
+        rows: what was checked.
+    """
+
+    heading: tuple[str, ...]
     rows: tuple[Row, ...]
 
     @property
@@ -120,7 +137,7 @@ def check(*, devices: Sequence[jax.Device] | None = None) -> Report:
     >>> print(report.rows[-1].of, report.rows[-1].verdict)
     forward and backward passed
     """
-    chosen = _chosen(devices)
+    chosen = _read_devices(devices)
     rows: list[Row] = []
     for name, look in _CHECKS.items():
         try:
@@ -158,7 +175,7 @@ class _Batch(NamedTuple):
     bias: Any  # (features,), float32
 
 
-class _Found(NamedTuple):
+class _Answer(NamedTuple):
     """What comes out; gradients are those of Σ g·y."""
 
     y: Any
@@ -169,7 +186,7 @@ class _Found(NamedTuple):
     dbias: Any
 
 
-def _drawn(shape: tuple[int, ...], mean: Any, dtype: Any = jnp.float32, mask: Any = None) -> _Batch:
+def _draw(shape: tuple[int, ...], mean: Any, dtype: Any = jnp.float32, mask: Any = None) -> _Batch:
     rng = np.random.default_rng(0)
     x, g = ((rng.standard_normal(shape) + shift).astype(dtype) for shift in (mean, 0))
     x = x if mask is None else np.where(mask, x, np.asarray(np.nan, dtype))
@@ -177,7 +194,7 @@ def _drawn(shape: tuple[int, ...], mean: Any, dtype: Any = jnp.float32, mask: An
     return _Batch(x, g.astype(np.float32), mask, scale, bias)
 
 
-def _exact(batch: _Batch) -> _Found:
+def _oracle(batch: _Batch) -> _Answer:
     """Ioffe and Szegedy 2015, algorithm 1 and the gradients of section 3."""
     rows = tuple(range(batch.x.ndim - 1))
     valid = np.broadcast_to(True if batch.mask is None else batch.mask, batch.x.shape)
@@ -191,10 +208,10 @@ def _exact(batch: _Batch) -> _Found:
     dscale, dbias = (g * normal).sum(rows), g.sum(rows)
     y = np.where(valid, normal * batch.scale + batch.bias, 0)
     dx = np.where(valid, batch.scale * r * (g - dbias / n - normal * dscale / n), 0)
-    return _Found(y, mean, var, dx, dscale, dbias)
+    return _Answer(y, mean, var, dx, dscale, dbias)
 
 
-def _trained(batch: _Batch, state: State, axis_name: str | None = None) -> _Found:
+def _train(batch: _Batch, state: State, axis_name: str | None = None) -> _Answer:
     def loss(x: Array, params: Params) -> Any:
         y, new = bn_forward(
             params, state, x, True, momentum=0.0, epsilon=_EPSILON, mask=batch.mask, axis_name=axis_name
@@ -202,21 +219,21 @@ def _trained(batch: _Batch, state: State, axis_name: str | None = None) -> _Foun
         return jnp.sum(y.astype(batch.g.dtype) * batch.g), (y, new)
 
     (dx, dparams), (y, new) = jax.grad(loss, (0, 1), has_aux=True)(batch.x, Params(batch.scale, batch.bias))
-    return _Found(y, new.mean, new.var, dx, dparams.scale, dparams.bias)
+    return _Answer(y, new.mean, new.var, dx, dparams.scale, dparams.bias)
 
 
-def _fresh(batch: _Batch) -> State:
+def _new_state(batch: _Batch) -> State:
     return State(np.zeros_like(batch.scale), np.ones_like(batch.scale))  # type: ignore[arg-type]
 
 
-def _compared(name: str, found: _Found, exact: _Found) -> Iterator[Row]:
+def _compare(name: str, found: _Answer, exact: _Answer) -> Iterator[Row]:
     """Yield the rows of a batch: y, the statistics and the gradients."""
-    yield _row(name, "y", _beyond(found.y, exact.y).max(), _OUTPUT, "absolute")
-    mean, var = _beyond(found.mean, exact.mean) / np.sqrt(exact.var), _beyond(found.var, exact.var) / exact.var
+    yield _row(name, "y", _error(found.y, exact.y).max(), _OUTPUT, "absolute")
+    mean, var = _error(found.mean, exact.mean) / np.sqrt(exact.var), _error(found.var, exact.var) / exact.var
     yield _row(name, "mean and variance", np.max([mean, var]), _STATISTICS, "relative; in deviations")
     dx, dscale, dbias = (
-        np.linalg.norm(_beyond(got, want)) / np.linalg.norm(want)
-        for got, want in zip(found[3:], exact[3:], strict=True)
+        np.linalg.norm(_error(getattr(found, name), want)) / np.linalg.norm(want)
+        for name, want in (("dx", exact.dx), ("dscale", exact.dscale), ("dbias", exact.dbias))
     )
     # Two parts of the first are rounded to its dtype before they are added.
     rounding = float(jnp.finfo(found.dx.dtype).eps) / 4
@@ -224,7 +241,7 @@ def _compared(name: str, found: _Found, exact: _Found) -> Iterator[Row]:
     yield _row(name, "gradients of scale, bias", np.max([dscale, dbias]), _GRADIENTS, "relative L2")
 
 
-def _beyond(found: Any, exact: Any) -> Any:
+def _error(found: Any, exact: Any) -> Any:
     """Return the error of every number beyond half an ulp of it, in its dtype."""
     wide = np.asarray(found).astype(np.float64)
     half = np.ldexp(float(jnp.finfo(found.dtype).eps) / 4, np.frexp(wide)[1])
@@ -243,55 +260,56 @@ def _arithmetic(devices: Sequence[jax.Device]) -> Iterator[Row]:
 
 
 def _training(devices: Sequence[jax.Device]) -> Iterator[Row]:
-    run = jax.jit(lambda *args: _trained(*args))
+    run = jax.jit(lambda *args: _train(*args))
     # bfloat16 has 8 bits: where the mean is 10⁴ deviations, x is constant.
     for dtype, means in ((jnp.float32, {0: "0", 1e4: "10⁴"}), (jnp.bfloat16, {0: "0", 1e2: "10²"})):
         kind = jnp.dtype(dtype).name
         for mean, written in means.items():
-            batch = _drawn(_IMAGES, mean, dtype)
-            found = run(batch, _fresh(batch))
+            batch = _draw(_IMAGES, mean, dtype)
+            found = run(batch, _new_state(batch))
             name, dtypes = f"{kind}, mean/std {written}", [str(a.dtype) for a in (found.y, found.mean, found.dx)]
-            yield from _compared(name, found, _exact(batch))
+            yield from _compare(name, found, _oracle(batch))
             wrong = sum(a != b for a, b in zip(dtypes, (kind, "float32", kind), strict=True))
             yield _row(name, "wrong dtypes", wrong, 0, ", ".join(dtypes) * bool(wrong))
 
 
 def _evaluation(devices: Sequence[jax.Device]) -> Iterator[Row]:
-    batch = _drawn(_IMAGES, 1e4)
-    state = State(*(v.astype(np.float32) for v in _exact(batch)[1:3]))
+    batch = _draw(_IMAGES, 1e4)
+    seen = _oracle(batch)
+    state = State(seen.mean.astype(np.float32), seen.var.astype(np.float32))
     mean, var = (np.asarray(v, np.float64) for v in state)
     exact = (batch.x - mean) / np.sqrt(var + _EPSILON) * batch.scale + batch.bias
     params = Params(batch.scale, batch.bias)
     run = jax.jit(lambda params, state, x: bn_forward(params, state, x, False, epsilon=_EPSILON))
     y, same = run(params, state, batch.x)
-    yield _row("evaluation, mean/std 10⁴", "y", _beyond(y, exact).max(), _OUTPUT, "absolute")
+    yield _row("evaluation, mean/std 10⁴", "y", _error(y, exact).max(), _OUTPUT, "absolute")
     moved = max(np.abs(np.asarray(new) - old).max() for new, old in zip(same, state, strict=True))
     yield _row("evaluation, mean/std 10⁴", "change of the state", moved, 0)
 
 
 def _running(devices: Sequence[jax.Device]) -> Iterator[Row]:
-    batch, momentum = _drawn(_IMAGES, 0), 0.75
-    old, seen = State(*(v + 1 for v in _fresh(batch))), _exact(batch)[1:3]
+    batch, momentum = _draw(_IMAGES, 0), 0.75
+    old, seen = State(*(v + 1 for v in _new_state(batch))), _oracle(batch)
     run = jax.jit(lambda x, old: bn_forward({}, old, x, True, momentum=momentum)[1])
     off = [
-        _beyond(new, momentum * np.float64(was) + (1 - momentum) * now)
-        for new, was, now in zip(run(batch.x, old), old, seen, strict=True)
+        _error(new, momentum * np.float64(was) + (1 - momentum) * now)
+        for new, was, now in zip(run(batch.x, old), old, (seen.mean, seen.var), strict=True)
     ]
     yield _row("running statistics", "mean and variance", np.max(off), _STATISTICS, "absolute")
 
 
 def _masks(devices: Sequence[jax.Device]) -> Iterator[Row]:
     mask = np.random.default_rng(1).random((*_IMAGES[:-1], 1)) < 0.7
-    batch = _drawn(_IMAGES, 1e2, mask=mask)
-    found = jax.jit(lambda *args: _trained(*args))(batch, _fresh(batch))
-    yield from _compared("NaN under a mask", found, _exact(batch))
+    batch = _draw(_IMAGES, 1e2, mask=mask)
+    found = jax.jit(lambda *args: _train(*args))(batch, _new_state(batch))
+    yield from _compare("NaN under a mask", found, _oracle(batch))
 
 
-def _again(devices: Sequence[jax.Device]) -> Iterator[Row]:
+def _second_call(devices: Sequence[jax.Device]) -> Iterator[Row]:
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         raise _NotHere("jit is switched off")
-    batch = _drawn(_IMAGES, 0)
-    params, state, x, other = jax.device_put((Params(batch.scale, batch.bias), _fresh(batch), batch.x, batch.g))
+    batch = _draw(_IMAGES, 0)
+    params, state, x, other = jax.device_put((Params(batch.scale, batch.bias), _new_state(batch), batch.x, batch.g))
 
     def call(x: Array, momentum: float) -> None:
         bn_forward(params, state, x, True, momentum=momentum, activation=jax.nn.relu)
@@ -303,7 +321,7 @@ def _again(devices: Sequence[jax.Device]) -> Iterator[Row]:
     yield _row("a second eager call", "compilations", 0, 0)
 
 
-def _sharded(devices: Sequence[jax.Device], manual: bool) -> Iterator[Row]:
+def _shards(devices: Sequence[jax.Device], manual: bool) -> Iterator[Row]:
     """Check a batch over all devices, with other means and numbers of valid rows on each."""
     number, rows = len(devices), 8
     if number == 1:
@@ -312,19 +330,19 @@ def _sharded(devices: Sequence[jax.Device], manual: bool) -> Iterator[Row]:
     valid = rows - 3 * shards % rows
     valid[2:][-1:] = 0  # of more than two devices, one has none
     mask = (np.arange(rows) < valid[:, None]).reshape(-1, 1, 1)
-    batch = _drawn((number * rows, 8, 16), 1e2 + np.repeat(shards, rows)[:, None, None], mask=mask)
+    batch = _draw((number * rows, 8, 16), 1e2 + np.repeat(shards, rows)[:, None, None], mask=mask)
     mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
     split, whole = P("data"), P()
     split_batch = _Batch(split, split, split, whole, whole)
     placed = jax.tree.map(lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec)), batch, split_batch)
-    args = placed, jax.device_put(_fresh(batch), NamedSharding(mesh, whole))
-    step = partial(_trained, axis_name="data" if manual else None)
+    args = placed, jax.device_put(_new_state(batch), NamedSharding(mesh, whole))
+    step = partial(_train, axis_name="data" if manual else None)
     if manual:
-        out = _Found(split, whole, whole, split, whole, whole)
+        out = _Answer(split, whole, whole, split, whole, whole)
         step = jax.shard_map(step, mesh=mesh, in_specs=(split_batch, whole), out_specs=out)
     compiled = jax.jit(lambda *args: step(*args)).lower(*args).compile()
     name = f"{'shard_map' if manual else 'jit'} over {number} devices"
-    yield from _compared(name, compiled(*args), _exact(batch))
+    yield from _compare(name, compiled(*args), _oracle(batch))
     if not (text := compiled.as_text()):
         raise _NotHere("collectives: this compiler shows no program")
     yield _row(name, "collectives", len(_SENT.findall(text)), _COLLECTIVES, "one in the second sweep")
@@ -364,9 +382,9 @@ _CHECKS: dict[str, Callable[[Sequence[jax.Device]], Iterator[Row]]] = {
     "running statistics": _running,
     "evaluation": _evaluation,
     "masks": _masks,
-    "a second eager call": _again,
-    "jit over devices": partial(_sharded, manual=False),
-    "shard_map over devices": partial(_sharded, manual=True),
+    "a second eager call": _second_call,
+    "jit over devices": partial(_shards, manual=False),
+    "shard_map over devices": partial(_shards, manual=True),
     "passes": _costs,
 }
 
@@ -374,7 +392,7 @@ _CHECKS: dict[str, Callable[[Sequence[jax.Device]], Iterator[Row]]] = {
 # Where it is checked.
 
 
-def _chosen(devices: Any) -> Sequence[jax.Device]:
+def _read_devices(devices: Any) -> Sequence[jax.Device]:
     if devices is None:
         return jax.local_devices()
     if not isinstance(devices, Sequence) or not all(isinstance(device, jax.Device) for device in devices):
@@ -398,10 +416,11 @@ def _heading(devices: Sequence[jax.Device]) -> tuple[str, str]:
         except metadata.PackageNotFoundError:
             continue
     number, kind = len(devices), f"{devices[0].platform}, {devices[0].device_kind}"
-    here = jax.process_count() > 1
+    devices_here = f"{number} device: {kind}" if number == 1 else f"{number} devices: {kind}"
+    process = f" (process {jax.process_index()})" if jax.process_count() > 1 else ""
     return (
         ", ".join(f"{name} {version}" for name, version in versions.items()),
-        f"{number} device{'s' * (number > 1)}: {kind}" + f" (process {jax.process_index()})" * here,
+        devices_here + process,
     )
 
 

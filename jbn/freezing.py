@@ -1,21 +1,21 @@
-"""What freezing needs beside the layers: statistics that stay, masks of parameters for optax, paths and patterns."""
+"""What freezing needs beside the layers: statistics that stay, masks of parameters for optax, how a layer is frozen."""
 
-from collections.abc import Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeVar
+import warnings
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+from jbn.core.checks import read_flag
+from jbn.paths import Patterns, flatten, join, name_few, select
 
 Tree = TypeVar("Tree")
-Patterns = str | Sequence[str]
 
 # What scales and shifts by feature is not decayed: pulling a scale towards zero regularizes nothing.
-NOT_DECAYED = ("scale", "bias")
+_NOT_DECAYED = (("scale",), ("bias",))
 
 
-def freeze(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
+def keep_statistics(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
     """Return the statistics after a step: the old ones at the layers that match, the new ones elsewhere.
 
     It serves models of any library, whose layers know nothing of freezing: they normalize as before, and only what they
@@ -56,21 +56,28 @@ def freeze(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
     >>> import jbn
     >>> old = {"backbone": {"bn": jbn.bn_init(2)[1]}, "head": {"bn": jbn.bn_init(2)[1]}}
     >>> new = jax.tree.map(lambda value: value + 1, old)
-    >>> kept = jbn.freeze(old, new, "backbone")
+    >>> kept = jbn.keep_statistics(old, new, "backbone")
     >>> kept["backbone"]["bn"].var.tolist(), kept["head"]["bn"].var.tolist()
     ([1.0, 1.0], [2.0, 2.0])
     """
-    paths, before, structure = _flat(old)
-    others, after, _ = _flat(new)
+    keys, before, structure = flatten(old)
+    other_keys, after, _ = flatten(new)
+    paths, others = list(map(join, keys)), list(map(join, other_keys))
     if paths != others:
         lost, more = (sorted(set(a) - set(b)) for a, b in ((paths, others), (others, paths)))
         raise ValueError(
-            f"old and new differ: of {len(paths)} and {len(others)} paths, only old has {_some(lost)}, only new has "
-            f"{_some(more)}; expected the statistics of one model before and after a step, such as "
-            "variables['batch_stats'] and updates['batch_stats'] in Flax Linen."
+            f"old and new differ: of {len(paths)} and {len(others)} paths, only old has {name_few(map(repr, lost))}, "
+            f"only new has {name_few(map(repr, more))}; expected the statistics of one model before and after a step, "
+            "such as variables['batch_stats'] and updates['batch_stats'] in Flax Linen."
         )
     chosen = zip(select(paths, patterns), before, after, strict=True)
     return jax.tree.unflatten(structure, [b if kept else a for kept, b, a in chosen])
+
+
+def freeze(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
+    """Do what ``keep_statistics`` does; this is its name of before, which said more than it does."""
+    warnings.warn("jbn.freeze is jbn.keep_statistics now: it freezes nothing by itself.", DeprecationWarning, 2)
+    return keep_statistics(old, new, patterns)
 
 
 def trainable_mask(params: Tree, frozen: Patterns) -> Tree:
@@ -78,7 +85,8 @@ def trainable_mask(params: Tree, frozen: Patterns) -> Tree:
 
     Args:
         params: a tree of arrays, such as ``params`` of Flax Linen or ``nnx.state(model, nnx.Param)``.
-        frozen: one pattern or several, see ``jbn.freeze``: ``"backbone"``, ``"**/BatchNorm_*"``, ``"*/scale"``.
+        frozen: one pattern or several, see ``jbn.keep_statistics``: ``"backbone"``, ``"**/BatchNorm_*"``,
+            ``"*/scale"``.
 
     Returns:
         A tree of the structure of ``params``. As labels of ``optax.multi_transform`` it keeps frozen parameters to the
@@ -97,8 +105,8 @@ def trainable_mask(params: Tree, frozen: Patterns) -> Tree:
     >>> mask = functools.partial(jbn.trainable_mask, frozen="backbone")
     >>> tx = optax.multi_transform({True: optax.adamw(1e-3), False: optax.set_to_zero()}, mask)
     """
-    paths, _, structure = _flat(params)
-    return jax.tree.unflatten(structure, [not hit for hit in select(paths, frozen)])
+    keys, _, structure = flatten(params)
+    return jax.tree.unflatten(structure, [not hit for hit in select(list(map(join, keys)), frozen)])
 
 
 def decay_mask(params: Tree) -> Tree:
@@ -115,66 +123,29 @@ def decay_mask(params: Tree) -> Tree:
     {'bn': {'scale': False}, 'conv': {'bias': False, 'kernel': True}}
     >>> tx = optax.adamw(1e-3, mask=jbn.decay_mask)
     """
-    paths, _, structure = _flat(params)
-    return jax.tree.unflatten(structure, [path.rpartition("/")[2] not in NOT_DECAYED for path in paths])
+    paths, _, structure = flatten(params)
+    return jax.tree.unflatten(structure, [keys[-1:] not in _NOT_DECAYED for keys in paths])
 
 
-class Frozen(NamedTuple):
-    """How a layer is frozen where it trains; by default not at all. Where it evaluates, only ``affine`` counts."""
+@dataclass(frozen=True)
+class Frozen:
+    """How a layer is frozen where it trains; by default not at all. Where it evaluates, only ``affine`` counts.
 
-    use_running_average: bool = False  # whether the running statistics normalize
-    update: bool = True  # whether the running statistics move
-    affine: bool = False  # whether scale and bias are constants
+    Attributes:
+        use_running_average: whether the running statistics normalize.
+        update: whether the running statistics move.
+        affine: whether scale and bias are constants.
+    """
+
+    use_running_average: bool = False
+    update: bool = True
+    affine: bool = False
+
+    @classmethod
+    def read(cls, **flags: object) -> "Frozen":
+        """Read the flags of ``freeze``."""
+        return cls(**{name: read_flag(name, value) for name, value in flags.items()})
 
     def flags(self, evaluate: bool) -> tuple[bool, bool]:
         """Return ``train`` and ``update`` of ``bn_forward``."""
         return not (evaluate or self.use_running_average), self.update and not evaluate
-
-
-def matches(path: str, patterns: Patterns) -> bool:
-    """Say whether a path, or a node above it, matches one of the patterns."""
-    return any(_hits(path, pattern) for pattern in _several(patterns))
-
-
-def select(paths: Sequence[str], patterns: Patterns, kind: str = "paths") -> list[bool]:
-    """Say of each path whether it matches; every pattern must match one of them."""
-    for pattern in _several(patterns):
-        if not any(_hits(path, pattern) for path in paths):
-            near = get_close_matches(pattern, paths, n=4, cutoff=0.0)
-            there = f" ({_some(near, len(paths))})" if near else ""
-            raise ValueError(
-                f"patterns: {pattern!r} matches none of the {len(paths)} {kind}{there}; expected patterns of fnmatch "
-                "for paths joined by '/'."
-            )
-    return [matches(path, patterns) for path in paths]
-
-
-def _several(patterns: Patterns) -> Sequence[str]:
-    several = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
-        raise TypeError(f"patterns is {patterns!r}; expected a string or a sequence of strings.")
-    return several
-
-
-def _hits(path: str, pattern: str) -> bool:
-    # A slash before every key and a second one between two, so that the stars of "/**/" can also be empty.
-    path = f"/{path}".replace("/", "//")
-    pattern = f"/{pattern}".replace("/", "//").replace("//**//", "/*/")
-    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}//*")
-
-
-def _flat(tree: Any) -> tuple[list[str], list[Any], Any]:
-    """Return the paths and the leaves of a tree, and its structure."""
-    leaves, structure = tree_flatten_with_path(tree)
-    return [_path(keys) for keys, _ in leaves], [leaf for _, leaf in leaves], structure
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    boxed = len(keys) > 1 and keys[-1] == GetAttrKey("value")  # nnx.Param, nn.Partitioned
-    return keystr(keys[:-1] if boxed else keys, simple=True, separator="/")
-
-
-def _some(paths: Sequence[str], number: int | None = None) -> str:
-    """Name a few paths."""
-    shown = ", ".join(map(repr, paths[:4])) or "none"
-    return shown + ", ..." * (len(paths[:4]) < (len(paths) if number is None else number))

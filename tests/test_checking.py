@@ -189,7 +189,7 @@ def test_a_check_that_raises_is_a_row(monkeypatch):
 
     monkeypatch.setattr(checking, "_CHECKS", {"torn": torn})
     report = check(devices=jax.devices()[:1])
-    assert [row[:3] for row in report.rows] == [("torn", "first", 0.0), ("torn", "", None)]
+    assert [(row.check, row.of, row.measured) for row in report.rows] == [("torn", "first", 0.0), ("torn", "", None)]
     assert report.rows[1].note == "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
     assert report.verdict == "FAILED: 1 of 2 checks: torn"
 
@@ -235,8 +235,8 @@ def test_passes_of_an_unknown_compiler_have_no_bound(monkeypatch):
 def test_what_it_compares_with_is_the_oracle(masked):
     shape = (6, 3, 4)
     mask = np.random.default_rng(2).random((6, 3, 1)) < 0.6 if masked else None
-    batch = checking._drawn(shape, 10.0, mask=mask)
-    exact = checking._exact(batch)
+    batch = checking._draw(shape, 10.0, mask=mask)
+    exact = checking._oracle(batch)
     want = oracle.forward(batch.x, batch.scale, batch.bias, mask=mask)
     grads = oracle.gradients(batch.g, batch.x, batch.scale, batch.bias, mask=mask)
     for got, one in zip(exact, (want.y, want.mean, want.var, *list(grads.values())[:3]), strict=True):
@@ -246,9 +246,9 @@ def test_what_it_compares_with_is_the_oracle(masked):
 def test_half_an_ulp_is_no_error():
     exact = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
     rounded = exact.astype(jnp.bfloat16)
-    assert not checking._beyond(rounded, exact).any()
-    assert (checking._beyond(np.nextafter(rounded, rounded + 1), exact) > 0).mean() > 0.9
-    assert checking._beyond(np.zeros(1, jnp.bfloat16), np.full(1, 1e-3)) == 1e-3
+    assert not checking._error(rounded, exact).any()
+    assert (checking._error(np.nextafter(rounded, rounded + 1), exact) > 0).mean() > 0.9
+    assert checking._error(np.zeros(1, jnp.bfloat16), np.full(1, 1e-3)) == 1e-3
 
 
 DEVICE = jax.devices()[0]

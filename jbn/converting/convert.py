@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from numbers import Integral
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
-from jbn.converting.trees import Address, Layer, Path, as_numpy, by_address, dtype_of, filled
-from jbn.freezing import select
+from jbn.converting.trees import Address, Layer, Path, as_numpy, dtype_of, fill, index
+from jbn.paths import name_few, select
 
 Value = TypeVar("Value")
 Library = Literal["jbn", "linen", "nnx", "torch", "keras", "haiku", "equinox"]
@@ -57,14 +58,14 @@ def convert(
         source: the library that ``tree`` comes from.
         target: the library that it is for.
         like: a tree of the target, of arrays or their shapes such as those of ``jax.eval_shape``. The result has its
-            structure, shapes, dtypes and, where it is committed, sharding; and all of it is filled. Haiku and Equinox
+            structure, shapes, dtypes and, where it is committed, sharding; and all of it is fill. Haiku and Equinox
             need it. Without it nothing says what is lacking, and arrays of no known name go along as they are.
         names: paths in the source to paths in the target, the first that matches counts. What lies under a path goes
             with it, ``*`` is any part of a key, the same on both sides, ``""`` is the root, and None leaves out:
             ``{"fc": None, "layer*.*.bn*": "layer*/block*/norm*", "module": ""}``. Or a function of a path of a layer.
             Without it paths are the same, but for the separator, which is a point in PyTorch and a slash elsewhere.
         kinds: layers of which the arrays do not tell what they are, by patterns of paths in the source, see
-            ``jbn.freeze``. "transposed": a transposed convolution; "transpose_kernel": one that has
+            ``jbn.keep_statistics``. "transposed": a transposed convolution; "transpose_kernel": one that has
             ``transpose_kernel=True`` in Flax; "depthwise": a depthwise convolution, to or from Keras; "embedding": an
             embedding, from PyTorch or Equinox. Name every one of the first three: with as many channels in as out,
             shapes do not tell. What their layout does not say, groups and channels, is read from ``like``.
@@ -102,18 +103,18 @@ def convert(
     evaluates with that. What a layer is made with, such as epsilon, momentum and padding, is not in its arrays: see
     ``jbn.convert_options``.
     """
-    origin, goal = _dialect("source", source, unbiased), _dialect("target", target, unbiased)
-    layers = _layers("tree", origin.read, tree)
-    wanted = None if like is None else _layers("like", lambda like: by_address(goal.addresses(like), like), like)
+    origin, goal = _read_dialect("source", source, unbiased), _read_dialect("target", target, unbiased)
+    layers = _read_layers("tree", origin.read, tree)
+    wanted = None if like is None else _read_layers("like", lambda like: index(goal.addresses(like), like), like)
     if wanted is None and goal.make is None:
         raise ValueError(f"like is None; expected a tree of {target} to fill, for it holds more than arrays.")
     everywhere = count if count is None or isinstance(count, Mapping) else {"*": count}
-    kind = _by_path("kinds", kinds, origin, layers, KINDS.__contains__, f"one of {', '.join(map(repr, KINDS))}")
-    shape = _by_path("flattened", flattened, origin, layers, _is_shape, "a shape (C, H, W), features first")
-    number = _by_path("count", everywhere, origin, layers, _is_count, "2 or more values")
+    kind = _read_by_path("kinds", kinds, origin, layers, KINDS.__contains__, f"one of {', '.join(map(repr, KINDS))}")
+    shape = _read_by_path("flattened", flattened, origin, layers, _is_shape, "a shape (C, H, W), features first")
+    number = _read_by_path("count", everywhere, origin, layers, _is_count, "2 or more values")
     found: dict[Path, Layer] = {}
     came: dict[Path, str] = {}
-    for path, new in _renamed(names, origin, goal, list(layers)).items():
+    for path, new in _rename(names, origin, goal, list(layers)).items():
         old = origin.spell(path) or "the layer"
         if new in found:
             raise ValueError(
@@ -126,33 +127,33 @@ def convert(
             found[new] = translate(arrays, origin, goal, place, Said(kind.get(path), shape.get(path), number.get(path)))
             came[new] = old
         except (ValueError, TypeError) as error:
-            raise _of_kind(error)(f"{old} of tree {error}") from error
+            raise _kind_of(error)(f"{old} of tree {error}") from error
     if wanted is not None:
         _check_complete(goal, found, came, wanted)
-        return filled(like, goal.addresses(like), found, goal.numpy)
+        return fill(like, goal.addresses(like), found, goal.numpy)
     assert goal.make is not None
     return jax.tree.map(partial(np.array, order="C") if goal.numpy else jnp.asarray, goal.make(found))
 
 
-def _of_kind(error: Exception) -> type[Exception]:
+def _kind_of(error: Exception) -> type[Exception]:
     return TypeError if isinstance(error, TypeError) else ValueError
 
 
-def _dialect(argument: str, name: str, unbiased: bool) -> Dialect:
+def _read_dialect(argument: str, name: str, unbiased: bool) -> Dialect:
     if name not in DIALECTS:
         raise ValueError(f"{argument} is {name!r}; expected one of {', '.join(map(repr, DIALECTS))}.")
     dialect = DIALECTS[name]
-    return dialect._replace(unbiased=unbiased) if dialect.unbiased is None else dialect
+    return replace(dialect, unbiased=unbiased) if dialect.unbiased is None else dialect
 
 
-def _layers(argument: str, read: Callable[[Any], Mapping[Address, Any]], tree: Any) -> dict[Path, dict[str, Any]]:
+def _read_layers(argument: str, read: Callable[[Any], Mapping[Address, Any]], tree: Any) -> dict[Path, dict[str, Any]]:
     """Return the arrays of a tree by layer and name."""
     layers: dict[Path, dict[str, Any]] = {}
     try:
         for (path, name), leaf in read(tree).items():
             layers.setdefault(path, {})[name] = leaf
     except (ValueError, TypeError) as error:
-        raise _of_kind(error)(f"{argument} {error}") from error
+        raise _kind_of(error)(f"{argument} {error}") from error
     if not layers:
         raise ValueError(f"{argument} holds no arrays; expected those of at least one layer.")
     return layers
@@ -166,7 +167,7 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) > 1 and all(isinstance(n, int) and n > 0 for n in value)
 
 
-def _by_path(
+def _read_by_path(
     argument: str,
     said: Mapping[str, Value] | None,
     origin: Dialect,
@@ -190,44 +191,44 @@ def _by_path(
     return found
 
 
-def _renamed(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Path]) -> dict[Path, Path]:
+def _rename(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Path]) -> dict[Path, Path]:
     """Return the new paths of layers, without those that are left out."""
     if names is None:
         return {path: path for path in paths}
     if callable(names):
-        said = {path: _checked(origin.spell(path), names(origin.spell(path))) for path in paths}
+        said = {path: _check_name(origin.spell(path), names(origin.spell(path))) for path in paths}
         return {path: goal.split(new) for path, new in said.items() if new is not None}
     if not isinstance(names, Mapping):
         raise TypeError(f"names is of type {type(names).__name__}; expected a mapping or a function of paths.")
     found: dict[Path, Path | None] = {}
     for old, value in names.items():
-        new = _checked(old, value)
+        new = _check_name(old, value)
         if new is not None and new.count("*") != old.count("*"):
             raise ValueError(f"names: {old!r} becomes {new!r}; expected as many stars on both sides.")
         # A slash after every key; the last group is what lies under the path.
-        pattern = re.compile(re.escape(_slashed(origin.split(old))).replace(r"\*", "([^/]*)") + "(.*)")
-        hits = {path: match for path in paths if (match := pattern.fullmatch(_slashed(path)))}
+        pattern = re.compile(re.escape(_slash(origin.split(old))).replace(r"\*", "([^/]*)") + "(.*)")
+        hits = {path: match for path in paths if (match := pattern.fullmatch(_slash(path)))}
         if not hits:
-            near = _some(get_close_matches(old, list(map(origin.spell, paths)), n=4, cutoff=0.0), len(paths))
+            near = name_few(get_close_matches(old, list(map(origin.spell, paths)), n=4, cutoff=0.0), len(paths))
             raise ValueError(f"names: {old!r} matches none of the {len(paths)} layers of tree: {near}.")
         for path, match in hits.items():
-            found.setdefault(path, None if new is None else _rewritten(goal.split(new), match.groups()))
+            found.setdefault(path, None if new is None else _rewrite(goal.split(new), match.groups()))
     return {path: way for path in paths if (way := found.get(path, path)) is not None}
 
 
-def _checked(old: str, new: Any) -> str | None:
+def _check_name(old: str, new: Any) -> str | None:
     if new is not None and not isinstance(new, str):
         raise TypeError(f"names: {old!r} becomes {new!r}; expected a string or None.")
     return new
 
 
-def _rewritten(new: Path, parts: Sequence[str]) -> Path:
+def _rewrite(new: Path, parts: Sequence[str]) -> Path:
     """Put parts of the old path in the place of the stars and at the end."""
-    pieces = zip(_slashed(new).split("*"), parts, strict=True)
+    pieces = zip(_slash(new).split("*"), parts, strict=True)
     return tuple("".join(piece + part for piece, part in pieces).split("/")[:-1])
 
 
-def _slashed(path: Path) -> str:
+def _slash(path: Path) -> str:
     return "".join(f"{key}/" for key in path)
 
 
@@ -248,9 +249,9 @@ def _check_complete(
             shown.append(f"{goal.spell(at)!r} from {came[at[:-1]]!r}{near}")
         raise ValueError(
             f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: "
-            f"{_some(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
-            f"{_some(map(repr, lacking))}. Expected names that bring them together, None for what is left "
-            "out; in like only what is to be filled; embeddings named in kinds."
+            f"{name_few(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
+            f"{name_few(map(repr, lacking))}. Expected names that bring them together, None for what is left "
+            "out; in like only what is to be fill; embeddings named in kinds."
         )
     pairs = {goal.spell(at): (value, theirs[at]) for at, value in ours.items()}
     other = [
@@ -260,16 +261,10 @@ def _check_complete(
     ]
     if other:
         raise ValueError(
-            f"{len(other)} arrays of tree differ from like: {_some(other)}. Expected the same sizes; transposed and "
+            f"{len(other)} arrays of tree differ from like: {name_few(other)}. Expected the same sizes; transposed and "
             "depthwise convolutions are to be named in kinds."
         )
 
 
 def _is_float(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact))
-
-
-def _some(items: Iterable[str], number: int | None = None) -> str:
-    """List a few."""
-    several = list(items)
-    return (", ".join(several[:4]) or "none") + ", ..." * (len(several[:4]) < (number or len(several)))

@@ -13,7 +13,8 @@ and whatever else a layer has, as it is.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -29,11 +30,12 @@ KINDS = (*TRANSPOSED, "depthwise", "embedding")
 SETTLED = 2**30
 
 
-def _as_it_is(kernel: Array, kind: str | None, like: Shape | None = None) -> Array:
+def _keep(kernel: Array, kind: str | None, like: Shape | None = None) -> Array:
     return kernel
 
 
-class Dialect(NamedTuple):
+@dataclass(frozen=True)
+class Dialect:
     """How a library keeps, names and lays out arrays."""
 
     # Where each leaf of a tree belongs.
@@ -41,15 +43,15 @@ class Dialect(NamedTuple):
     # Makes a tree of layers; None where a tree holds more than arrays.
     make: Callable[[Mapping[Path, Layer]], Any] | None
     # The names that are not Flax's, and that of the bias of a normalization.
-    names: Mapping[str, str] = {}
+    names: Mapping[str, str] = field(default_factory=dict)
     shift: str = "bias"
     # What a normalization remembers beside mean and var, from the arrays written and from the leaf that is wanted.
-    memory: Mapping[str, Callable[[Layer, Any], Any]] = {}
+    memory: Mapping[str, Callable[[Layer, Any], Any]] = field(default_factory=dict)
     # Reads a tree where that takes more than addresses.
     evaluated: Callable[[Any], dict[Address, Any]] | None = None
     # A kernel in the form above, for the kind of layer; and back, for the shape that is wanted.
-    inward: Callable[[Array, str | None], Array] = _as_it_is
-    outward: Callable[[Array, str | None, Shape | None], Array] = _as_it_is
+    inward: Callable[[Array, str | None], Array] = _keep
+    outward: Callable[[Array, str | None, Shape | None], Array] = _keep
     # Transposed convolutions of these kinds have the kernel of the convolution whose gradient they are.
     gradient: tuple[str, ...] = TRANSPOSED
     # Whether vectors have more axes, of size 1.
@@ -72,7 +74,7 @@ class Dialect(NamedTuple):
 
     def read(self, tree: Any) -> dict[Address, Any]:
         """Return the arrays of a tree by their addresses."""
-        return self.evaluated(tree) if self.evaluated else trees.by_address(self.addresses(tree), tree)
+        return self.evaluated(tree) if self.evaluated else trees.index(self.addresses(tree), tree)
 
     def decode(self, layer: Layer, kind: str | None) -> Layer:
         """Bring a layer into the form above."""
@@ -80,23 +82,23 @@ class Dialect(NamedTuple):
         if "weight" in plain and "weight" in layer:
             plain["weight"] = _meaning(layer["weight"], layer.get("bias"), kind)
         memory = self.memory if self.names.get("mean", "mean") in layer else ()
-        found = _renamed(layer, {own: plain.get(own, own) for own in layer if own not in memory})
+        found = _rename(layer, {own: plain.get(own, own) for own in layer if own not in memory})
         if "kernel" in found:
             found["kernel"] = self.inward(found["kernel"], kind)
         if self.padded:
-            found |= {name: found[name].reshape(_squeezed(found[name].shape)) for name in VECTORS if name in found}
+            found |= {name: found[name].reshape(_squeeze(found[name].shape)) for name in VECTORS if name in found}
         return found
 
     def encode(self, layer: Layer, kind: str | None, like: Mapping[str, Any] | None) -> Layer:
         """Bring a layer out of the form above; ``like`` holds its arrays as they are wanted."""
         norm = "kernel" not in layer and ("scale" in layer or "mean" in layer)
         own = {name: self.shift if norm and name == "bias" else self.names.get(name, name) for name in layer}
-        found = _renamed(layer, own)
+        found = _rename(layer, own)
         for name, value in layer.items():
             shape = value.shape if like is None else tuple(like.get(own[name], value).shape)
             if name == "kernel":
                 found[own[name]] = self.outward(value, kind, None if like is None else shape)
-            elif name in VECTORS and _squeezed(shape) == _squeezed(value.shape):
+            elif name in VECTORS and _squeeze(shape) == _squeeze(value.shape):
                 found[own[name]] = value.reshape(shape)
         if "mean" in layer:
             memory = {name: make(found, (like or {}).get(name)) for name, make in self.memory.items()}
@@ -111,7 +113,7 @@ def _meaning(weight: Array, bias: Array | None, kind: str | None) -> str:
     return "scale" if weight.ndim < 2 or (bias is not None and bias.shape == weight.shape) else "kernel"
 
 
-def _renamed(layer: Layer, names: Mapping[str, str]) -> Layer:
+def _rename(layer: Layer, names: Mapping[str, str]) -> Layer:
     """Give the arrays of a layer other names; those without one are left out."""
     found = {new: layer[old] for old, new in names.items()}
     if len(found) < len(names):
@@ -121,11 +123,12 @@ def _renamed(layer: Layer, names: Mapping[str, str]) -> Layer:
     return found
 
 
-def _squeezed(shape: Shape) -> Shape:
+def _squeeze(shape: Shape) -> Shape:
     return tuple(n for n in shape if n != 1) or (1,)
 
 
-class Said(NamedTuple):
+@dataclass(frozen=True)
+class Said:
     """What the arrays of a layer do not tell."""
 
     kind: str | None = None  # one of KINDS
@@ -142,12 +145,12 @@ def translate(layer: Layer, origin: Dialect, goal: Dialect, like: Mapping[str, A
         factor = said.values / (said.values - 1)
         layer["var"] = (layer["var"] * np.float64(factor if goal.unbiased else 1 / factor)).astype(layer["var"].dtype)
     if said.flattened and origin.features_first != goal.features_first:
-        layer = _reordered(layer, said.flattened, goal.features_first)
+        layer = _reorder(layer, said.flattened, goal.features_first)
     turned = said.kind in TRANSPOSED and (said.kind in origin.gradient) != (said.kind in goal.gradient)
     if turned and "kernel" in layer and layer["kernel"].ndim > 2:
         if like is None:
             raise ValueError("is a transposed convolution; expected like, which says in how many groups.")
-        layer["kernel"] = adjoint(layer["kernel"], _groups(layer["kernel"], said.kind, goal, like))
+        layer["kernel"] = adjoint(layer["kernel"], _find_groups(layer["kernel"], said.kind, goal, like))
     return goal.encode(layer, said.kind, like)
 
 
@@ -158,7 +161,7 @@ def adjoint(kernel: Array, groups: int) -> Array:
     return flipped.swapaxes(-1, -3).reshape(*window, b // groups, groups * a)
 
 
-def _groups(kernel: Array, kind: str | None, goal: Dialect, like: Mapping[str, Any]) -> int:
+def _find_groups(kernel: Array, kind: str | None, goal: Dialect, like: Mapping[str, Any]) -> int:
     """Find in how many groups a kernel (*window, a / groups, b) becomes one (*window, b / groups, a)."""
     leaf = like.get(goal.names.get("kernel", "kernel"))
     if leaf is None or len(leaf.shape) != kernel.ndim:
@@ -167,7 +170,7 @@ def _groups(kernel: Array, kind: str | None, goal: Dialect, like: Mapping[str, A
     return 1 if kernel.shape[-1] % inner else kernel.shape[-1] // inner
 
 
-def _reordered(layer: Layer, shape: Shape, features_first: bool) -> Layer:
+def _reorder(layer: Layer, shape: Shape, features_first: bool) -> Layer:
     """Reorder what goes through a layer, from features last to features first or the other way round."""
     number = math.prod(shape)
     last = np.moveaxis(np.arange(number).reshape(shape), 0, -1).ravel()  # where its values are, features first
@@ -186,20 +189,20 @@ def _reordered(layer: Layer, shape: Shape, features_first: bool) -> Layer:
     return {**layer, **{name: np.take(layer[name], order, axis) for name, axis in axes.items()}}
 
 
-def _inward(kernel: Array, kind: str | None) -> Array:
+def _move_inward(kernel: Array, kind: str | None) -> Array:
     return np.moveaxis(kernel, (0, 1), (-1, -2))
 
 
-def _outward(kernel: Array, kind: str | None, like: Shape | None) -> Array:
+def _move_outward(kernel: Array, kind: str | None, like: Shape | None) -> Array:
     return np.moveaxis(kernel, (-1, -2), (0, 1))
 
 
-def _by_channel_inward(kernel: Array, kind: str | None) -> Array:
+def _join_channels(kernel: Array, kind: str | None) -> Array:
     """Keras has (*window, in, multiplier) where others have (*window, 1, in · multiplier)."""
     return kernel.reshape(*kernel.shape[:-2], 1, -1) if kind == "depthwise" and kernel.ndim > 2 else kernel
 
 
-def _by_channel_outward(kernel: Array, kind: str | None, like: Shape | None) -> Array:
+def _split_channels(kernel: Array, kind: str | None, like: Shape | None) -> Array:
     if kind != "depthwise" or kernel.ndim < 3:
         return kernel
     if like is None:
@@ -208,51 +211,51 @@ def _by_channel_outward(kernel: Array, kind: str | None, like: Shape | None) -> 
     return kernel.reshape(like) if fits else kernel
 
 
-def _swapped(kernel: Array, kind: str | None, like: Shape | None = None) -> Array:
+def _swap(kernel: Array, kind: str | None, like: Shape | None = None) -> Array:
     """Haiku has (*window, out, in) in transposed convolutions."""
     return kernel.swapaxes(-1, -2) if kind in TRANSPOSED and kernel.ndim > 2 else kernel
 
 
-def _updates(written: Layer, leaf: Any) -> Array:
+def _update_count(written: Layer, leaf: Any) -> Array:
     """Count on from the number in ``like``, or from 0; PyTorch needs it for momentum=None alone."""
     known = hasattr(leaf, "item") and not getattr(leaf, "is_meta", False)
     return np.asarray(leaf.item() if known else 0, np.int64)
 
 
-def _settled(written: Layer, leaf: Any) -> Array:
+def _settled_count(written: Layer, leaf: Any) -> Array:
     return np.asarray(SETTLED, np.int32)
 
 
-_FLAX = Dialect(trees.in_model, trees.make_model, gradient=("transpose_kernel",), unbiased=None)
+_FLAX = Dialect(trees.address_model, trees.make_model, gradient=("transpose_kernel",), unbiased=None)
 _WEIGHT = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 DIALECTS = {
-    "jbn": _FLAX._replace(addresses=trees.in_pair, make=trees.make_pair),
-    "linen": _FLAX._replace(addresses=trees.in_variables, make=trees.make_variables),
+    "jbn": replace(_FLAX, addresses=trees.address_pair, make=trees.make_pair),
+    "linen": replace(_FLAX, addresses=trees.address_variables, make=trees.make_variables),
     "nnx": _FLAX,
     "torch": Dialect(
-        trees.in_mapping(".", "a state_dict"),
+        trees.address_mapping(".", "a state_dict"),
         trees.make_mapping("."),
         names={**_WEIGHT, "mean": "running_mean", "var": "running_var"},
-        memory={"num_batches_tracked": _updates},
-        inward=_inward,
-        outward=_outward,
+        memory={"num_batches_tracked": _update_count},
+        inward=_move_inward,
+        outward=_move_outward,
         features_first=True,
         unbiased=True,
         numpy=True,
         separator=".",
     ),
     "keras": Dialect(
-        trees.in_mapping("/", "{v.path: v.numpy() for v in model.weights}"),
+        trees.address_mapping("/", "{v.path: v.numpy() for v in model.weights}"),
         trees.make_mapping("/"),
         names={"scale": "gamma", "mean": "moving_mean", "var": "moving_variance", "embedding": "embeddings"},
         shift="beta",
-        inward=_by_channel_inward,
-        outward=_by_channel_outward,
+        inward=_join_channels,
+        outward=_split_channels,
         numpy=True,
     ),
     "haiku": Dialect(
-        trees.in_modules,
+        trees.address_modules,
         None,
         names={
             "kernel": "w",
@@ -265,22 +268,22 @@ DIALECTS = {
         memory={
             "mean_ema/hidden": lambda written, leaf: written["mean_ema/average"],
             "var_ema/hidden": lambda written, leaf: written["var_ema/average"],
-            "mean_ema/counter": _settled,
-            "var_ema/counter": _settled,
+            "mean_ema/counter": _settled_count,
+            "var_ema/counter": _settled_count,
         },
-        inward=_swapped,
-        outward=_swapped,
+        inward=_swap,
+        outward=_swap,
         gradient=(),
         padded=True,
     ),
     "equinox": Dialect(
-        trees.in_equinox,
+        trees.address_equinox,
         None,
         names=_WEIGHT,
-        memory={"counter": _settled, "first_time": lambda written, leaf: np.asarray(False)},
-        evaluated=trees.evaluated,
-        inward=_inward,
-        outward=_outward,
+        memory={"counter": _settled_count, "first_time": lambda written, leaf: np.asarray(False)},
+        evaluated=trees.read_evaluation,
+        inward=_move_inward,
+        outward=_move_outward,
         gradient=(),
         padded=True,
         features_first=True,

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+from jax.tree_util import tree_flatten_with_path
 
 from jbn.core.forward import Params, State
+from jbn.paths import flatten, read_keys
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Path = tuple[str, ...]
@@ -19,17 +20,17 @@ Addresses = list[Address | None]  # of the leaves of a tree, in jax's order; Non
 VECTORS = ("scale", "bias", "mean", "var")
 
 
-def by_address(addresses: Addresses, tree: Any) -> dict[Address, Any]:
+def index(addresses: Addresses, tree: Any) -> dict[Address, Any]:
     """Return the leaves of a tree by their addresses."""
     places = zip(addresses, jax.tree.leaves(tree), strict=True)
     return {address: leaf for address, leaf in places if address is not None}
 
 
-def in_mapping(separator: str, expected: str) -> Callable[[Any], Addresses]:
+def address_mapping(separator: str, expected: str) -> Callable[[Any], Addresses]:
     """Return the reader of a mapping of names to arrays."""
 
     def addresses(tree: Any) -> Addresses:
-        paths = _paths(tree) if isinstance(tree, Mapping) else [()]
+        paths = flatten(tree)[0] if isinstance(tree, Mapping) else [()]
         if deeper := {path[0] for path in paths if len(path) > 1}:
             raise TypeError(f"holds a tree under {min(deeper)!r}; expected {expected}, a mapping of names to arrays.")
         if () in paths:
@@ -39,9 +40,9 @@ def in_mapping(separator: str, expected: str) -> Callable[[Any], Addresses]:
     return addresses
 
 
-def in_variables(tree: Any) -> Addresses:
+def address_variables(tree: Any) -> Addresses:
     """Read the variables of a Linen model."""
-    paths = _paths(tree)
+    paths = flatten(tree)[0]
     if strange := {path[0] if len(path) > 1 else "an array" for path in paths} - {"params", "batch_stats"}:
         raise ValueError(
             f"holds {', '.join(sorted(strange))}; expected the variables of Flax Linen, a mapping with 'params' and, "
@@ -50,25 +51,25 @@ def in_variables(tree: Any) -> Addresses:
     return [_address(path[1:]) for path in paths]
 
 
-def in_model(tree: Any) -> Addresses:
+def address_model(tree: Any) -> Addresses:
     """Read the state of an NNX model."""
-    paths = _paths(tree)
+    paths = flatten(tree)[0]
     if () in paths:
         raise TypeError(f"is of type {type(tree).__name__}; expected nnx.state(model, (nnx.Param, nnx.BatchStat)).")
     return [_address(path) for path in paths]
 
 
-def in_pair(tree: Any) -> Addresses:
+def address_pair(tree: Any) -> Addresses:
     """Read params and state of functions that call ``jbn.bn_forward``."""
-    paths = _paths(_pair(tree, "(params, state)"))
+    paths = flatten(_read_pair(tree, "(params, state)"))[0]
     if any(len(path) < 2 for path in paths):
         raise TypeError("has arrays without names; expected (params, state), such as those of jbn.bn_init.")
     return [_address(path[1:]) for path in paths]
 
 
-def in_modules(tree: Any) -> Addresses:
+def address_modules(tree: Any) -> Addresses:
     """Read params and state of Haiku; running averages belong to the norm above them."""
-    paths = _paths(_pair(tree, "(params, state) of hk.transform_with_state"))
+    paths = flatten(_read_pair(tree, "(params, state) of hk.transform_with_state"))[0]
     if any(len(path) != 3 for path in paths):
         raise TypeError("is no tree of Haiku; expected (params, state), each {module: {name: array}}.")
     found: Addresses = []
@@ -79,9 +80,9 @@ def in_modules(tree: Any) -> Addresses:
     return found
 
 
-def in_equinox(tree: Any) -> Addresses:
+def address_equinox(tree: Any) -> Addresses:
     """Read model and state of Equinox, which need not be imported for it."""
-    model, state = _pair(tree, "(model, state) of eqx.nn.make_with_state")
+    model, state = _read_pair(tree, "(model, state) of eqx.nn.make_with_state")
     size = len(jax.tree.leaves(state))
     # A state whose values are their own positions: what it gives for an index says where that is kept.
     positions = jax.tree.unflatten(jax.tree.structure(state), range(size))
@@ -96,7 +97,7 @@ def in_equinox(tree: Any) -> Addresses:
             if index is not None:
                 where |= {at: (path, name) for at, name in zip(_position(positions, index), names, strict=True)}
     return [
-        *(_address(_path(keys)) if hasattr(leaf, "shape") else None for keys, leaf in tree_flatten_with_path(model)[0]),
+        *(_address(keys) if hasattr(leaf, "shape") else None for keys, leaf in zip(*flatten(model)[:2], strict=True)),
         *(where.get(at, (("eqx.nn.State",), str(at))) for at in range(size)),
     ]
 
@@ -108,9 +109,9 @@ def _position(positions: Any, index: Any) -> list[int]:
         raise TypeError("has norms without a state; expected (model, state) of eqx.nn.make_with_state.") from error
 
 
-def evaluated(tree: Any) -> dict[Address, Any]:
+def read_evaluation(tree: Any) -> dict[Address, Any]:
     """Read model and state of Equinox with the statistics that it evaluates with, rounded as there."""
-    found = by_address(in_equinox(tree), tree)
+    found = index(address_equinox(tree), tree)
     for path, norm in _norms(tree[0]):
         if norm.mode == "batch":
             count = jnp.asarray(found[path, "counter"])
@@ -123,7 +124,7 @@ def make_mapping(separator: str) -> Callable[[Mapping[Path, Layer]], Any]:
     """Return the maker of a mapping of names to arrays."""
 
     def make(layers: Mapping[Path, Layer]) -> Any:
-        return {separator.join(path): value for path, value in _flat(layers).items()}
+        return {separator.join(path): value for path, value in _flatten_layers(layers).items()}
 
     return make
 
@@ -135,21 +136,21 @@ def make_pair(layers: Mapping[Path, Layer]) -> Any:
     for path, norm in norms.items():
         scale, bias, mean, var = (norm.get(name) for name in VECTORS)
         params[path], stats[path] = Params(scale, bias), State(mean, var)  # type: ignore[arg-type]
-    return _nested(params), _nested(stats)
+    return _nest(params), _nest(stats)
 
 
 def make_variables(layers: Mapping[Path, Layer]) -> Any:
     """Make the variables of a Linen model."""
-    params, stats = map(_nested, _split(layers))
+    params, stats = map(_nest, _split(layers))
     return {"params": params, **({"batch_stats": stats} if stats else {})}
 
 
 def make_model(layers: Mapping[Path, Layer]) -> Any:
     """Make the state of an NNX model; numbers are items of lists."""
-    return _nested(_flat(layers), lambda key: int(key) if key.isdecimal() else key)
+    return _nest(_flatten_layers(layers), lambda key: int(key) if key.isdecimal() else key)
 
 
-def filled(like: Any, addresses: Addresses, layers: Mapping[Path, Layer], numpy: bool) -> Any:
+def fill(like: Any, addresses: Addresses, layers: Mapping[Path, Layer], numpy: bool) -> Any:
     """Return a tree with the structure, the dtypes and the kinds of arrays of ``like``."""
     leaves, structure = jax.tree.flatten(like)
     places = zip(addresses, leaves, strict=True)
@@ -189,19 +190,10 @@ def _as_leaf(value: Array, leaf: Any, address: Address, numpy: bool) -> Any:
     return jax.device_put(cast, leaf.sharding) if getattr(leaf, "committed", False) else jnp.asarray(cast)
 
 
-def _pair(tree: Any, expected: str) -> tuple[Any, Any]:
+def _read_pair(tree: Any, expected: str) -> tuple[Any, Any]:
     if not isinstance(tree, tuple) or len(tree) != 2 or hasattr(tree, "_fields"):
         raise TypeError(f"is of type {type(tree).__name__}; expected a pair, {expected}.")
     return tree
-
-
-def _paths(tree: Any) -> list[Path]:
-    return [_path(keys) for keys, _ in tree_flatten_with_path(tree)[0]]
-
-
-def _path(keys: tuple[Any, ...]) -> Path:
-    boxed = len(keys) > 1 and keys[-1] == GetAttrKey("value")  # nnx.Param, nn.Partitioned
-    return tuple(keystr((key,), simple=True) for key in (keys[:-1] if boxed else keys))
 
 
 def _address(path: Path) -> Address:
@@ -216,21 +208,21 @@ def _norms(model: Any) -> Iterator[tuple[Path, Any]]:
 
     for keys, node in tree_flatten_with_path(model, is_leaf=is_norm)[0]:
         if is_norm(node):
-            yield _path(keys), node
+            yield read_keys(keys), node
 
 
-def _flat(layers: Mapping[Path, Layer]) -> dict[Path, Array]:
+def _flatten_layers(layers: Mapping[Path, Layer]) -> dict[Path, Array]:
     return {(*path, name): value for path, layer in layers.items() for name, value in layer.items()}
 
 
 def _split(layers: Mapping[Path, Layer]) -> tuple[dict[Path, Any], dict[Path, Any]]:
     """Return parameters and statistics."""
-    flat = _flat(layers)
+    flat = _flatten_layers(layers)
     stats = {path: value for path, value in flat.items() if path[-1] in ("mean", "var")}
     return {path: value for path, value in flat.items() if path not in stats}, stats
 
 
-def _nested(leaves: Mapping[Path, Any], key: Callable[[str], Any] = str) -> Any:
+def _nest(leaves: Mapping[Path, Any], key: Callable[[str], Any] = str) -> Any:
     if clash := {path[:n] for path in leaves for n in range(len(path)) if path[:n] in leaves}:
         both = ", ".join("/".join(path) or "the root" for path in sorted(clash))
         raise ValueError(

@@ -1,6 +1,6 @@
 """The rooms joined: ``bn_init``, ``bn_forward``, and the stateless ``batch_norm`` and ``moments``."""
 
-from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,17 +10,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.core import layout as layouts
-from jbn.core import state as running
-from jbn.core.axes import check_replicas, known_mesh, place_as, sync_over
-from jbn.core.layout import Layout
-from jbn.core.normalize import Activation, Operands, Recipe, normalize, open_activation
-from jbn.core.saved import INPUT, named
-from jbn.core.statistics import Moments, Rows, pilot_of, statistics
+from jbn.core import checks
+from jbn.core.activation import Activation
+from jbn.core.axes import name_mesh, place_as
+from jbn.core.normalize import Operands, Recipe, normalize
+from jbn.core.prepare import Axis, AxisName, Groups, read_operands, read_rows, read_sharing, read_state
+from jbn.core.saved import INPUT, name_arrays
+from jbn.core.state import Observation, move, replace_arrays
+from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, statistics
 
-AxisName = Hashable | Sequence[Hashable]
-Axis = int | Sequence[int]
-Groups = Sequence[Sequence[int]]
 StateT = TypeVar("StateT")
 
 
@@ -62,9 +60,9 @@ def bn_init(
     >>> state.var.shape
     (4,)
     """
-    shape = layouts.feature_shape(num_features)
-    kind = layouts.output_dtype(dtype, jnp.zeros(()))
-    wide = layouts.compute_dtype(kind)
+    shape = checks.read_features(num_features)
+    kind = checks.read_dtype(dtype, jnp.zeros(()))
+    wide = checks.arithmetic_dtype(kind)
     params = Params(jnp.ones(shape, kind) if use_scale else None, jnp.zeros(shape, kind) if use_bias else None)
     return params, State(jnp.zeros(shape, wide), jnp.ones(shape, wide))
 
@@ -149,27 +147,28 @@ def bn_forward(
     variance as E[x²] - E[x]², which has no digits left where the mean is 10⁴ standard deviations; Flax normalizes
     masked positions, averages shards with equal weights and returns float32 for bfloat16 x.
     """
-    train = layouts.check_flag("train", train)
-    update = train if update is None else layouts.check_flag("update", update)
-    old = layouts.entries("state", state, ("mean", "var"), required=True)
-    scale, bias = layouts.entries("params", params, ("scale", "bias"))
-    recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype, *old)
-    gather = running.asked(old[0], recipe.layout.features)
-    known = running.opened(*old) if gather else old
-    for name, value in zip(("state.mean", "state.var"), known, strict=True):
-        layouts.check_vector(name, value, recipe.layout)
-    weight = layouts.new_weight(momentum)
+    train = checks.read_flag("train", train)
+    update = train if update is None else checks.read_flag("update", update)
+    held, mean, var = read_state(state)
+    scale, bias = checks.read_fields("params", params, ("scale", "bias"))
+    recipe, operands = read_operands(
+        x, scale, bias, mean, var,
+        axis=axis, epsilon=epsilon, mask=mask, activation=activation, residual=residual, dtype=dtype,
+    )  # fmt: skip
+    for name, value in (("state.mean", mean), ("state.var", var)):
+        checks.check_vector(name, value, recipe.layout)
+    weight = checks.read_momentum(momentum)
     if not (train or update):
-        return _evaluate(recipe, valid, operands, *known), state
-    train = train and not (update and gather == "recalibrated")
-    rows = _rows(recipe.layout, recipe.epsilon, axis_name, axis_index_groups, group_size)
+        return _evaluate(recipe, operands, mean, var), state
+    observed = update and isinstance(held, Observation)
+    train = train and not (update and isinstance(held, Observation) and held.upstream == "recalibrated")
+    rows = read_sharing(recipe, operands.x, axis_name, axis_index_groups, group_size)
     if update:
-        check_replicas(rows.sync, operands.x, valid, old[0])
-    if train or not gather:
-        layouts.check_rows(rows.layout, int(np.min(rows.shared.shards())))
-    uses = _Uses(train, update, unbiased, gather is not None)
-    y, new = _with_statistics(rows, recipe, uses, valid, operands, *old, weight)
-    return y, running.replaced(state, **new) if update else state
+        checks.check_replicas(rows.sync, operands.x, operands.mask, mean)
+    if train or not observed:
+        checks.check_rows(rows.layout, int(np.min(rows.sums_over.shards())))
+    y, new = _with_statistics(rows, recipe, _Uses(train, update, unbiased), operands, held, var, weight)
+    return y, replace_arrays(state, **new) if update else state
 
 
 def batch_norm(
@@ -220,9 +219,12 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015, algorithm 1.
     """
-    recipe, valid, operands = _read(x, scale, bias, mask, residual, axis, epsilon, activation, dtype)
-    rows = _rows(recipe.layout, recipe.epsilon, axis_name, axis_index_groups, group_size)
-    return _normalized(rows, recipe, valid, operands)
+    recipe, operands = read_operands(
+        x, scale, bias,
+        axis=axis, epsilon=epsilon, mask=mask, activation=activation, residual=residual, dtype=dtype,
+    )  # fmt: skip
+    rows = read_sharing(recipe, operands.x, axis_name, axis_index_groups, group_size)
+    return _normalize(rows, recipe, operands)
 
 
 def moments(
@@ -255,139 +257,86 @@ def moments(
 
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance", 1983: shifted data.
     """
-    layout, values, valid = _read_rows(x, axis, mask)
-    return _moments_of(Rows(layout, sync_over(axis_name), 0.0), valid, values)
+    layout, values, valid = read_rows(x, axis, mask)
+    return _find_moments(SharedRows(layout, checks.read_axis_name(axis_name), 0.0), valid, values)
 
 
-class _Uses(NamedTuple):
+@dataclass(frozen=True)
+class _Uses:
     """What the statistics of the batch are taken for."""
 
     train: bool  # y is normalized by them
     update: bool  # the running ones move towards them
     unbiased: bool  # as those of a sample
-    gather: bool  # they are kept as they are, for ``recalibrate``
 
 
 # One compiled call each, so that an eager step costs one dispatch and the second call traces nothing.
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _with_statistics(
-    rows: Rows,
+    rows: SharedRows,
     recipe: Recipe,
     uses: _Uses,
-    mask: Array | None,
     operands: Operands,
-    mean: Array,
+    held: Array | Observation,
     var: Array,
     weight: ArrayLike,
-) -> tuple[Array, dict[str, Array]]:
-    wide, operands = recipe.wide, _named(operands)
-    given = mean, var
-    mean, var = running.opened(mean, var) if uses.gather else given
-    pilot = pilot_of(mean, wide)
-    batch = _statistics_of(rows, operands.x, mask, pilot)
-    new = {}
+) -> tuple[Array, dict[str, Any]]:
+    wide, operands = recipe.wide, _name_operands(operands)
+    mean = held.mean if isinstance(held, Observation) else held
+    pilot = choose_pilot(mean, wide)
+    batch = _statistics(rows, operands.x, operands.mask, pilot)
+    new: dict[str, Any] = {}
     if uses.update:
-        whole = rows.whole(batch, pilot)
-        seen = Moments(*(place_as(value, mean) if value.ndim else value for value in whole))
-        if uses.gather:
-            moved = running.gathered(*given, seen)
+        whole = merge_groups(rows, batch, pilot)
+        if isinstance(held, Observation):
+            new = {"mean": held.add(whole)}
         else:
+            seen = jax.tree.map(lambda value: place_as(value, mean) if value.ndim else value, whole)
             old = mean.astype(wide), place_as(var.astype(wide), mean)
-            moved = running.exponential(*old, seen, jnp.asarray(weight, wide), uses.unbiased)
-        new = {"mean": moved[0].astype(mean.dtype), "var": place_as(moved[1].astype(var.dtype), given[1])}
+            moved = move(*old, seen, jnp.asarray(weight, wide), uses.unbiased)
+            new = {"mean": moved[0].astype(mean.dtype), "var": place_as(moved[1].astype(var.dtype), var)}
     if uses.train:
-        return _by_batch(rows, recipe, mask, batch, operands), new
-    return _by_running(recipe, mask, operands, mean, var), new
+        return _normalize_by_batch(rows, recipe, batch, operands), new
+    return _normalize_by_running(recipe, operands, mean, var), new
 
 
 @partial(jax.jit, static_argnums=0)
-def _evaluate(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
-    return _by_running(recipe, mask, _named(operands), mean, var)
+def _evaluate(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:
+    return _normalize_by_running(recipe, _name_operands(operands), mean, var)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _normalized(rows: Rows, recipe: Recipe, mask: Array | None, operands: Operands) -> tuple[Array, Moments]:
-    pilot, operands = jnp.zeros(rows.layout.features, recipe.wide), _named(operands)
-    batch = _statistics_of(rows, operands.x, mask, pilot)
-    return _by_batch(rows, recipe, mask, batch, operands), rows.whole(batch, pilot)
-
-
-def _statistics_of(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moments:
-    with known_mesh():  # so that the derivative finds what was traced for the value
-        return statistics(rows, x, mask, pilot)
-
-
-def _by_running(recipe: Recipe, mask: Array | None, operands: Operands, mean: Array, var: Array) -> Array:
-    """Normalize by the statistics of the state."""
-    mean = mean.astype(recipe.wide)
-    known = Moments(jnp.zeros((), recipe.wide), jnp.zeros_like(mean), mean, var.astype(recipe.wide))
-    return normalize(recipe, mask, known, operands)
-
-
-def _by_batch(rows: Rows, recipe: Recipe, mask: Array | None, batch: Moments, operands: Operands) -> Array:
-    """Normalize by the statistics of the batch, or of each of its groups."""
-    scale, bias = (None if v is None else rows.layout.vector(v) for v in (operands.scale, operands.bias))
-    operands = operands._replace(scale=scale, bias=bias)
-    return normalize(recipe._replace(layout=rows.layout), mask, rows.shared.mine(batch), operands)
+def _normalize(rows: SharedRows, recipe: Recipe, operands: Operands) -> tuple[Array, Moments]:
+    pilot, operands = jnp.zeros(rows.layout.features, recipe.wide), _name_operands(operands)
+    batch = _statistics(rows, operands.x, operands.mask, pilot)
+    return _normalize_by_batch(rows, recipe, batch, operands), merge_groups(rows, batch, pilot)
 
 
 @partial(jax.jit, static_argnums=0)
-def _moments_of(rows: Rows, mask: Array | None, x: Array) -> Moments:
-    return _statistics_of(rows, x, mask, jnp.zeros(rows.layout.features, layouts.compute_dtype(x.dtype)))
+def _find_moments(rows: SharedRows, mask: Array | None, x: Array) -> Moments:
+    return _statistics(rows, x, mask, jnp.zeros(rows.layout.features, checks.arithmetic_dtype(x.dtype)))
 
 
-def _named(operands: Operands) -> Operands:
+def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) -> Moments:
+    with name_mesh():  # The derivative then finds what was traced for the value.
+        return statistics(rows, x, mask, pilot)
+
+
+def _normalize_by_batch(rows: SharedRows, recipe: Recipe, batch: Moments, operands: Operands) -> Array:
+    """Normalize by the statistics of the batch, or of each of its groups."""
+    layout = rows.layout
+    scale, bias = (None if v is None else layout.lift(v) for v in (operands.scale, operands.bias))
+    operands = operands._replace(scale=scale, bias=bias)
+    return normalize(replace(recipe, layout=layout), rows.sums_over.pick(batch), operands)
+
+
+def _normalize_by_running(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:
+    """Normalize by the statistics of the state."""
+    mean = mean.astype(recipe.wide)
+    known = Moments(jnp.zeros((), recipe.wide), jnp.zeros_like(mean), mean, var.astype(recipe.wide))
+    return normalize(recipe, known, operands)
+
+
+def _name_operands(operands: Operands) -> Operands:
     # Once, and outside the derivative rules: each of them would save an x of its own.
-    return operands._replace(x=named(INPUT, operands.x), residual=named(INPUT, operands.residual))
-
-
-def _read(
-    x: ArrayLike,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
-    mask: ArrayLike | None,
-    residual: ArrayLike | None,
-    axis: Axis,
-    epsilon: float,
-    activation: Activation | None,
-    dtype: DTypeLike | None,
-    *state: Array,
-) -> tuple[Recipe, Array | None, Operands]:
-    """Check everything against x."""
-    layout, values, valid = _read_rows(x, axis, mask)
-    operands = Operands(
-        values,
-        layouts.check_vector("scale", layouts.as_array("scale", scale), layout),
-        layouts.check_vector("bias", layouts.as_array("bias", bias), layout),
-        layouts.check_residual(layouts.as_array("residual", residual), layout),
-        (),
-    )
-    out = layouts.output_dtype(dtype, values)
-    wide = layouts.compute_dtype(values.dtype, out)
-    z = jax.ShapeDtypeStruct(layout.shape, wide)
-    opened, slopes = open_activation(activation, z, *jax.tree.leaves(operands), *state)
-    recipe = Recipe(layout, layouts.epsilon_of(epsilon), opened, out, wide)
-    return recipe, valid, operands._replace(slopes=slopes)
-
-
-def _rows(
-    layout: Layout,
-    epsilon: float,
-    axis_name: AxisName | None,
-    axis_index_groups: Groups | None,
-    group_size: int | None,
-) -> Rows:
-    """Read which rows share statistics."""
-    sync = sync_over(axis_name, axis_index_groups)
-    if group_size is None:
-        return Rows(layout, sync, epsilon)
-    if axis_index_groups is not None:
-        raise ValueError("axis_index_groups and group_size are both given; expected one: they group the same shards.")
-    examples, shards = layouts.groups_of(group_size, layout, int(sync.shards()))
-    return Rows(layout._replace(group=examples), sync.in_groups_of(shards), epsilon)
-
-
-def _read_rows(x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> tuple[Layout, Array, Array | None]:
-    values = layouts.as_array("x", x)
-    layout = layouts.layout_of(values, axis)
-    return layout, values, layouts.check_mask(layouts.as_array("mask", mask), layout)
+    return operands._replace(x=name_arrays(INPUT, operands.x), residual=name_arrays(INPUT, operands.residual))

@@ -1,4 +1,4 @@
-"""What a rematerialized network keeps of its normalizations."""
+"""What a rematerialized network saves of its normalizations: names for ``jax.checkpoint``, and a policy of them."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,11 +12,12 @@ INPUT, MOMENTS = "jbn_input", "jbn_moments"
 _POLICY = jax.checkpoint_policies.save_only_these_names(INPUT, MOMENTS)
 
 
-def named(name: str, tree: Tree) -> Tree:
+def name_arrays(name: str, tree: Tree) -> Tree:
     """Name the arrays of a tree for the policies of ``jax.checkpoint``.
 
-    A saved value that enters the checkpointed tangent of a rule leaves it as an array of its own, which XLA cannot know
-    to be the same. So what is read is a second name of the saved value: no policy saves that, and repeating it is free.
+    Readers take a second name, ``<name>_read``, that no policy saves. A saved value that passes through the
+    checkpointed tangent of a rule comes out of it as another buffer, which XLA cannot identify with the first; to make
+    the second name again from the saved first one is free.
     """
     return jax.tree.map(lambda leaf: checkpoint_name(checkpoint_name(leaf, name), f"{name}_read"), tree)
 

@@ -1,19 +1,26 @@
-"""How the state moves: running statistics, and the moments that ``recalibrate`` gathers."""
+"""How the state moves: running statistics, and what a tool sees that observes a layer through its state."""
 
 from collections.abc import Mapping, MutableMapping
 from copy import copy
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.tree_util import register_dataclass
 
-from jbn.core.statistics import Moments, merge, quotient
+from jbn.core.axes import place_as
+from jbn.core.statistics import Moments, merge
+from jbn.core.sums import divide
 
 StateT = TypeVar("StateT")
+Upstream = Literal["batch", "recalibrated"]
 
 
-def exponential(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool) -> tuple[Array, Array]:
+def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool) -> tuple[Array, Array]:
     r"""Move running statistics towards those of a batch, by the weight of the new value, 1 - momentum.
 
     .. math:: \mu \leftarrow \mu + w (\mu_B - \mu), \quad \sigma^2 \leftarrow \sigma^2 + w (\sigma_B^2 - \sigma^2)
@@ -33,7 +40,7 @@ def exponential(mean: Array, var: Array, batch: Moments, weight: Array, unbiased
     mean, var, batch = jax.tree.map(lax.stop_gradient, (mean, var, batch))
     target = batch.var
     if unbiased:
-        target = target * quotient(batch.count, batch.count - 1)
+        target = target * divide(batch.count, batch.count - 1)
     # m·old + (1 - m)·new loses ten times more digits at a large mean; and where the pilot is the old mean, the
     # difference is the offset, exact.
     new_mean = mean + weight * ((batch.pilot - mean) + batch.offset)
@@ -42,48 +49,73 @@ def exponential(mean: Array, var: Array, batch: Moments, weight: Array, unbiased
     return lax.select(usable, new_mean, mean), lax.select(usable, new_var, var)
 
 
-# The state that ``recalibrate`` passes has two more axes at the end, and holds the moments of the rows that its layer
-# has seen, which may be called more than once, beside the statistics:
-#
-#     mean[..., 0, :] = mean, pilot, offset             var[..., 0, :] = var, variance of the rows, count
-#
-# A count of inf says that there were none yet. The size of the last axis is the order: whether a layer normalizes as it
-# would, or by the statistics of the state; the fourth number is not used. A shape travels through every transformation
-# and is part of every cache key, so that nothing compiled before can answer a question that it was not asked.
-ORDERS = {"batch": 3, "recalibrated": 4}
+@partial(
+    register_dataclass,
+    data_fields=["mean", "count", "pilot", "offset", "var", "updates"],
+    meta_fields=["upstream"],
+)
+@dataclass(frozen=True)
+class Observation:
+    """What a tool puts in the place of a running mean, to learn what the layer sees in a run.
+
+    It is a node of the tree of states, so it travels through every transformation like the array that it stands for,
+    and ``upstream``, which is part of its structure, is in the key of every cache: nothing that was compiled before can
+    answer a question that it was not asked. All its arrays have the shape and the sharding of that array, because what
+    shards or stacks states does it by the shape that it knows.
+
+    A layer may be called more than once in a run, so the moments of its rows are merged.
+
+    Attributes:
+        mean: the running mean, (features,), that of ``State``.
+        count: the number of rows seen, (features,), like the three that follow.
+        pilot: a number near the mean of these rows.
+        offset: what is missing to their mean.
+        var: their biased variance.
+        updates: how often the layer has taken statistics, int32.
+        upstream: what the layer normalizes by: "batch", as it is called, or "recalibrated", by the running statistics.
+    """
+
+    mean: Array
+    count: Array
+    pilot: Array
+    offset: Array
+    var: Array
+    updates: Array
+    upstream: Upstream = field(default="batch", kw_only=True)
+
+    def add(self, batch: Moments) -> "Observation":
+        """Return the observation with the rows of a batch."""
+        shape, dtype = self.mean.shape, self.mean.dtype
+        new = jax.tree.map(lambda value: place_as(jnp.broadcast_to(value, shape).astype(dtype), self.mean), batch)
+        both = merge(Moments(self.count, self.pilot, self.offset, self.var), new)
+        found = {name: getattr(both, name) for name in ("count", "pilot", "offset", "var")}
+        return replace(self, **found, updates=self.updates + 1)
+
+    # What code of a user may ask of a state in passing has the answers of the array.
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the mean."""
+        return self.mean.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the mean."""
+        return self.mean.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the mean."""
+        return self.mean.ndim
+
+    def __getitem__(self, key: object) -> "Observation":
+        """Return the whole of it, which is all that ``variable[...]`` of NNX asks for."""
+        if key is not Ellipsis:
+            raise TypeError(f"a running mean that is observed has no parts: got [{key!r}], expected [...].")
+        return self
 
 
-def asked(mean: Array, features: tuple[int, ...]) -> str | None:
-    """Return the order of ``recalibrate``, or None where the state is an ordinary one."""
-    return {(*features, 1, size): order for order, size in ORDERS.items()}.get(tuple(mean.shape))
-
-
-def ordered(mean: Array, var: Array, order: str) -> tuple[Array, Array]:
-    """Make room in a state for the moments of an order."""
-    room = ORDERS[order] - 1
-    mean, var = (jnp.stack([v, *[jnp.full_like(v, jnp.inf)] * room], -1)[..., None, :] for v in (mean, var))
-    return mean, var
-
-
-def opened(mean: Array, var: Array) -> tuple[Array, Array]:
-    """Return the statistics in the state of an order."""
-    return mean[..., 0, 0], var[..., 0, 0]
-
-
-def gathered(mean: Array, var: Array, batch: Moments) -> tuple[Array, Array]:
-    """Merge the moments of a batch into the state of an order."""
-    (known, pilot, offset), (old, spread, count) = ([half[..., 0, i] for i in range(3)] for half in (mean, var))
-    none = jnp.isinf(count)
-    before = Moments(*(jnp.where(none, 0, value) for value in (count, pilot, offset, spread)))
-    batch = Moments(*(value.astype(mean.dtype) for value in batch))
-    both = merge(before, batch._replace(count=jnp.broadcast_to(batch.count, batch.var.shape)))
-    unused = [known] * (mean.shape[-1] - 3)
-    new = [known, both.pilot, both.offset, *unused], [old, both.var, both.count, *unused]
-    new_mean, new_var = (jnp.stack(half, -1)[..., None, :] for half in new)
-    return new_mean, new_var
-
-
-def replaced(state: StateT, **fields: Array) -> StateT:
+def replace_arrays(state: StateT, **fields: Any) -> StateT:
     """Return a state of the same type with new arrays."""
     if isinstance(state, MutableMapping):
         new = copy(state)

@@ -1,35 +1,50 @@
 """Batch statistics: ``Moments``, their ``merge``, and the moments of the rows of x, on one device and across shards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.export import is_symbolic_dim
+from jax.tree_util import register_dataclass
 from jax.typing import ArrayLike
 
 from jbn.core.axes import Sync, vary_as
 from jbn.core.layout import Layout
-from jbn.core.saved import MOMENTS, named
+from jbn.core.saved import MOMENTS, name_arrays
+from jbn.core.sums import count_rows, divide, keep_rounding, read_apart, round_quotient, sum_rows, sweep_again_if
 
 
-class Moments(NamedTuple):
+@register_dataclass
+@dataclass(frozen=True)
+class Moments:
     """Count, mean and biased variance of some rows, per feature; ``merge`` joins those of two sets of rows.
 
     The mean is the unevaluated sum ``pilot + offset``: ``pilot`` is a number near it and ``offset`` what is missing.
     A mean rounded to float32 would cost digits of the variance where small batches with a large mean are merged.
 
+    Attributes:
+        count: the number of rows, () or, where a mask tells features apart, (features,); float32 or float64, ≥ 0.
+        pilot: a number near the mean, (features,), of the same dtype; carries no gradient.
+        offset: mean - pilot, (features,).
+        var: the variance, divided by count, (features,), ≥ 0.
+
     >>> Moments.empty(3).mean.shape
     (3,)
     """
 
-    count: Array  # type: ignore[assignment]  # () or, where a mask tells features apart, (features,); float32 or float64, ≥ 0
-    pilot: Array  # (features,), the same dtype; carries no gradient
-    offset: Array  # (features,)
-    var: Array  # (features,), ≥ 0, divided by count
+    count: Array
+    pilot: Array
+    offset: Array
+    var: Array
+
+    def __iter__(self) -> Iterator[Array]:
+        """Unpack as ``count, pilot, offset, var``."""
+        return iter((self.count, self.pilot, self.offset, self.var))
 
     @property
     def mean(self) -> Array:
@@ -83,7 +98,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 @jax.jit
 def _merge(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
-    share_a, share_b = (quotient(part, count) for part in (a.count, b.count))
+    share_a, share_b = (divide(part, count) for part in (a.count, b.count))
     # The difference of the pilots is exact where they are close, which is where it matters.
     delta = (b.pilot - a.pilot) + (b.offset - a.offset)
     larger = a.count >= b.count
@@ -95,19 +110,6 @@ def _merge(a: Moments, b: Moments) -> Moments:
     )
 
 
-def quotient(part: Array | float, count: ArrayLike) -> Array:
-    """Divide by a count, or by 1 where it is 0, to rounding.
-
-    TPUs up to v5 divide to 2e-5 (198 ulps in JAX's table, docs.jax.dev/en/latest/accuracy.html), and what that leaves
-    over is divided once more.
-    """
-    if not isinstance(count, Array):  # known when tracing
-        return jnp.asarray(part / np.maximum(count, 1))
-    count = jnp.maximum(count, 1)
-    rough = part / count
-    return rough + (part - rough * count) / count
-
-
 # A pilot costs digits where d² is more than this many times σ²: the error of E[(x-k)²] - d² is a few ulps of σ² + d².
 # At 2 it is at most three times that of a two-pass variance; at 4 outputs come near the bound of test_accuracy.py.
 _FAR = 2.0
@@ -116,32 +118,16 @@ _FAR = 2.0
 _CLOSE = 2.0**7
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class SharedRows:
     """Which rows share statistics: those of x, and those of the shards that ``sync`` names."""
 
     layout: Layout
     sync: Sync
     epsilon: float  # what will be added to the variance: digits far below it need no second sweep
 
-    def sums(self, values: Array, mask: Array | None, pilot: Array) -> tuple[Array, Array]:
-        """Return Σ(x-k) and Σ(x-k)² over the valid rows of this shard."""
-
-        def centred(values: Array, pilot: Array) -> Array:
-            c = values.astype(pilot.dtype) - self.layout.spread(pilot)
-            return c if mask is None else jnp.where(mask, c, 0)
-
-        first, second = apart(2, values, pilot)
-        return self.layout.sum(centred(*first)), self.layout.sum(jnp.square(centred(*second)))
-
-    def known(self, mask: Array | None, dtype: np.dtype[Any]) -> np.ndarray[Any, Any] | None:
-        """Return the number of rows that share statistics; None where it is not known when tracing."""
-        if mask is not None or is_symbolic_dim(self.layout.values):
-            return None
-        count = np.asarray(self.layout.values * self.shared.shards(), dtype)
-        return count.reshape(count.shape + (1,) * (len(self.layout.features) if count.ndim else 0))
-
     @property
-    def shared(self) -> Sync:
+    def sums_over(self) -> Sync:
         """The shards over which statistics are summed: none where the groups lie inside them."""
         return self.sync if self.layout.group is None else Sync()
 
@@ -152,45 +138,19 @@ class Rows(NamedTuple):
             return self.layout.examples // self.layout.group
         return None if self.sync.groups is None else len(self.sync.groups)
 
-    def whole(self, m: Moments, pilot: Array) -> Moments:
-        """Merge the moments of all groups, around a pilot; without groups, return those given."""
-        if self.groups is None:
-            return m
-        # Behind a barrier: XLA takes k out of (k + d) - k again, and with it the rounding of k + d.
-        m = lax.optimization_barrier(jax.tree.map(lax.stop_gradient, m))
-        count = jnp.broadcast_to(m.count, m.var.shape)
-
-        def sums(pilot: Array) -> tuple[Array, Array]:
-            d = (m.pilot - pilot[None]) + m.offset
-            return (count * d).sum(0), (count * (m.var + d * d)).sum(0)
-
-        # A table of the groups of shards is on every shard already.
-        sync = self.sync if self.sync.groups is None else Sync()
-        return _around(self.sync.common(pilot), sums, count.sum(0), sync, self.epsilon)
+    def count(self, mask: Array | None, dtype: np.dtype[Any]) -> np.ndarray[Any, Any] | None:
+        """Return the number of rows that share statistics; None where it is not known when tracing."""
+        if mask is not None or is_symbolic_dim(self.layout.group_row_count):
+            return None
+        count = np.asarray(self.layout.group_row_count * self.sums_over.shards(), dtype)
+        return count.reshape(count.shape + (1,) * (len(self.layout.features) if count.ndim else 0))
 
 
-def apart(times: int, *arrays: Array) -> list[tuple[Array, ...]]:
-    """Return arrays as often as they are to be read by themselves.
+def choose_pilot(mean: Array, dtype: np.dtype[Any]) -> Array:
+    """Return the number k, per feature, that one sweep subtracts from x: the running mean, or zero.
 
-    XLA's CPU sums do what precedes them, such as x - k and the conversion of x to float32, themselves if nothing else
-    uses its result, and otherwise read a copy that is written for them. Behind a barrier nothing else does.
-    """
-
-    def behind_barriers(*read: Array) -> list[tuple[Array, ...]]:
-        found = [read]
-        for _ in range(times):  # each behind the last: XLA would make one of two that are alike
-            found.append(lax.optimization_barrier(found[-1]))
-        return found[1:]
-
-    arrays = tuple(vary_as(array, *arrays) for array in arrays)  # what passes a barrier together varies together
-    return lax.platform_dependent(*arrays, cpu=behind_barriers, default=lambda *read: [read] * times)
-
-
-def pilot_of(mean: Array, dtype: np.dtype[Any]) -> Array:
-    """Choose the per-feature number k that one sweep subtracts from x: the running mean, or zero.
-
-    Any finite vector would do, if it is the same on every shard; this one is known before x is, so that XLA can fuse
-    the sums into whatever produces x, and needs no collective of its own. Once the running mean is warm it is the
+    Any finite vector would do, if it is the same on every shard. This one is known before x is, so that XLA can fuse
+    the sums into whatever produces x, and it needs no collective of its own. Once the running mean is warm it is the
     best guess there is; until then ``statistics`` notices, and sweeps again.
     """
     mean = lax.stop_gradient(mean).astype(dtype)
@@ -204,91 +164,112 @@ def pilot_of(mean: Array, dtype: np.dtype[Any]) -> Array:
 #
 # It is linear in dx, so JAX transposes it; the pilot and the offset are two names for one number, μ, and the pilot is
 # held constant. What the transpose keeps is what the checkpointed function takes: x in its own dtype, and vectors.
-# Inlined, and under ``jit`` only so that it is traced once: for its value and in the rule of its derivative.
+# The function is jitted only so that it is traced once, for its value and in the rule of its derivative, and inlined.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 @partial(jax.jit, static_argnums=0, inline=True)
-def statistics(rows: Rows, x: Array, mask: Array | None, pilot: Array) -> Moments:
+def statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) -> Moments:
     """Return the moments of the valid rows, found around a pilot; with groups, a table of those of all groups."""
-    sync, layout = rows.shared, rows.layout
-    pilot = sync.common(pilot)
+    sync, layout = rows.sums_over, rows.layout
+    pilot = sync.agree(pilot)
     if rows.groups is not None:
         pilot = jnp.broadcast_to(pilot, (rows.groups, *pilot.shape))
-    known = rows.known(mask, pilot.dtype)
-    valid = layout.valid(mask) if known is None else known
+    known = rows.count(mask, pilot.dtype)
+    count = count_rows(layout, mask) if known is None else known
 
     def sums(pilot: Array) -> tuple[Array, Array]:
-        return rows.sums(x, mask, sync.mine(pilot))
+        return _sum_around(layout, x, mask, sync.pick(pilot))
 
-    return _around(pilot, sums, valid, sync, rows.epsilon, guarded=layout.group is None)
+    # Groups inside a shard have no guard: under ``jax.jit`` it would ask all devices whether any group is far, and
+    # they need not talk otherwise.
+    return _find_moments(pilot, sums, count, sync, rows.epsilon, guarded=layout.group is None)
 
 
-def _around(
+def merge_groups(rows: SharedRows, m: Moments, pilot: Array) -> Moments:
+    """Return the moments of all groups together, found around a pilot; without groups, those given."""
+    if rows.groups is None:
+        return m
+    m = keep_rounding(jax.tree.map(lax.stop_gradient, m))
+    count = jnp.broadcast_to(m.count, m.var.shape)
+
+    def sums(pilot: Array) -> tuple[Array, Array]:
+        d = (m.pilot - pilot[None]) + m.offset
+        return (count * d).sum(0), (count * (m.var + d * d)).sum(0)
+
+    # Every shard already has the table of all groups of shards; groups inside a shard are still to be summed over them.
+    sync = rows.sync if rows.sync.groups is None else Sync()
+    return _find_moments(sync.agree(pilot), sums, count.sum(0), sync, rows.epsilon, guarded=True)
+
+
+def _sum_around(layout: Layout, x: Array, mask: Array | None, pilot: Array) -> tuple[Array, Array]:
+    """Return Σ(x-k) and Σ(x-k)² over the valid rows of this shard."""
+
+    def centre(x: Array, pilot: Array) -> Array:
+        c = x.astype(pilot.dtype) - layout.spread(pilot)
+        return c if mask is None else jnp.where(mask, c, 0)
+
+    first, second = read_apart(2, x, pilot)
+    return sum_rows(layout, centre(*first)), sum_rows(layout, jnp.square(centre(*second)))
+
+
+def _find_moments(
     pilot: Array,
     sums: Callable[[Array], tuple[Array, Array]],
-    valid: Array | np.ndarray[Any, Any],
+    count: Array | np.ndarray[Any, Any],
     sync: Sync,
     epsilon: float,
     *,
-    guarded: bool = True,
+    guarded: bool,
 ) -> Moments:
     """Return the moments of what ``sums`` sums, over the shards: around the pilot and, if it was far, once more.
 
-    Without the guard the second sweep is always taken. Groups inside a shard have none: under ``jax.jit`` it would ask
-    all devices whether any group is far, and they need not talk otherwise.
+    Without the guard the second sweep is always taken.
     """
-    count: ArrayLike = valid
-    if isinstance(valid, Array):
-        first, second, count = sync.total(*sums(pilot), valid.astype(pilot.dtype))
+    total: ArrayLike = count
+    if isinstance(count, Array):
+        first, second, total = sync.total(*sums(pilot), count.astype(pilot.dtype))
         if sync.groups is not None:  # one for each group, or one for each of its features
-            count = count.reshape(count.shape + (1,) * (pilot.ndim - count.ndim))
+            total = total.reshape(total.shape + (1,) * (pilot.ndim - total.ndim))
     else:
         first, second = sync.total(*sums(pilot))
-    once = _moments(count, pilot, first, second)
-    # Clipped, because each use of the pilot may compute it anew, and x - Σ/n in one operation with one rounding is not
-    # x - k: a bound that changes no number parts the product from the difference.
-    largest = jnp.finfo(pilot.dtype).max
-    shift = lax.clamp(-largest, once.offset, largest)
-    far = _far(once, epsilon) if guarded else None
-    pilot = pilot + (shift if far is None else lax.select(far, shift, jnp.zeros_like(shift)))
-
-    def again() -> tuple[Array, Array]:
-        # Without the barrier XLA finds both branches cheap and always runs them.
-        first, second = sync.total(*sums(lax.optimization_barrier(pilot)))
-        return first, second[None]
-
-    # Of two shapes: libtpu 0.0.52 crashes on a conditional whose branches return two sums as they come.
-    first, last = again() if far is None else lax.cond(jnp.any(far), again, lambda: (first, second[None]))
-    return _moments(count, pilot, first, last[0])
+    once = _moments_of_sums(total, pilot, first, second)
+    shift = round_quotient(once.offset)
+    if not guarded:
+        pilot = pilot + shift
+        return _moments_of_sums(total, pilot, *sync.total(*sums(lax.optimization_barrier(pilot))))
+    far = _is_far(once, epsilon)
+    pilot = pilot + lax.select(far, shift, jnp.zeros_like(shift))
+    found = sweep_again_if(jnp.any(far), lambda pilot: sync.total(*sums(pilot)), pilot, (first, second))
+    return _moments_of_sums(total, pilot, *found)
 
 
-def _far(m: Moments, epsilon: float) -> Array:
+def _is_far(m: Moments, epsilon: float) -> Array:
     """Tell of which features the pilot was too far from the mean."""
     near = lax.is_finite(m.var) & (lax.square(m.offset) <= _FAR * (m.var + epsilon))
     same = lax.abs(m.offset) <= _CLOSE * jnp.finfo(m.var.dtype).eps * lax.abs(m.pilot)
     return lax.is_finite(m.offset) & ~(near | same)
 
 
-def _moments(count: ArrayLike, pilot: Array, first: Array, second: Array) -> Moments:
-    share = quotient(1, count)
+def _moments_of_sums(count: ArrayLike, pilot: Array, first: Array, second: Array) -> Moments:
+    share = divide(1, count)
     offset = first * share
     return Moments(jnp.asarray(count), pilot, offset, jnp.maximum(second * share - offset * offset, 0))
 
 
 @statistics.defjvp
-def _statistics_jvp(rows: Rows, primals: Any, tangents: Any) -> tuple[Moments, Moments]:
+def _statistics_jvp(rows: SharedRows, primals: Any, tangents: Any) -> tuple[Moments, Moments]:
     x, mask, _ = primals
-    m = named(MOMENTS, statistics(rows, *primals))
+    m = name_arrays(MOMENTS, statistics(rows, *primals))
 
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(x: Array, mask: Array | None, m: Moments, dx: Array) -> tuple[Array, Array]:
-        layout, sync, dx = rows.layout, rows.shared, dx.astype(m.var.dtype)
-        mine = sync.mine(m)
+        layout, sync, dx = rows.layout, rows.sums_over, dx.astype(m.var.dtype)
+        mine = sync.pick(m)
         centred = (x.astype(m.var.dtype) - layout.spread(mine.pilot)) - layout.spread(mine.offset)
         if mask is not None:
             centred, dx = jnp.where(mask, centred, 0), jnp.where(mask, dx, 0)
-        s1, s2 = sync.total(layout.sum(dx), layout.sum(centred * dx))
-        known = rows.known(mask, m.var.dtype)
-        share = quotient(1, m.count if known is None else known)
+        s1, s2 = sync.total(sum_rows(layout, dx), sum_rows(layout, centred * dx))
+        known = rows.count(mask, m.var.dtype)
+        share = divide(1, m.count if known is None else known)
         return s1 * share, s2 * share
 
     s1, s2 = tangent(x, mask, m, tangents[0])

@@ -1,4 +1,4 @@
-"""``affine`` and ``fold``: a normalization by running statistics as a multiply-add, and inside the layer beside it."""
+"""A normalization by running statistics as a multiply-add, ``affine``, and inside one kernel beside it, ``fold``."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jbn.core import layout as layouts
+from jbn.core import checks
 from jbn.core.forward import Params
-from jbn.core.normalize import Activation
+from jbn.core.layout import Layout
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
@@ -46,7 +46,7 @@ def affine(params: Any, state: Any, *, epsilon: float = 1e-5) -> Params:
 
     Source: Ioffe and Szegedy 2015, algorithm 2, line 11. Elsewhere: PyTorch on CPU and Keras evaluate in this form.
     """
-    a, mean, bias = _evaluation(params, state, epsilon)
+    a, mean, bias = _read_evaluation(params, state, epsilon)
     return Params(a, bias - mean * a)
 
 
@@ -105,25 +105,25 @@ def fold(
     Source: B. Jacob et al., "Quantization and Training of Neural Networks", 2018, section 3.2, for "previous".
     Elsewhere: ``torch.nn.utils.fusion`` knows "previous" alone, and no transposed convolution with groups.
     """
-    before, kernel = _before(into), layouts.as_array("kernel", kernel)
-    inputs, outputs = _axes(layout, kernel, groups)
+    before, kernel = _read_into(into), checks.read_array("kernel", kernel)
+    inputs, outputs = _read_axes(layout, kernel, groups)
     if not before:
-        _refuse_zeros(padding, [n for i, n in enumerate(kernel.shape) if i not in (inputs, outputs)])
-    a, mean, beta = _evaluation(params, state, epsilon)
+        _check_padding(padding, [n for i, n in enumerate(kernel.shape) if i not in (inputs, outputs)])
+    a, mean, beta = _read_evaluation(params, state, epsilon)
     if mean.ndim != 1:
         raise ValueError(f"state.mean has shape {mean.shape}; expected one axis of features.")
-    given = layouts.as_array("bias", bias)
-    outside = jax.eval_shape(partial(_into, before, inputs, outputs, groups), a, mean, beta, kernel, None)[1].shape
+    given = checks.read_array("bias", bias)
+    outside = jax.eval_shape(partial(_compute, before, inputs, outputs, groups), a, mean, beta, kernel, None)[1].shape
     if given is not None and given.shape != outside:
         raise ValueError(
             f"bias has shape {given.shape}; expected {outside}, the outputs of the kernel of shape {kernel.shape} "
             f"in layout {layout!r} with groups={groups}."
         )
-    return _into(before, inputs, outputs, groups, a, mean, beta, kernel, given)
+    return _compute(before, inputs, outputs, groups, a, mean, beta, kernel, given)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _into(
+def _compute(
     before: bool,
     inputs: int,
     outputs: int,
@@ -135,7 +135,7 @@ def _into(
     bias: Array | None,
 ) -> tuple[Array, Array]:
     axis, other = (outputs, inputs) if before else (inputs, outputs)
-    weights = kernel.astype(layouts.compute_dtype(kernel.dtype, a.dtype))
+    weights = kernel.astype(checks.arithmetic_dtype(kernel.dtype, a.dtype))
     spread = partial(_spread, letter="O" if before else "I", shape=kernel.shape, axis=axis, other=other, groups=groups)
     if before:
         added = a * ((0 if bias is None else bias.astype(weights.dtype)) - mean) + beta
@@ -149,31 +149,26 @@ def _into(
     return (weights * spread(a)).astype(kernel.dtype), added.astype(kernel.dtype)
 
 
-def left_over(
-    x: Array, *, activation: Activation | None, residual: Array | None, mask: Array | None, dtype: Any
-) -> Array:
-    """Return what a folded normalization still does: the residual, the activation, the mask, the dtype of y."""
-    wide = layouts.compute_dtype(x.dtype, dtype)
-    z = x if residual is None else x.astype(wide) + residual.astype(wide)
-    y = z if activation is None else activation(z.astype(wide))
-    return (y if mask is None else jnp.where(mask, y, 0)).astype(dtype)
-
-
-def _evaluation(params: Any, state: Any, epsilon: float) -> tuple[Array, Array, Array]:
+def _read_evaluation(params: Any, state: Any, epsilon: float) -> tuple[Array, Array, Array]:
     """Return a, μ and β in the dtype of the arithmetic."""
-    mean, var = layouts.entries("state", state, ("mean", "var"), required=True)
-    scale, bias = layouts.entries("params", params, ("scale", "bias"))
+    fields = {"state": ("mean", "var"), "params": ("scale", "bias")}
+    given = [
+        checks.read_array(field, value)
+        for (name, names), tree in zip(fields.items(), (state, params), strict=True)
+        for field, value in zip(names, checks.read_fields(name, tree, names, name == "state"), strict=True)
+    ]
+    mean, var, scale, bias = given
     vectors = {"state.mean": mean, "state.var": var, "scale": scale, "bias": bias}
-    layout = layouts.Layout(tuple(mean.shape), tuple(range(mean.ndim)))
+    layout = Layout(tuple(mean.shape), tuple(range(mean.ndim)))
     for name, value in vectors.items():
-        layouts.check_vector(name, value, layout)
-    wide = layouts.compute_dtype(*(value.dtype for value in vectors.values() if value is not None))
-    r = lax.rsqrt(var.astype(wide) + layouts.epsilon_of(epsilon))
+        checks.check_vector(name, value, layout)
+    wide = checks.arithmetic_dtype(*(value.dtype for value in vectors.values() if value is not None))
+    r = lax.rsqrt(var.astype(wide) + checks.read_epsilon(epsilon))
     a = r if scale is None else r * scale.astype(wide)
     return a, mean.astype(wide), jnp.zeros_like(a) if bias is None else bias.astype(wide)
 
 
-def _before(into: object) -> bool:
+def _read_into(into: object) -> bool:
     if into not in ("previous", "next"):
         raise ValueError(
             f"into is {into!r}; expected 'previous' or 'next': the layer before or after the normalization."
@@ -181,11 +176,11 @@ def _before(into: object) -> bool:
     return into == "previous"
 
 
-def _axes(layout: object, kernel: Any, groups: object) -> tuple[int, int]:
+def _read_axes(layout: object, kernel: Any, groups: object) -> tuple[int, int]:
     """Return the axes of inputs and outputs."""
-    if kernel is None or kernel.dtype.name not in layouts.FLOATS:
+    if kernel is None or kernel.dtype.name not in checks.FLOATS:
         found = "None" if kernel is None else f"of dtype {kernel.dtype.name}"
-        raise TypeError(f"kernel is {found}; expected an array of {', '.join(layouts.FLOATS)}.")
+        raise TypeError(f"kernel is {found}; expected an array of {', '.join(checks.FLOATS)}.")
     if not isinstance(layout, str) or len(layout) != kernel.ndim or [*map(layout.count, "IO")] != [1, 1]:
         raise ValueError(
             f"layout is {layout!r} for a kernel of shape {kernel.shape}; expected a string of {kernel.ndim} letters, "
@@ -214,9 +209,7 @@ def _spread(vector: Array, letter: str, shape: tuple[int, ...], axis: int, other
     return jnp.expand_dims(table, tuple(i for i in range(len(shape)) if i not in (axis, other)))
 
 
-def without_zeros(
-    padding: Padding | None, sizes: int | Sequence[int], dilation: int | Sequence[int] | None = 1
-) -> bool:
+def pads_nothing(padding: Padding | None, sizes: int | Sequence[int], dilation: int | Sequence[int] | None = 1) -> bool:
     """Say whether a convolution puts no zeros beside x or between its values: a normalization does not see them."""
     if np.any(np.asarray(dilation or 1) != 1):
         return False
@@ -225,8 +218,8 @@ def without_zeros(
     return not np.any(np.asarray(padding))
 
 
-def _refuse_zeros(padding: Padding | None, sizes: list[int]) -> None:
-    if not without_zeros(padding, sizes):
+def _check_padding(padding: Padding | None, sizes: list[int]) -> None:
+    if not pads_nothing(padding, sizes):
         raise ValueError(
             f"padding is {padding!r} for a kernel of {'×'.join(map(str, sizes))} positions; expected 'VALID', "
             "'CIRCULAR', 'REFLECT' or zeros: what is padded is not normalized, and no kernel and bias give the same at "

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jbn.observing.survey import named_leaves
+from jbn.paths import Keys, flatten
 
 Pair = tuple[str, str]
 
@@ -20,22 +21,38 @@ _PRODUCTS = ("dot_general", "conv_general_dilated")
 _AS_IT_IS = ("convert_element_type", "reshape", "transpose", "rev", "sharding_constraint", "copy")
 
 
-class Folds(NamedTuple):
-    """Which normalizations are folded into which layers, as paths such as ``block/bn1``."""
+@dataclass(frozen=True)
+class Folds:
+    """Which normalizations are folded into which layers, as paths such as ``block/bn1``.
 
-    pairs: tuple[Pair, ...]  # (layer, norm) where the layer's output is normalized, (norm, layer) where its input is
-    kept: tuple[str, ...]  # norms that stay as they are
+    Attributes:
+        pairs: (layer, norm) where the layer's output is normalized, (norm, layer) where its input is.
+        kept: norms that stay as they are.
+    """
+
+    pairs: tuple[Pair, ...]
+    kept: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """Unpack as ``pairs, kept``."""
+        return iter((self.pairs, self.kept))
 
 
-class Links(NamedTuple):
-    """What a traced call tells: each pair whose second takes what the first returns, which nothing else does."""
+@dataclass(frozen=True)
+class Links:
+    """What a traced call tells.
+
+    Attributes:
+        pairs: (a, b) where b is the only one that takes what a returns.
+        norms: the paths of all norms.
+    """
 
     pairs: tuple[Pair, ...]
     norms: tuple[str, ...]
 
-    def chosen(self, pairs: Sequence[Pair] | None) -> Folds:
+    def choose(self, pairs: Sequence[Pair] | None) -> Folds:
         """Return the pairs that were asked for, or for each norm the layer before it and else the one after it."""
-        given = self._proposed() if pairs is None else [tuple(map(str, pair)) for pair in pairs]
+        given = self._propose() if pairs is None else [tuple(map(str, pair)) for pair in pairs]
         for pair in given:
             if pair not in self.pairs:
                 linked = ", ".join(map(repr, [known for known in self.pairs if set(known) & set(pair)])) or "none"
@@ -50,7 +67,7 @@ class Links(NamedTuple):
             raise ValueError(f"pairs has {', '.join(map(repr, twice))} more than once; expected each norm once.")
         return Folds(tuple(given), tuple(path for path in self.norms if path not in norms))  # type: ignore[arg-type]
 
-    def _proposed(self) -> list[Pair]:
+    def _propose(self) -> list[Pair]:
         before = [pair for pair in self.pairs if pair[1] in self.norms]
         done = {norm for _, norm in before}
         return before + [pair for pair in self.pairs if pair[0] in self.norms and pair[0] not in done]
@@ -61,7 +78,7 @@ def mark(x: Array, role: Literal["in", "out"], path: str) -> Array:
     return checkpoint_name(x, f"{_PREFIX} {role} {path}")
 
 
-def by_position(args: Any, kwargs: Any) -> tuple[Any, Any]:
+def place_x_first(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return the arguments of a layer or a norm with x, which may have been given by name, as the first of them."""
     name = next((name for name in ("x", "inputs") if name in kwargs), None)
     if args or name is None:
@@ -69,7 +86,9 @@ def by_position(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return (kwargs[name],), {other: value for other, value in kwargs.items() if other != name}
 
 
-def linked(call: Callable[..., Any], args: Any, kwargs: Any, params: Any, *states: Any, norms: Sequence[str]) -> Links:
+def find_links(
+    call: Callable[..., Any], args: Any, kwargs: Any, params: Any, *states: Any, norms: Sequence[str]
+) -> Links:
     """Trace ``call(params, *states, *args, **kwargs)`` and find what is linked; only arrays and shapes are traced.
 
     Args:
@@ -92,43 +111,43 @@ def linked(call: Callable[..., Any], args: Any, kwargs: Any, params: Any, *state
 
     jaxpr = jax.make_jaxpr(run)((params, *states), [leaves[i] for i in traced]).jaxpr
     seen = Counter[tuple[str, str]]()
-    links = list(_walk(jaxpr, seen))
+    links = list(_find_pairs(jaxpr, seen))
     once = [pair for pair in links if all(seen[role, path] <= 1 for role in ("in", "out") for path in pair)]
-    held = {keys: var for (keys, _), var in zip(named_leaves(params)[0], jaxpr.invars, strict=False)}
+    held = dict(zip(flatten(params)[0], jaxpr.invars, strict=False))  # the variables of params come first
 
     def folds(pair: Pair) -> bool:
         layers = [path for path in pair if path not in norms]
-        return len(layers) == 1 and _only_multiplies(jaxpr, held, tuple(layers[0].split("/") if layers[0] else ()))
+        return len(layers) == 1 and _multiplies_once(jaxpr, held, tuple(layers[0].split("/") if layers[0] else ()))
 
     return Links(tuple(pair for pair in once if folds(pair)), tuple(norms))
 
 
-def _only_multiplies(jaxpr: Any, held: Mapping[tuple[str, ...], Any], keys: tuple[str, ...]) -> bool:
+def _multiplies_once(jaxpr: Any, held: Mapping[Keys, Any], keys: Keys) -> bool:
     """Say whether nothing but one product takes the kernel of a layer, and nothing but one sum its bias.
 
     Otherwise it is masked or normalized before, or another layer has it too.
     """
     places = (*keys, "kernel"), (*keys, "bias")
-    kernel, bias = ([*_takers(jaxpr, held[place])] if place in held else [] for place in places)
+    kernel, bias = ([*_find_takers(jaxpr, held[place])] if place in held else [] for place in places)
     return len(kernel) == 1 and kernel[0] in _PRODUCTS and len(bias) <= 1
 
 
-def _takers(jaxpr: Any, var: Any) -> Iterator[str | int]:
+def _find_takers(jaxpr: Any, var: Any) -> Iterator[str | int]:
     """Yield what operations take a value, cast or rearranged or not; where it is returned, its place."""
     for eqn in jaxpr.eqns:
         for place in (i for i, taken in enumerate(eqn.invars) if taken is var):
-            body = next((inner for inner in _bodies(eqn) if len(inner.invars) == len(eqn.invars)), None)
+            body = next((inner for inner in _inner_programs(eqn) if len(inner.invars) == len(eqn.invars)), None)
             if body is not None:
-                for taker in _takers(body, body.invars[place]):
-                    yield from [taker] if isinstance(taker, str) else _takers(jaxpr, eqn.outvars[taker])
+                for taker in _find_takers(body, body.invars[place]):
+                    yield from [taker] if isinstance(taker, str) else _find_takers(jaxpr, eqn.outvars[taker])
             elif eqn.primitive.name in _AS_IT_IS:
-                yield from _takers(jaxpr, eqn.outvars[0])
+                yield from _find_takers(jaxpr, eqn.outvars[0])
             else:
                 yield eqn.primitive.name
     yield from (i for i, returned in enumerate(jaxpr.outvars) if returned is var)
 
 
-def _bodies(eqn: Any) -> Iterator[Any]:
+def _inner_programs(eqn: Any) -> Iterator[Any]:
     for value in eqn.params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):
             body = getattr(inner, "jaxpr", inner)
@@ -136,7 +155,7 @@ def _bodies(eqn: Any) -> Iterator[Any]:
                 yield body
 
 
-def _walk(jaxpr: Any, seen: Counter[tuple[str, str]], times: int = 1) -> Iterator[Pair]:
+def _find_pairs(jaxpr: Any, seen: Counter[tuple[str, str]], times: int = 1) -> Iterator[Pair]:
     """Yield which marked value is taken under which mark, and by nothing else; count the marks."""
     uses = Counter(id(v) for eqn in jaxpr.eqns for v in eqn.invars) + Counter(map(id, jaxpr.outvars))
     made: dict[int, str] = {}
@@ -150,5 +169,5 @@ def _walk(jaxpr: Any, seen: Counter[tuple[str, str]], times: int = 1) -> Iterato
                 made[id(returned)] = path
             elif id(given) in made and uses[id(given)] == 1:
                 yield made[id(given)], path
-        for body in _bodies(eqn):
-            yield from _walk(body, seen, times + (eqn.primitive.name in _REPEATED))
+        for body in _inner_programs(eqn):
+            yield from _find_pairs(body, seen, times + (eqn.primitive.name in _REPEATED))

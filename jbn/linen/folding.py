@@ -1,23 +1,24 @@
 """``fold``: a Linen model whose normalizations are inside the layers beside them; ``foldable`` says which."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import meta, unfreeze
 
-from jbn.core.layout import broadcast_mask
-from jbn.folding.kernel import fold as fold_one
-from jbn.folding.kernel import left_over, without_zeros
-from jbn.folding.links import Folds, Links, Pair, by_position, linked, mark
+from jbn.folding.layers import TRAINS, call_marked, do_the_rest, fold_layer
+from jbn.folding.links import Folds, Links, Pair, find_links
 from jbn.linen.module import BatchNorm
+from jbn.paths import join
 
 _NORMS = (BatchNorm, nn.BatchNorm)
 _LAYERS = (nn.Dense, nn.Conv, nn.ConvTranspose)
 
 
-class _Met(NamedTuple):
+@dataclass(frozen=True)
+class _Called:
     """The layers and norms of a traced call, by path."""
 
     layers: dict[str, Any]
@@ -45,7 +46,7 @@ def foldable(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Fol
     >>> jbn.linen.foldable(model, model.init(jax.random.key(0), x), x)
     Folds(pairs=(('layers_0', 'layers_1'),), kept=('layers_3',))
     """
-    return _links(model, variables, args, kwargs)[0].chosen(None)
+    return _trace(model, variables, args, kwargs)[0].choose(None)
 
 
 def fold(
@@ -88,21 +89,22 @@ def fold(
 
     Source: see ``jbn.fold``, which does one layer.
     """
-    links, met = _links(model, variables, args, kwargs)
-    folds = links.chosen(pairs)
+    links, called = _trace(model, variables, args, kwargs)
+    folds = links.choose(pairs)
     new = {name: unfreeze(collection) for name, collection in variables.items()}
     for pair in folds.pairs:
-        _fold_pair(new, met, pair)
-    norms = {path: met.norms[path] for pair in folds.pairs for path in pair if path in met.norms}
-    unbiased = {path for pair in folds.pairs for path in pair if path in met.layers and not met.layers[path].use_bias}
+        _fold_pair(new, called, pair)
+    paths = {path for pair in folds.pairs for path in pair}
+    norms, layers = paths & called.norms.keys(), paths & called.layers.keys()
+    without_bias = {path for path in layers if not called.layers[path].use_bias}
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        layer = context.module
-        path = "/".join(layer.path)
-        if context.method_name == "__call__" and path in norms and _is_known(layer, _NORMS):
-            return _folded(layer, path, *args, **kwargs)
+        layer, path = context.module, join(context.module.path)
+        called_itself = context.method_name == "__call__"
+        if called_itself and path in norms and _is_known(layer, _NORMS):
+            return _call_rest(layer, path, *args, **kwargs)
         y = call(*args, **kwargs)
-        if context.method_name == "__call__" and path in unbiased and _is_known(layer, _LAYERS):
+        if called_itself and path in without_bias and _is_known(layer, _LAYERS):
             bias = meta.unbox(layer.get_variable("params", "bias")).astype(y.dtype)
             y = y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
         return y
@@ -114,36 +116,33 @@ def fold(
     return apply, new, folds
 
 
-def _links(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[Links, _Met]:
+def _trace(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[Links, _Called]:
     """Trace a call of a model in evaluation."""
-    met, norms = _Met({}, {}), list[str]()
+    called, norms = _Called({}, {}), list[str]()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        layer, path = context.module, "/".join(context.module.path)
+        layer, path = context.module, join(context.module.path)
         is_norm, is_layer = _is_known(layer, _NORMS), _is_known(layer, _LAYERS)
-        called = context.method_name == "__call__"
-        if called and isinstance(layer, _NORMS) and path not in norms:
-            norms.append(path)
-        if not called or not (is_norm or is_layer):
+        if context.method_name != "__call__":
             return call(*args, **kwargs)
-        (met.norms if is_norm else met.layers)[path] = layer
-        args, kwargs = by_position(args, kwargs)
+        if isinstance(layer, _NORMS) and path not in norms:
+            norms.append(path)
+        if not (is_norm or is_layer):
+            return call(*args, **kwargs)
+        (called.norms if is_norm else called.layers)[path] = layer
         before = layer.get_variable("batch_stats", "mean")
         whole = _shape(layer.variables, "", is_norm) == _shape(variables, path, is_norm)
-        last = is_norm and layer.axis in (-1, jnp.ndim(args[0]) - 1)
-        takes = whole and (last or (is_layer and _takes(layer)))
-        y = call(mark(args[0], "in", path) if takes else args[0], *args[1:], **kwargs)
+        y = call_marked(call, layer, path, args, kwargs, is_norm=is_norm, is_whole=whole)
         if layer.get_variable("batch_stats", "mean") is not before:
-            raise ValueError(_TRAINS.format(path or "The norm"))
-        plain = last and getattr(layer, "activation", None) is None and not kwargs.keys() & {"residual", "mask"}
-        return mark(y, "out", path) if whole and (plain or is_layer) else y
+            raise ValueError(TRAINS.format(path or "The norm"))
+        return y
 
     def run(params: Any, others: Any, *args: Any, **kwargs: Any) -> Any:
         with nn.intercept_methods(intercept):
             return model.apply({**others, "params": params}, *args, mutable=["batch_stats"], **kwargs)
 
     others = {name: collection for name, collection in variables.items() if name != "params"}
-    return linked(run, args, kwargs, variables.get("params", {}), others, norms=norms), met
+    return find_links(run, args, kwargs, variables.get("params", {}), others, norms=norms), called
 
 
 def _shape(variables: Any, path: str, is_norm: bool) -> tuple[int, ...] | None:
@@ -153,40 +152,23 @@ def _shape(variables: Any, path: str, is_norm: bool) -> tuple[int, ...] | None:
     return None if held is None else jnp.shape(held)
 
 
-_TRAINS = (
-    "{} normalizes by the batch, whose statistics cannot be folded; expected a call in evaluation, "
-    "use_running_average=True or what the model calls it, such as train=False."
-)
-
-
 def _is_known(layer: nn.Module, classes: tuple[type, ...]) -> bool:
     """Say whether a layer computes what one of these classes does; subclasses may have code of their own."""
     return any(isinstance(layer, known) and type(layer).__call__ is known.__call__ for known in classes)  # type: ignore[attr-defined]
 
 
-def _takes(layer: Any) -> bool:
-    """Say whether a norm can be folded into the layer after it."""
-    if isinstance(layer, nn.ConvTranspose):
-        return False
-    return isinstance(layer, nn.Dense) or without_zeros(layer.padding, layer.kernel_size, layer.input_dilation)
-
-
-def _fold_pair(variables: dict[str, Any], met: _Met, pair: Pair) -> None:
+def _fold_pair(variables: dict[str, Any], called: _Called, pair: Pair) -> None:
     first, second = pair
-    path, norm = (second, first) if first in met.norms else (first, second)
-    layer, weights = met.layers[path], _at(variables["params"], path)
-    kernel = meta.unbox(weights["kernel"])
-    last = "OI" if getattr(layer, "transpose_kernel", False) else "IO"
-    folded = fold_one(
+    path, norm = (second, first) if first in called.norms else (first, second)
+    weights = _at(variables["params"], path)
+    folded = fold_layer(
+        called.layers[path],
+        meta.unbox(weights["kernel"]),
+        meta.unbox(weights.get("bias")),
         meta.unbox(_at(variables["params"], norm, {})),
         meta.unbox(_at(variables["batch_stats"], norm)),
-        kernel,
-        meta.unbox(weights.get("bias")),
-        layout="." * (kernel.ndim - 2) + last,
         into="next" if path == second else "previous",
-        groups=getattr(layer, "feature_group_count", 1),
-        padding=getattr(layer, "padding", None),
-        epsilon=met.norms[norm].epsilon,
+        epsilon=called.norms[norm].epsilon,
     )
     for name, value in zip(("kernel", "bias"), folded, strict=True):
         old = weights.get(name)
@@ -212,19 +194,14 @@ def _drop(tree: dict[str, Any], path: str) -> None:
         tree.pop(key, None)
 
 
-def _folded(
+def _call_rest(
     layer: Any, path: str, x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None
 ) -> Any:
-    """Return what a folded norm still does."""
+    """Call what is left of a folded norm."""
     if not nn.merge_param("use_running_average", layer.use_running_average, use_running_average):
         raise ValueError(f"{path} is folded into the layer beside it and cannot train; use the model that was folded.")
     ours = isinstance(layer, BatchNorm)
     promoted = not ours and (layer.use_scale or layer.use_bias)
     given = jnp.promote_types(x.dtype, layer.param_dtype) if promoted else x.dtype
-    return left_over(
-        x,
-        activation=layer.activation if ours else None,
-        residual=residual,
-        mask=broadcast_mask(mask, x) if ours else None,
-        dtype=layer.dtype or given,
-    )
+    activation, hidden = (layer.activation, mask) if ours else (None, None)
+    return do_the_rest(x, activation=activation, residual=residual, mask=hidden, dtype=layer.dtype or given)

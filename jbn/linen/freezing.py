@@ -1,33 +1,20 @@
 """``freeze``: a context in which layers of a Linen model stay as they are."""
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from jbn.core.layout import check_flag
-from jbn.freezing import Frozen, Patterns, matches, select
+from jbn.freezing import Frozen
+from jbn.paths import Patterns, match, select
+from jbn.replacing import Found
 
 TRACED = "It acts on what is traced inside it: enter it before the first call, once, around the loop over the steps."
 
 
-@dataclasses.dataclass
-class Found:
-    """The layers that ``replace`` or ``freeze`` has met so far, as paths such as ``block/BatchNorm_0``, each once."""
-
-    paths: tuple[str, ...] = ()  # those that it acted on
-    skipped: tuple[str, ...] = ()  # those that it left alone
-
-    def meet(self, path: str, acts: bool) -> None:
-        """Note a layer, once."""
-        name = "paths" if acts else "skipped"
-        met = getattr(self, name)
-        setattr(self, name, met if path in met else (*met, path))
-
-
-class _Rule(NamedTuple):
+@dataclass(frozen=True)
+class _Rule:
     """One ``freeze`` under way."""
 
     patterns: Patterns
@@ -42,7 +29,7 @@ def frozen_at(path: str) -> Frozen:
     """Return how the layer at a path is frozen; where several rules match, the innermost decides."""
     frozen = Frozen()
     for rule in _RULES.get():
-        acts = matches(path, rule.patterns)
+        acts = match(path, rule.patterns)
         rule.seen.meet(path, acts)
         frozen = rule.frozen if acts else frozen
     return frozen
@@ -59,7 +46,7 @@ def freeze(
     innermost that matches a layer decides.
 
     Args:
-        patterns: one or several ``fnmatch`` patterns for the paths of layers, see ``jbn.freeze``; all unless given.
+        patterns: one or several for the paths of layers, see ``jbn.keep_statistics``; all unless given.
         use_running_average: whether they normalize by their running statistics or by those of the batch.
         update: whether the running statistics move all the same.
         affine: whether scale and bias are constants, in evaluation too. Weight decay needs ``jbn.trainable_mask``.
@@ -82,9 +69,9 @@ def freeze(
     >>> frozen.paths, float(updates["batch_stats"]["layers_1"]["var"][0])
     (('layers_1',), 1.0)
     """
-    matches("", patterns)  # their kind
-    flags = {"use_running_average": use_running_average, "update": update, "affine": affine}
-    rule = _Rule(patterns, Frozen(**{name: check_flag(name, value) for name, value in flags.items()}), Found())
+    match("", patterns)  # Patterns of another kind are refused here, before the block.
+    frozen = Frozen.read(use_running_average=use_running_average, update=update, affine=affine)
+    rule = _Rule(patterns, frozen, Found())
     token = _RULES.set((*_RULES.get(), rule))
     try:
         yield rule.seen

@@ -9,8 +9,8 @@ from flax.linen import initializers
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jbn.core.checks import broadcast_mask, read_flag, read_layout
 from jbn.core.forward import batch_norm, bn_forward
-from jbn.core.layout import broadcast_mask, check_flag, layout_of
 from jbn.linen.freezing import frozen_at
 
 Initializer = Callable[..., Any]
@@ -101,7 +101,7 @@ class BatchNorm(nn.Module):
             size, and are not stored.
 
         """
-        evaluate = check_flag(
+        evaluate = read_flag(
             "use_running_average", nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         )
         if isinstance(self.activation, nn.Module):
@@ -111,7 +111,7 @@ class BatchNorm(nn.Module):
             )
         x = jnp.asarray(x)
         mask = broadcast_mask(mask, x)
-        shape = layout_of(x, self.axis).features
+        shape = read_layout(x, self.axis).features
         _require_statistics(self)
         stored = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stored)

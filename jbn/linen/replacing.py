@@ -8,8 +8,9 @@ from typing import Any
 
 import flax.linen as nn
 
-from jbn.linen.freezing import TRACED, Found
+from jbn.linen.freezing import TRACED
 from jbn.linen.module import BatchNorm
+from jbn.replacing import Found, check_overrides
 
 OPTIONS = ("momentum", "epsilon", "dtype", "axis_name", "axis_index_groups", "activation", "group_size", "unbiased")
 
@@ -54,8 +55,7 @@ def replace(**overrides: Any) -> Iterator[Found]:
     >>> replaced
     Found(paths=('layers_1',), skipped=())
     """
-    if unknown := sorted(set(overrides) - set(OPTIONS)):
-        raise TypeError(f"replace() got {', '.join(unknown)}; expected overrides named {', '.join(OPTIONS)}.")
+    check_overrides(overrides, OPTIONS)
     found, inside = Found(), False
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:

@@ -1,9 +1,14 @@
 """``BatchNorm`` for Flax NNX; ``replace`` and ``freeze`` for a model in place, ``fold`` for a copy of it."""
 
-from jbn.nnx.editing import Replaced as Replaced
+from jbn.folding.links import Folds as Folds
 from jbn.nnx.editing import freeze as freeze
 from jbn.nnx.editing import replace as replace
 from jbn.nnx.folding import Folded as Folded
 from jbn.nnx.folding import fold as fold
 from jbn.nnx.folding import foldable as foldable
 from jbn.nnx.module import BatchNorm as BatchNorm
+from jbn.replacing import Found as Found
+
+Replaced = Found  # the name of before
+
+__all__ = ["BatchNorm", "Folded", "Folds", "Found", "Replaced", "fold", "foldable", "freeze", "replace"]

@@ -1,13 +1,15 @@
 """``replace`` puts jbn's norm into an NNX model, ``freeze`` freezes norms there; both in place."""
 
 import warnings
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from flax import nnx
 
-from jbn.core.layout import check_flag
-from jbn.freezing import Frozen, Patterns, select
+from jbn.freezing import Frozen
 from jbn.nnx.module import NEW, BatchNorm
+from jbn.nnx.variables import become
+from jbn.paths import Patterns, join, name_few, select
+from jbn.replacing import Found, check_overrides
 
 ModelT = TypeVar("ModelT")
 
@@ -17,14 +19,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-class Replaced(NamedTuple):
-    """What ``replace`` found in a model, as paths such as ``layers/3/bn``; that of the model itself is empty."""
-
-    paths: tuple[str, ...]  # norms that are jbn's now, those that were already among them
-    skipped: tuple[str, ...]  # subclasses of Flax's norm, which keep their own code
-
-
-def replace(model: ModelT, **overrides: Any) -> tuple[ModelT, Replaced]:
+def replace(model: ModelT, **overrides: Any) -> tuple[ModelT, Found]:
     """Turn every ``flax.nnx.BatchNorm`` of a model into jbn's, in place.
 
     The modules stay the same objects with the same variables: optimizers, shared references and anything else that
@@ -37,7 +32,7 @@ def replace(model: ModelT, **overrides: Any) -> tuple[ModelT, Replaced]:
             ``group_size``, ``unbiased``. The others keep their values.
 
     Returns:
-        The model that was given, and ``Replaced(paths, skipped)``. A module at several places has one path.
+        The model that was given, and ``Found(paths, skipped)``. A module at several places has one path.
 
     Raises:
         TypeError: for overrides of other names; the model is as it was.
@@ -51,13 +46,12 @@ def replace(model: ModelT, **overrides: Any) -> tuple[ModelT, Replaced]:
     >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.relu)
     >>> model, replaced = jbn.nnx.replace(model, momentum=0.9)
     >>> replaced
-    Replaced(paths=('layers/1',), skipped=())
+    Found(paths=('layers/1',), skipped=())
     """
-    if unknown := sorted(set(overrides) - set(OPTIONS)):
-        raise TypeError(f"replace() got {', '.join(unknown)}; expected overrides named {', '.join(OPTIONS)}.")
+    check_overrides(overrides, OPTIONS)
     found = _norms(model)
     ours = [(path, norm) for path, norm in found if type(norm) is nnx.BatchNorm or isinstance(norm, BatchNorm)]
-    done = Replaced(tuple(path for path, _ in ours), tuple(path for path, norm in found if (path, norm) not in ours))
+    done = Found(tuple(path for path, _ in ours), tuple(path for path, norm in found if (path, norm) not in ours))
     if not ours:
         others = f"; subclasses, which keep their own code, are {', '.join(done.skipped)}" if done.skipped else ""
         warnings.warn(
@@ -68,8 +62,8 @@ def replace(model: ModelT, **overrides: Any) -> tuple[ModelT, Replaced]:
         for name, value in (new | overrides).items():
             # Named as one of the two, for NNX lets no attribute change from one into the other silently.
             setattr(norm, name, nnx.data(value) if nnx.is_data(value) else nnx.static(value))
-        if new:  # not a new module, which those who hold the old one would not see
-            object.__setattr__(norm, "__class__", BatchNorm)
+        if new:
+            become(norm, BatchNorm)
     return model, done
 
 
@@ -83,9 +77,9 @@ def freeze(
 ) -> tuple[ModelT, tuple[str, ...]]:
     """Freeze the norms of a model, in place: it says what they do where the model trains, whoever calls ``train()``.
 
-    Where the model evaluates, frozen norms evaluate. ``jbn.freeze`` has a table of the ways to freeze, and says what
-    patterns match. The parameters of a frozen norm get gradients of zero with ``affine=True``; weight decay would
-    still move them: the optimizer needs ``jbn.trainable_mask``.
+    Where the model evaluates, frozen norms evaluate. ``jbn.keep_statistics`` has a table of the ways to freeze, and
+    says what patterns match. The parameters of a frozen norm get gradients of zero with ``affine=True``; weight decay
+    would still move them: the optimizer needs ``jbn.trainable_mask``.
 
     Args:
         model: a module, or a list, tuple or dictionary of them; found are the norms at any depth.
@@ -114,14 +108,13 @@ def freeze(
     >>> paths, bool((model.layers[1].mean[...] == 0).all())
     (('layers/1',), True)
     """
-    flags = {"use_running_average": use_running_average, "update": update, "affine": affine}
-    frozen = Frozen(**{name: check_flag(name, value) for name, value in flags.items()})
+    frozen = Frozen.read(use_running_average=use_running_average, update=update, affine=affine)
     found = _norms(model)
     hits = select([path for path, _ in found], patterns, "norms of the model")
     chosen = [(path, norm) for (path, norm), hit in zip(found, hits, strict=True) if hit]
     if others := [path for path, norm in chosen if not isinstance(norm, BatchNorm)]:
         raise ValueError(
-            f"patterns match norms that are not jbn's and cannot be frozen: {', '.join(map(repr, others))}; expected "
+            f"patterns match norms that are not jbn's and cannot be frozen: {name_few(map(repr, others))}; expected "
             "jbn.nnx.BatchNorm. Call jbn.nnx.replace(model) first, or leave them out."
         )
     for _, norm in chosen:
@@ -132,4 +125,4 @@ def freeze(
 def _norms(model: Any) -> list[tuple[str, Any]]:
     """Return the norms of a model with their paths, Flax's and jbn's."""
     found = ((path, norm) for path, norm in nnx.iter_graph(model) if isinstance(norm, nnx.BatchNorm))
-    return [("/".join(map(str, path)), norm) for path, norm in found]
+    return [(join(path), norm) for path, norm in found]

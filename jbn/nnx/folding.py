@@ -1,7 +1,7 @@
 """``fold``: a copy of an NNX model whose normalizations are inside the layers beside them; ``foldable`` says which."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from jbn.core.layout import broadcast_mask
-from jbn.folding.kernel import fold as fold_one
-from jbn.folding.kernel import left_over, without_zeros
-from jbn.folding.links import Folds, Links, Pair, by_position, linked, mark
+from jbn.folding.layers import TRAINS, call_marked, do_the_rest, fold_layer
+from jbn.folding.links import Folds, Links, Pair, find_links
 from jbn.nnx.module import BatchNorm
+from jbn.nnx.variables import become, read
+from jbn.paths import join
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -44,9 +44,8 @@ class Folded(nnx.Module):
             )
         x = jnp.asarray(x)
         given = x.dtype if self.ours else jnp.promote_types(x.dtype, jnp.float32)
-        mask = broadcast_mask(mask, x) if self.ours else None
-        dtype = self.dtype or given
-        return left_over(x, activation=self.activation, residual=residual, mask=mask, dtype=dtype)
+        mask = mask if self.ours else None
+        return do_the_rest(x, activation=self.activation, residual=residual, mask=mask, dtype=self.dtype or given)
 
 
 def foldable(model: nnx.Module, *args: Any, **kwargs: Any) -> Folds:
@@ -70,7 +69,7 @@ def foldable(model: nnx.Module, *args: Any, **kwargs: Any) -> Folds:
     >>> jbn.nnx.foldable(model, jnp.ones((2, 4)))
     Folds(pairs=(('layers/0', 'layers/1'),), kept=())
     """
-    return _links(model, args, kwargs).chosen(None)
+    return _trace(model, args, kwargs).choose(None)
 
 
 def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwargs: Any) -> tuple[ModelT, Folds]:
@@ -108,96 +107,82 @@ def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwarg
 
     Source: see ``jbn.fold``, which does one layer.
     """
-    folds = _links(model, args, kwargs).chosen(pairs)
+    folds = _trace(model, args, kwargs).choose(pairs)
     new = nnx.clone(model)
     new.eval()
-    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_graph(new)}
+    modules = {join(path): module for path, module in nnx.iter_graph(new)}
     for pair in folds.pairs:
         _fold_pair(modules, pair)
     return new, folds
 
 
-def _links(model: nnx.Module, args: Any, kwargs: Any) -> Links:
+def _trace(model: nnx.Module, args: Any, kwargs: Any) -> Links:
     """Trace a call of a copy of the model whose layers and norms mark what they take and return."""
     copy, norms = nnx.clone(model), list[str]()
     copy.eval()
     for path, module in nnx.iter_graph(copy):
-        norms += ["/".join(map(str, path))] if isinstance(module, _NORMS) else []
-        if _known(module):
-            module.marked, module.marked_rank = "/".join(map(str, path)), _rank(module)
-            object.__setattr__(module, "__class__", _marking(type(module)))  # type: ignore[arg-type]
+        norms += [join(path)] if isinstance(module, _NORMS) else []
+        if _known_class(module):
+            module.marked, module.marked_rank = join(path), _rank(module)
+            become(module, _marking_class(type(module)))  # type: ignore[arg-type]
     graph, state = nnx.split(copy)
 
     def run(state: Any, *args: Any, **kwargs: Any) -> Any:
         model = nnx.merge(graph, state)
         y = model(*args, **kwargs)
-        return y, nnx.state(model, nnx.Not(nnx.Param))  # what the call stores, such as intermediate values, is a result
+        # What the call stores, such as intermediate values, is a result too.
+        return y, nnx.state(model, nnx.Not(nnx.Param))
 
-    return linked(run, args, kwargs, state, norms=norms)
+    return find_links(run, args, kwargs, state, norms=norms)
 
 
 def _rank(module: Any) -> int:
     """Return the rank of what a layer has: under ``nnx.vmap`` it sees one of a stack, which cannot be folded."""
-    return jnp.ndim((module.mean if isinstance(module, nnx.BatchNorm) else module.kernel)[...])
+    return jnp.ndim(read(module.mean if isinstance(module, nnx.BatchNorm) else module.kernel))
 
 
-def _known(module: Any) -> type | None:
+def _known_class(module: Any) -> type | None:
     """Return the class whose computation it is; subclasses may have code of their own."""
     found = (known for known in (*_NORMS, *_LAYERS) if isinstance(module, known))
     return next((known for known in found if type(module).__call__ is known.__call__), None)
 
 
 @cache
-def _marking(kind: Any) -> type:
+def _marking_class(kind: Any) -> type:
     """Return a class of modules that mark what they take and return."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         is_norm, whole = isinstance(self, nnx.BatchNorm), _rank(self) == self.marked_rank
-        args, kwargs = by_position(args, kwargs)
-        before = self.mean[...] if is_norm else None
-        last = is_norm and self.axis in (-1, jnp.ndim(args[0]) - 1)
-        takes = whole and (last if is_norm else _takes(self))
-        y = kind.__call__(self, mark(args[0], "in", self.marked) if takes else args[0], *args[1:], **kwargs)  # type: ignore[operator]
-        if is_norm and self.mean[...] is not before:
-            raise ValueError(
-                f"{self.marked} normalizes by the batch, whose statistics cannot be folded; expected a call in "
-                "evaluation, without use_running_average=False."
-            )
-        plain = last and getattr(self, "activation", None) is None and not kwargs.keys() & {"residual", "mask"}
-        return mark(y, "out", self.marked) if whole and (plain or not is_norm) else y
+        before = read(self.mean) if is_norm else None
+        theirs = partial(kind.__call__, self)  # type: ignore[operator]
+        y = call_marked(theirs, self, self.marked, args, kwargs, is_norm=is_norm, is_whole=whole)
+        if is_norm and read(self.mean) is not before:
+            raise ValueError(TRAINS.format(self.marked or "The norm"))
+        return y
 
     return type(kind.__name__, (kind,), {"__call__": call})
-
-
-def _takes(layer: Any) -> bool:
-    """Say whether a norm can be folded into the layer after it."""
-    if isinstance(layer, nnx.ConvTranspose):
-        return False
-    return isinstance(layer, nnx.Linear) or without_zeros(layer.padding, layer.kernel_size, layer.input_dilation)
 
 
 def _fold_pair(modules: dict[str, Any], pair: Pair) -> None:
     before = isinstance(modules[pair[1]], nnx.BatchNorm)
     layer, norm = (modules[path] for path in (pair if before else pair[::-1]))
-    kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
     held = {name: getattr(norm, name) for name in ("scale", "bias", "mean", "var")}
-    known = {name: None if variable is None else variable[...] for name, variable in held.items()}
-    folded = fold_one(
-        {name: known[name] for name in ("scale", "bias")},
-        {name: known[name] for name in ("mean", "var")},
-        kernel,
-        bias,
-        layout="." * (kernel.ndim - 2) + ("OI" if getattr(layer, "transpose_kernel", False) else "IO"),
+    arrays = {name: None if variable is None else read(variable) for name, variable in held.items()}
+    kernel, bias = fold_layer(
+        layer,
+        read(layer.kernel),
+        None if layer.bias is None else read(layer.bias),
+        {name: arrays[name] for name in ("scale", "bias")},
+        {name: arrays[name] for name in ("mean", "var")},
         into="previous" if before else "next",
-        groups=getattr(layer, "feature_group_count", 1),
-        padding=getattr(layer, "padding", None),
         epsilon=norm.epsilon,
     )
-    layer.kernel = layer.kernel.replace(folded[0])  # a variable of its own, for others may share the old one
-    layer.bias = nnx.Param(folded[1]) if layer.bias is None else layer.bias.replace(folded[1])
+    # Variables of their own, for others may share the old ones.
+    layer.kernel = layer.kernel.replace(kernel)
+    layer.bias = nnx.Param(bias) if layer.bias is None else layer.bias.replace(bias)
     layer.use_bias = True
     norm.ours = isinstance(norm, BatchNorm)
     norm.activation = norm.activation if norm.ours else nnx.static(None)
     for name in held:
         delattr(norm, name)
-    object.__setattr__(norm, "__class__", Folded)
+    become(norm, Folded)

@@ -11,9 +11,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from jbn.core.checks import OneValue, broadcast_mask, read_flag
 from jbn.core.forward import batch_norm, bn_forward
-from jbn.core.layout import OneValue, broadcast_mask, check_flag
 from jbn.freezing import Frozen
+from jbn.nnx.variables import read, write
 
 # The attributes that Flax's norm lacks, and what they are where nothing is said.
 NEW = {"activation": None, "group_size": None, "unbiased": False}
@@ -96,15 +97,15 @@ class BatchNorm(nnx.BatchNorm):
                 often tried on a single example first: y does not depend on x, and the statistics are kept.
 
         """
-        evaluate = check_flag(
+        evaluate = read_flag(
             "use_running_average", self.use_running_average if use_running_average is None else use_running_average
         )
         train, update = self.frozen.flags(evaluate)
         x = jnp.asarray(x)
         mask = broadcast_mask(mask, x)
         params: dict[str, Any] = {
-            "scale": None if self.scale is None else self.scale[...],
-            "bias": None if self.bias is None else self.bias[...],
+            "scale": None if self.scale is None else read(self.scale),
+            "bias": None if self.bias is None else read(self.bias),
         }
         params = jax.lax.stop_gradient(params) if self.frozen.affine else params
         options: dict[str, Any] = {
@@ -118,7 +119,7 @@ class BatchNorm(nnx.BatchNorm):
             "residual": residual,
             "dtype": self.dtype,
         }
-        state = {"mean": self.mean[...], "var": self.var[...]}
+        state = {"mean": read(self.mean), "var": read(self.var)}
         try:
             y, state = bn_forward(
                 params,
@@ -137,14 +138,15 @@ class BatchNorm(nnx.BatchNorm):
                 return bn_forward(params, state, x, False, **options)[0]
             return batch_norm(x, **params, **options)[0]
         if update:
-            self.mean[...], self.var[...] = state["mean"], state["var"]
+            write(self.mean, state["mean"])
+            write(self.var, state["var"])
         return y
 
 
-def _shown(theirs: Callable[..., None], mine: Callable[..., None]) -> inspect.Signature:
+def _join_signatures(theirs: Callable[..., None], mine: Callable[..., None]) -> inspect.Signature:
     """Return the signature of Flax's constructor with the new arguments after it."""
     flax, ours = inspect.signature(theirs), inspect.signature(mine).parameters
     return flax.replace(parameters=[*flax.parameters.values(), *(ours[name] for name in NEW)])
 
 
-BatchNorm.__init__.__signature__ = _shown(nnx.BatchNorm.__init__, BatchNorm.__init__)  # type: ignore[attr-defined]
+BatchNorm.__init__.__signature__ = _join_signatures(nnx.BatchNorm.__init__, BatchNorm.__init__)  # type: ignore[attr-defined]

@@ -1,23 +1,31 @@
 """``diagnose``: what is wrong with the statistics of a model, layer by layer."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
-from jbn.core.layout import epsilon_of, new_weight
-from jbn.observing.findings import Finding, LayerStatistics, findings_of, in_words, indices
-from jbn.observing.survey import Layer, Seen, Survey, Vector, listed, named_leaves, survey_of
+from jbn.core.checks import read_epsilon, read_momentum
+from jbn.observing.findings import Examination, Finding, LayerStatistics, in_words, indices
+from jbn.observing.survey import Layer, Seen, Statistics, Survey, Vector, survey
+from jbn.paths import Keys, flatten, join, name_few
 
 # A fit of the prior whose standard error is larger tells nothing: the prior and the batch are too much alike.
 _UNTOLD = 0.1
 
 
-class Diagnosis(NamedTuple):
-    """The statistics of every layer, in the order in which data pass them, and what is wrong."""
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """What ``jbn.diagnose`` found; printed, it is the messages of the findings.
+
+    Attributes:
+        layers: the statistics of every layer, in the order in which data pass them.
+        findings: what is wrong.
+    """
 
     layers: tuple[LayerStatistics, ...]
     findings: tuple[Finding, ...]
@@ -102,46 +110,49 @@ def diagnose(
     Source: S. Ioffe, C. Szegedy, "Batch Normalization", 2015, for what is compared; the standard errors are those of
     mean and log-variance of normal values. No other library has such a tool.
     """
-    epsilon = epsilon_of(epsilon)
-    told = _told(momentum, updates)
+    epsilon = read_epsilon(epsilon)
+    prior = _read_prior(momentum, updates)
     if not callable(apply):
         raise TypeError(f"apply is of type {type(apply).__name__}; expected a function of params, state and batch.")
-    survey = survey_of(state)
-    known, asked = survey.known(), survey.ask(survey.known(), "batch")
-    compiled = jax.jit(apply)
-    seen = survey.merged([survey.answer(compiled, params, asked, batch)])
-    before = _before(compiled.trace(params, asked, batch).jaxpr, survey, len(jax.tree.leaves(params)))
-    named, _ = named_leaves(params)
-    scales, examples = {keys[:-1]: leaf for keys, leaf in named if keys[-1:] == ("scale",)}, _examples(batch)
+    model = survey(state)
+    remembered = model.remembered()
+    question, compiled = model.question(remembered, "batch"), jax.jit(apply)
+    seen = model.merge([model.ask(compiled, params, question, batch)])
+    before = _layers_before(compiled.trace(params, question, batch).jaxpr, model, question, params)
+    paths, leaves, _ = flatten(params)
+    scales = {keys[:-1]: leaf for keys, leaf in zip(paths, leaves, strict=True) if keys[-1:] == ("scale",)}
+    examples = _count_examples(batch)
     layers = [
-        _statistics(layer, *known[layer], seen[layer], scales.get(layer.keys), examples, epsilon, told)
-        for layer in sorted(survey.layers, key=lambda layer: len(before[layer]))
+        _compare(layer, remembered[layer], seen[layer], scales.get(layer.keys), examples, epsilon, prior)
+        for layer in sorted(model.layers, key=lambda layer: len(before[layer]))
     ]
     findings = [
-        *_broken(named, batch, seen, before),
-        *(finding for layer in layers for finding in findings_of(layer, epsilon)),
+        *_find_non_finite(params, batch, seen, before),
+        *(finding for layer in layers for finding in Examination(layer, epsilon).findings()),
     ]
     return Diagnosis(tuple(layers), tuple(findings))
 
 
-def _statistics(
+def _compare(
     layer: Layer,
-    mean: Vector,
-    var: Vector,
+    running: Statistics,
     seen: Seen,
     scale: Any,
     examples: float,
     epsilon: float,
-    told: float | None,
+    given_prior: float | None,
 ) -> LayerStatistics:
+    """Put what a layer saw beside what it remembers."""
+    mean, var = running.mean, running.var
     with np.errstate(all="ignore"):
         scale = np.abs(np.asarray(scale, np.float64)) if np.shape(scale) == mean.shape else np.ones_like(mean)
         share = scale / np.sqrt(np.maximum((scale**2).mean(-1, keepdims=True), np.finfo(np.float64).tiny))
         independent = np.minimum(seen.count, examples)
         usable = (seen.count > 1) & np.isfinite(mean + var + seen.mean + seen.var)
-        prior = _fitted(mean, var, seen, independent, usable, epsilon) if told is None else told
+        prior = _fit_prior(running, seen, independent, usable, epsilon) if given_prior is None else given_prior
         p = prior if np.isfinite(prior) else 0.0
-        expected = seen._replace(mean=(1 - p) * seen.mean, var=p + (1 - p) * seen.var)
+        mixture = Statistics((1 - p) * seen.mean, p + (1 - p) * seen.var)
+        batch = Statistics(seen.mean, seen.var)
         return LayerStatistics(
             path=layer.path,
             count=seen.count,
@@ -152,26 +163,26 @@ def _statistics(
             batch_var=seen.var,
             z_mean=(seen.mean - mean) / np.sqrt(seen.var / independent),
             z_var=np.log(seen.var / var) * np.sqrt((independent - 1) / 2),
-            gap=share * _gap(mean, var, seen, epsilon),
+            gap=share * _gap(running, batch, epsilon),
             prior=prior,
-            gap_by_prior=share * _gap(expected.mean, expected.var, seen, epsilon),
-            gap_beyond_prior=share * _gap(mean, var, expected, epsilon),
+            gap_by_prior=share * _gap(mixture, batch, epsilon),
+            gap_beyond_prior=share * _gap(running, mixture, epsilon),
             ratio=np.abs(seen.mean) / np.sqrt(seen.var),
         )
 
 
-def _gap(mean: Vector, var: Vector, seen: Seen, epsilon: float) -> Vector:
-    ours, theirs = np.sqrt(var + epsilon), np.sqrt(seen.var + epsilon)
-    return np.sqrt(seen.var * (1 / ours - 1 / theirs) ** 2 + ((seen.mean - mean) / ours) ** 2)
+def _gap(running: Statistics, batch: Statistics, epsilon: float) -> Vector:
+    ours, theirs = np.sqrt(running.var + epsilon), np.sqrt(batch.var + epsilon)
+    return np.sqrt(batch.var * (1 / ours - 1 / theirs) ** 2 + ((batch.mean - running.mean) / ours) ** 2)
 
 
-def _fitted(mean: Vector, var: Vector, seen: Seen, independent: Vector, usable: Any, epsilon: float) -> float:
+def _fit_prior(running: Statistics, seen: Seen, independent: Vector, usable: Any, epsilon: float) -> float:
     """Fit p to what is missing: μ_B - μ = p μ_B and σ² - σ_B² = p (1 - σ_B²), in running standard deviations.
 
     By least absolute values, so that channels that are off for another reason do not decide.
     """
-    deviation = np.sqrt(var + epsilon)
-    missing = np.stack([(seen.mean - mean) / deviation, (var - seen.var) / deviation**2])[:, usable]
+    deviation = np.sqrt(running.var + epsilon)
+    missing = np.stack([(seen.mean - running.mean) / deviation, (running.var - seen.var) / deviation**2])[:, usable]
     slope = np.stack([seen.mean / deviation, (1 - seen.var) / deviation**2])[:, usable]
     if not np.sqrt(2 / (independent[usable] * slope**2).sum()) < _UNTOLD:
         return np.nan
@@ -181,51 +192,70 @@ def _fitted(mean: Vector, var: Vector, seen: Seen, independent: Vector, usable: 
     return float(np.clip((missing / slope).ravel()[middle], 0, 1)) + 0.0
 
 
-def _broken(named: Any, batch: Any, seen: dict[Layer, Seen], before: dict[Layer, set[Layer]]) -> Iterator[Finding]:
+def _find_non_finite(
+    params: Any, batch: Any, seen: dict[Layer, Seen], before: dict[Layer, set[Layer]]
+) -> Iterator[Finding]:
     """Find what is not finite, where it begins."""
-    broken = {layer for layer, found in seen.items() if not np.isfinite(found.mean + found.var).all()}
-    params = list(_not_finite(named))
-    for keys, bad in params:
+    in_params = list(_non_finite_leaves(params))
+    for keys, bad in in_params:
         where = bad.any(tuple(range(bad.ndim - 1))) if bad.ndim else bad[None]
-        path = "/".join(keys) or "params"
+        path = join(keys) or "params"
         message = f"{path}: {bad.sum()} of {bad.size} values are NaN or inf: {in_words(where)}. They reach "
         message += "all that comes after. Go back to an older checkpoint, and look for what made a step too large."
         yield Finding(path, "non-finite", indices(where), message)
-    held = ["/".join(("batch", *keys)) for keys, _ in _not_finite(named_leaves(batch)[0])]
+    if in_params:
+        return
+    in_batch = [join(("batch", *keys)) for keys, _ in _non_finite_leaves(batch)]
     why = "Params and batch are finite: what comes before it overflowed, so look for values too large for their dtype."
-    if held:
-        why = f"So are values of {listed(held)}: mend or mask them."
-    least = min((len(before[layer] & broken) for layer in broken), default=0)  # 0, but for layers in a circle
-    for layer in () if params else sorted(layer for layer in broken if len(before[layer] & broken) == least):
+    if in_batch:
+        why = f"So are values of {name_few(in_batch)}: mend or mask them."
+    broken = {layer for layer, found in seen.items() if not np.isfinite(found.mean + found.var).all()}
+    # It begins in the layers that have no broken one before them; of layers in a circle, in those with the fewest.
+    least = min((len(before[layer] & broken) for layer in broken), default=0)
+    for layer in sorted(layer for layer in broken if len(before[layer] & broken) == least):
         where = ~np.isfinite(seen[layer].mean + seen[layer].var)
         others = len(broken) - 1
-        spread = f" and so in {others} other layer{'s' * (others > 1)}" if others else ""
+        spread = f" and so in {others} other {'layer' if others == 1 else 'layers'}" if others else ""
         message = f"{layer.path}: statistics of this batch are NaN or inf{spread}: {in_words(where)}. {why}"
         yield Finding(layer.path, "non-finite", indices(where), message)
 
 
-def _not_finite(named: list[tuple[tuple[str, ...], Any]]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for keys, leaf in named:
+def _non_finite_leaves(tree: Any) -> Iterator[tuple[Keys, Any]]:
+    paths, leaves, _ = flatten(tree)
+    for keys, leaf in zip(paths, leaves, strict=True):
         if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact):
             bad = ~np.asarray(jnp.isfinite(leaf))
             if bad.any():
                 yield keys, bad
 
 
-def _before(jaxpr: Any, survey: Survey, start: int) -> dict[Layer, set[Layer]]:
-    """Return of each layer those that its statistics depend on: the ones that its data have passed."""
+def _layers_before(jaxpr: Any, model: Survey, question: Any, params: Any) -> dict[Layer, set[Layer]]:
+    """Return of each layer those that its statistics depend on: the ones that its data have passed.
 
-    def needed(layer: Layer) -> list[bool]:
-        outputs = [i in layer[1:] for i in range(len(survey.leaves))]
-        return partial_eval.dce_jaxpr(jaxpr.jaxpr, outputs)[1][start:]
+    Args:
+        jaxpr: the traced program of ``apply``.
+        model: the state, taken apart.
+        question: the state that was traced.
+        params: the arguments before it.
+    """
+    leaves = model.structure.flatten_up_to(question)
+    # An observation is several arrays in the place of one leaf.
+    arrays = [i for i, leaf in enumerate(leaves) for _ in jax.tree.leaves(leaf)]
+    start = len(jax.tree.leaves(params))
 
+    def used_leaves(layer: Layer) -> set[int]:
+        outputs = [i in (layer.mean, layer.var) for i in arrays]
+        used = partial_eval.dce_jaxpr(jaxpr.jaxpr, outputs)[1][start : start + len(arrays)]
+        return {i for i, is_used in zip(arrays, used, strict=True) if is_used}
+
+    used = {layer: used_leaves(layer) for layer in model.layers}
     return {
-        layer: {other for other in survey.layers if other != layer and any(used[i] for i in other[1:])}
-        for layer, used in ((layer, needed(layer)) for layer in survey.layers)
+        layer: {other for other in model.layers if other != layer and {other.mean, other.var} & used[layer]}
+        for layer in model.layers
     }
 
 
-def _examples(batch: Any) -> float:
+def _count_examples(batch: Any) -> float:
     """Return the size that most arrays begin with; of several such, that of the most numbers."""
     arrays: dict[int, list[int]] = {}
     for leaf in jax.tree.leaves(batch):
@@ -234,14 +264,14 @@ def _examples(batch: Any) -> float:
     return max(arrays, key=lambda size: (len(arrays[size]), sum(arrays[size])), default=np.inf)
 
 
-def _told(momentum: float | None, updates: int | None) -> float | None:
+def _read_prior(momentum: float | None, updates: int | None) -> float | None:
     """Return the share of the prior that is left after so many updates, or None."""
     if momentum is None and updates is None:
         return None
     if momentum is None or updates is None:
         given, missing = ("updates", "momentum") if momentum is None else ("momentum", "updates")
         raise ValueError(f"{given} is given without {missing}; expected both: the prior left is momentum**updates.")
-    new_weight(momentum)
+    read_momentum(momentum)
     if isinstance(updates, bool) or not isinstance(updates, int | np.integer):
         raise TypeError(f"updates is {updates!r}; expected how often the statistics were updated, a whole number.")
     if updates < 0:

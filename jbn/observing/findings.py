@@ -1,163 +1,253 @@
 """What the statistics of a layer say about it: thresholds, each with its reason, and a sentence for each finding."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from jbn.observing.survey import Vector
+from jbn.paths import name_few
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 # Below this many values a statistic carries noise of more than 1/√16, a quarter of a standard deviation, from one batch
 # to the next.
-_FEW = 16
+FEW = 16
 # y has the deviation √(σ²/(σ²+ε)): half of its variance is gone at σ² = ε, 99 % at ε/100, and at ε/10⁶ no more than a
 # thousandth of a deviation is left, which is the size of what one sweep leaves of a constant in float32.
 _SMALL, _NEAR, _CONSTANT = 1.0, 1e-2, 1e-6
 # |mean|/std in float32: from 2²⁴ on x varies by less than half a step of its mean, at 2²⁰ by sixteen steps.
 _NEAR_RATIO, _CONSTANT_RATIO = 2.0**20, 2.0**24
 # |mean|/std from which batch norms lose digits of y, and what they keep (README, "How accurate").
-_FAR = {
+_KEPT = {
     1e2: "Flax and Haiku keep two digits of y, Equinox, Keras and PyTorch four or five",
     1e4: "Flax, Haiku and, for channels-last x, PyTorch keep no digit of y, Equinox, Keras and PyTorch two or three",
 }
+FAR = min(_KEPT)
 # The gap between evaluation and training, in standard deviations of the output. Half of one over a layer is seen in the
 # loss; a single channel of many may be a whole one off. Below 64 independent values chance alone moves mean and
 # deviation by 1/√n and more, and as much more is allowed: in healthy networks the gap of batches of 32 was up to 0.28
 # in a layer and 0.70 in a channel, of batches of 8 up to 0.52 and 1.45.
 _GAP_OF_LAYER, _GAP_OF_CHANNEL, _ENOUGH = 0.5, 1.0, 64
-# A gap that the prior explains, in most of the channels where it should make one, has a known cause: half as much is
-# enough, but chance is what it was.
+# If the prior explains the gap in most of the channels that are off, the cause is known: it is reported from half the
+# usual gap on. What is allowed for chance stays.
 _BY_PRIOR = 0.5
+LEAST_GAP = _GAP_OF_LAYER * _BY_PRIOR
 
 
-class LayerStatistics(NamedTuple):
-    """What a layer saw in a batch, beside what it remembers; arrays are float64, of the shape of its features."""
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What a layer saw in a batch, beside what it remembers; arrays are float64, of the shape of its features.
+
+    Attributes:
+        path: keys joined by "/".
+        count: valid values per channel.
+        independent: as many of them as are independent; of one example there is no more than one.
+        running_mean: what the layer remembers.
+        running_var: likewise.
+        batch_mean: what it saw.
+        batch_var: likewise, biased.
+        z_mean: batch_mean - running_mean, in standard errors of a mean of independent values.
+        z_var: log(batch_var / running_var), in standard errors of such a logarithm.
+        gap: root mean square of y in evaluation - y in training, in deviations of the output of the layer.
+        prior: share of the initial mean 0 and variance 1 in the running statistics; NaN where nothing tells.
+        gap_by_prior: the gap if the running statistics were that prior and this batch, in these shares.
+        gap_beyond_prior: what lies between these and the running statistics, as a gap.
+        ratio: |batch_mean| / √batch_var.
+    """
 
     path: str
-    count: Vector  # type: ignore[assignment]  # valid values per channel
-    independent: Vector  # of these; of one example there is no more than one
+    count: Vector
+    independent: Vector
     running_mean: Vector
     running_var: Vector
     batch_mean: Vector
-    batch_var: Vector  # biased
-    z_mean: Vector  # batch_mean - running_mean, in standard errors of a mean of independent values
-    z_var: Vector  # log(batch_var / running_var), in standard errors of such a logarithm
-    gap: Vector  # root mean square of y in evaluation - y in training, in deviations of the output of the layer
-    prior: float  # share of the initial mean 0 and variance 1 in the running statistics; NaN where nothing tells
-    gap_by_prior: Vector  # the gap if the running statistics were that prior and this batch, in these shares
-    gap_beyond_prior: Vector  # what lies between these and the running statistics, as a gap
-    ratio: Vector  # |batch_mean| / √batch_var
+    batch_var: Vector
+    z_mean: Vector
+    z_var: Vector
+    gap: Vector
+    prior: float
+    gap_by_prior: Vector
+    gap_beyond_prior: Vector
+    ratio: Vector
 
 
-class Finding(NamedTuple):
-    """Something that is wrong with a layer or a parameter."""
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with a layer or a parameter.
 
-    path: str  # keys joined by "/"
+    Attributes:
+        path: keys joined by "/".
+        kind: one of the kinds in ``jbn.diagnose``.
+        channels: the indices of the channels, or index tuples.
+        message: what it means and what to do.
+    """
+
+    path: str
     kind: str
-    channels: tuple[int, ...] | tuple[tuple[int, ...], ...]  # their indices, or index tuples
-    message: str  # what it means and what to do
+    channels: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    message: str
 
 
-def findings_of(layer: LayerStatistics, epsilon: float) -> Iterator[Finding]:
-    """Judge a layer; a channel that one kind explains is not judged by those that would follow from it."""
-    judged = (layer.count > 1) & np.isfinite(layer.batch_mean) & np.isfinite(layer.batch_var)
-    known = np.isfinite(layer.running_mean) & np.isfinite(layer.running_var) & (layer.running_var >= 0)
-    var, ratio, deviation = layer.batch_var, layer.ratio, np.sqrt(layer.batch_var)
+@dataclass(frozen=True)
+class Examination:
+    """A layer, and what is the matter with each of its channels.
 
-    def finding(kind: str, what: str, where: Flags, means: str) -> Iterator[Finding]:
+    A channel that one kind explains is not judged by the kinds that would follow from it.
+    """
+
+    layer: LayerStatistics
+    epsilon: float
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield what is found, kind by kind."""
+        yield from self._broken_memory()
+        yield from self._few_values()
+        yield from self._constant()
+        yield from self._nearly_constant()
+        yield from self._below_epsilon()
+        yield from self._differences()
+        yield from self._far_mean()
+
+    @cached_property
+    def comparable(self) -> Flags:
+        """The channels whose statistics of this batch are numbers."""
+        layer = self.layer
+        return (layer.count > 1) & np.isfinite(layer.batch_mean) & np.isfinite(layer.batch_var)
+
+    @cached_property
+    def usable(self) -> Flags:
+        """The channels whose running statistics evaluate to numbers."""
+        mean, var = self.layer.running_mean, self.layer.running_var
+        return np.isfinite(mean) & np.isfinite(var) & (var >= 0)
+
+    @cached_property
+    def constant(self) -> Flags:
+        """The channels without any variation."""
+        layer = self.layer
+        return self.comparable & ((layer.batch_var <= _CONSTANT * self.epsilon) | (layer.ratio >= _CONSTANT_RATIO))
+
+    @cached_property
+    def nearly_constant(self) -> Flags:
+        """The channels whose variation is lost."""
+        layer = self.layer
+        lost = (layer.batch_var < _NEAR * self.epsilon) | (layer.ratio >= _NEAR_RATIO)
+        return self.comparable & ~self.constant & lost
+
+    @cached_property
+    def below_epsilon(self) -> Flags:
+        """The channels of which epsilon takes much."""
+        small = self.layer.batch_var < _SMALL * self.epsilon
+        return self.comparable & ~self.constant & ~self.nearly_constant & small
+
+    def _finding(self, kind: str, what: str, where: Flags, means: str) -> Iterator[Finding]:
+        path = self.layer.path
         if where.any():
-            yield Finding(layer.path, kind, indices(where), f"{layer.path}: {what}: {in_words(where)}. {means}")
+            yield Finding(path, kind, indices(where), f"{path}: {what}: {in_words(where)}. {means}")
 
-    yield from finding(
-        "non-finite",
-        "running mean or variance is not a number that can be used",
-        ~known,
-        "Evaluation is NaN there. Go back to an older checkpoint, or take the statistics anew: jbn.recalibrate.",
-    )
-    few = layer.count < _FEW
-    yield from finding(
-        "few values",
-        f"only {layer.count.min():.0f} values per channel in this batch, expected {_FEW} or more",
-        few,
-        "Statistics of so few differ much from batch to batch, and y with them. Take larger batches, or those of all "
-        "devices together (axis_name); for evaluation, jbn.recalibrate.",
-    )
-    constant = judged & ((var <= _CONSTANT * epsilon) | (ratio >= _CONSTANT_RATIO))
-    varied = (constant & (layer.running_var > _SMALL * epsilon)).any()
-    yield from finding(
-        "dead",
-        "constant in this batch",
-        constant,
-        "y is the bias there, whatever x is. Look for a kernel of zeros, a ReLU before it that is always off or a "
-        "feature that is the same in all examples; "
-        + ("but by the running variance it varied before." if varied else "the channel can be removed."),
-    )
-    near = judged & ~constant & ((var < _NEAR * epsilon) | (ratio >= _NEAR_RATIO))
-    yield from finding(
-        "near-constant",
-        f"nearly constant, with deviations from {least(deviation, near)} on",
-        near,
-        f"They are lost beside √epsilon = {epsilon**0.5:.1g}, or beside the rounding of a mean that is a million times "
-        "as large: y hardly depends on x. Scale what comes before up, or take its mean out.",
-    )
-    small = judged & ~constant & ~near & (var < _SMALL * epsilon)
-    left = np.sqrt(var / (var + epsilon))
-    yield from finding(
-        "below epsilon",
-        f"variance below epsilon = {epsilon:.1g}, down to {least(var, small)}",
-        small,
-        f"y has a deviation there of as little as {np.min(left, where=small, initial=1):.0%} of what it should have. "
-        "Scale what comes before up, or train with a smaller epsilon.",
-    )
-    yield from _differences(layer, judged & known & ~constant & ~near, finding)
-    far = judged & ~constant & ~near & ~small & (ratio >= min(_FAR))
-    largest = np.max(ratio, where=far, initial=0)
-    lost = [kept for bound, kept in _FAR.items() if bound <= largest]
-    yield from finding(
-        "far mean",
-        f"|mean|/std up to {largest:.2g}",
-        far,
-        f"jbn is exact here. {lost[-1] if lost else ''}; in bfloat16 x itself comes in steps of up to "
-        f"{largest / 128:.1g} standard deviations. Take the mean out of what comes before.",
-    )
-
-
-def _differences(layer: LayerStatistics, judged: Flags, finding: Any) -> Iterator[Finding]:
-    """Compare running and batch statistics where both can be."""
-    chance = np.sqrt(_ENOUGH / np.maximum(layer.independent, 1))
-    size, off = _off(layer.gap, judged, np.maximum(chance, 1))
-    by_prior, left = _off(layer.gap_by_prior, judged, np.maximum(chance, _BY_PRIOR))
-    beyond, other = _off(layer.gap_beyond_prior, judged, np.maximum(chance, 1))
-
-    def of(size: float, gap: Vector) -> str:
-        worst = np.max(gap, where=judged, initial=0)
-        deviations = f"{size:.2g} standard deviations of the output, root mean square over channels"
-        return f"Evaluation is off by {deviations} (worst: {worst:.2g})."
-
-    explained = 2 * (left & ~other).sum() > left.sum()
-    if explained:
-        yield from finding(
-            "prior",
-            f"running statistics are as if {layer.prior:.0%} of them were still the initial mean 0 and variance 1",
-            judged,
-            f"{of(by_prior, layer.gap_by_prior)} Train longer, take a smaller momentum, or use jbn.recalibrate. If "
-            "they are those of normalized data, normalize this batch too.",
+    def _broken_memory(self) -> Iterator[Finding]:
+        return self._finding(
+            "non-finite",
+            "running mean or variance is not a number that can be used",
+            ~self.usable,
+            "Evaluation is NaN there. Go back to an older checkpoint, or take the statistics anew: jbn.recalibrate.",
         )
-    yield from finding(
-        "stale",
-        "running statistics are not those of this batch" + ", beyond that" * int(explained),
-        other if explained else off,
-        f"{of(beyond, layer.gap_beyond_prior) if explained else of(size, layer.gap)} They are those of other weights "
-        "or other data, or follow too slowly: use jbn.recalibrate, or a smaller momentum.",
-    )
+
+    def _few_values(self) -> Iterator[Finding]:
+        count = self.layer.count
+        return self._finding(
+            "few values",
+            f"only {count.min():.0f} values per channel in this batch, expected {FEW} or more",
+            count < FEW,
+            "Statistics of so few differ much from batch to batch, and y with them. Take larger batches, or those of "
+            "all devices together (axis_name); for evaluation, jbn.recalibrate.",
+        )
+
+    def _constant(self) -> Iterator[Finding]:
+        varied = (self.constant & (self.layer.running_var > _SMALL * self.epsilon)).any()
+        return self._finding(
+            "dead",
+            "constant in this batch",
+            self.constant,
+            "y is the bias there, whatever x is. Look for a kernel of zeros, a ReLU before it that is always off or a "
+            "feature that is the same in all examples; "
+            + ("but by the running variance it varied before." if varied else "the channel can be removed."),
+        )
+
+    def _nearly_constant(self) -> Iterator[Finding]:
+        deviation = np.sqrt(self.layer.batch_var)
+        return self._finding(
+            "near-constant",
+            f"nearly constant, with deviations from {_least(deviation, self.nearly_constant)} on",
+            self.nearly_constant,
+            f"They are lost beside √epsilon = {self.epsilon**0.5:.1g}, or beside the rounding of a mean that is a "
+            "million times as large: y hardly depends on x. Scale what comes before up, or take its mean out.",
+        )
+
+    def _below_epsilon(self) -> Iterator[Finding]:
+        var, small = self.layer.batch_var, self.below_epsilon
+        left = np.min(np.sqrt(var / (var + self.epsilon)), where=small, initial=1)
+        return self._finding(
+            "below epsilon",
+            f"variance below epsilon = {self.epsilon:.1g}, down to {_least(var, small)}",
+            small,
+            f"y has a deviation there of as little as {left:.0%} of what it should have. Scale what comes before up, "
+            "or train with a smaller epsilon.",
+        )
+
+    def _differences(self) -> Iterator[Finding]:
+        """Compare running and batch statistics where both can be."""
+        layer, both = self.layer, self.comparable & self.usable & ~self.constant & ~self.nearly_constant
+        chance = np.sqrt(_ENOUGH / np.maximum(layer.independent, 1))
+        size, off = _off(layer.gap, both, np.maximum(chance, 1))
+        by_prior, left = _off(layer.gap_by_prior, both, np.maximum(chance, _BY_PRIOR))
+        beyond, other = _off(layer.gap_beyond_prior, both, np.maximum(chance, 1))
+
+        def describe(size: float, gap: Vector) -> str:
+            worst = np.max(gap, where=both, initial=0)
+            deviations = f"{size:.2g} standard deviations of the output, root mean square over channels"
+            return f"Evaluation is off by {deviations} (worst: {worst:.2g})."
+
+        explained = 2 * (left & ~other).sum() > left.sum()
+        if explained:
+            yield from self._finding(
+                "prior",
+                f"running statistics are as if {layer.prior:.0%} of them were still the initial mean 0 and variance 1",
+                both,
+                f"{describe(by_prior, layer.gap_by_prior)} Train longer, take a smaller momentum, or use "
+                "jbn.recalibrate. If they are those of normalized data, normalize this batch too.",
+            )
+            size, gap, off, beside = beyond, layer.gap_beyond_prior, other, ", beyond that"
+        else:
+            gap, beside = layer.gap, ""
+        yield from self._finding(
+            "stale",
+            f"running statistics are not those of this batch{beside}",
+            off,
+            f"{describe(size, gap)} They are those of other weights or other data, or follow too slowly: use "
+            "jbn.recalibrate, or a smaller momentum.",
+        )
+
+    def _far_mean(self) -> Iterator[Finding]:
+        explained = self.constant | self.nearly_constant | self.below_epsilon
+        far = self.comparable & ~explained & (self.layer.ratio >= FAR)
+        largest = np.max(self.layer.ratio, where=far, initial=0)
+        kept = [words for bound, words in _KEPT.items() if bound <= largest]
+        return self._finding(
+            "far mean",
+            f"|mean|/std up to {largest:.2g}",
+            far,
+            f"jbn is exact here. {kept[-1] if kept else ''}; in bfloat16 x itself comes in steps of up to "
+            f"{largest / 128:.1g} standard deviations. Take the mean out of what comes before.",
+        )
 
 
-def _off(gap: Vector, judged: Flags, allowed: Vector) -> tuple[float, Flags]:
+def _off(gap: Vector, both: Flags, allowed: Vector) -> tuple[float, Flags]:
     """Return the root mean square of the gap, and where it is too large; of stacked layers each is judged by itself."""
-    gap = np.where(judged, gap, 0)
-    mean_square = (gap**2).sum(-1, keepdims=True) / np.maximum(judged.sum(-1, keepdims=True), 1)
+    gap = np.where(both, gap, 0)
+    mean_square = (gap**2).sum(-1, keepdims=True) / np.maximum(both.sum(-1, keepdims=True), 1)
     strict = mean_square > (_GAP_OF_LAYER * allowed) ** 2
     return float(np.sqrt(mean_square.max())), gap > allowed * np.where(strict, _GAP_OF_LAYER, _GAP_OF_CHANNEL)
 
@@ -173,10 +263,8 @@ def in_words(where: Flags) -> str:
     found = indices(where)
     if len(found) == where.size > 1:
         return f"all {where.size} channels"
-    shown = ", ".join(map(str, found[:5])) + f" and {len(found) - 5} more" * (len(found) > 5)
-    return f"channel{'s' * (len(found) > 1)} {shown} of {where.size}"
+    return f"{'channel' if len(found) == 1 else 'channels'} {name_few(map(str, found), most=5)} of {where.size}"
 
 
-def least(values: Vector, where: Flags) -> str:
-    """Return the least of the values where it is true."""
+def _least(values: Vector, where: Flags) -> str:
     return f"{np.min(values, where=where, initial=np.inf):.1g}"

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from itertools import count
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import jax
 import numpy as np
 
-from jbn.core.state import ORDERS
-from jbn.observing.survey import Seen, Vector, listed, survey_of
+from jbn.core.state import Observation, Upstream
+from jbn.observing.survey import Layer, Seen, Statistics, survey
+from jbn.paths import name_few
 
 StateT = TypeVar("StateT")
 
@@ -24,7 +24,7 @@ def recalibrate(
     state: StateT,
     batches: Iterable[Any],
     *,
-    upstream: Literal["batch", "recalibrated"] = "batch",
+    upstream: Upstream = "batch",
     unbiased: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> StateT:
@@ -40,15 +40,18 @@ def recalibrate(
     Args:
         apply: ``apply(params, state, batch)`` runs the model as in training and returns its new state. It is compiled
             once for each shape of a batch, so that a partial last batch compiles a second time, and not again when
-            the same function object comes back; it may contain ``jit``, ``scan``, ``shard_map`` with ``axis_name``.
+            the same function object comes back; it may contain ``jit``, ``scan``, ``shard_map`` with ``axis_name``. An
+            ``apply`` that averages the states of shards itself, by ``jax.lax.pmean``, is refused: such an average has
+            lost how far the shards lie apart.
         params: passed to ``apply``.
         state: a tree with the ``mean`` and ``var`` of every layer; other leaves come back as they are.
         batches: what ``apply`` takes, one after the other; any tree of arrays each, sharded or not.
         upstream: what layers normalize by meanwhile. "batch": as ``apply`` says, in training by the batch, which is
             what the parameters were trained with and takes one pass over the data. "recalibrated": by the statistics
             that are returned, as evaluation will, for batches too small to normalize by; it repeats the pass until no
-            statistics move, by more than 1e-5 of the deviation or the variance. k passes make the first k layers
-            right, and one more sees it; near the answer, such as after "batch", fewer do.
+            statistics move, by more than 1e-5 of the deviation or the variance. After pass k
+            the first k layers are exact, and one more pass confirms it; starting near the answer, such as after
+            "batch", takes fewer.
         unbiased: let the variance be n/(n - 1) times the biased one, as in PyTorch.
         progress: called with the number of the pass and of the batches done in it, both from 1.
 
@@ -74,33 +77,39 @@ def recalibrate(
     to Wider Optima", 2018, section 3.2; Y. Wu, J. Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
     Elsewhere: ``torch.optim.swa_utils.update_bn`` averages the statistics of batches with equal weights.
     """
-    _check(apply, batches, upstream)
-    survey = survey_of(state)
-    layers, known = survey.layers, survey.known()
-    most = 1 if upstream == "batch" else 1 + sum(math.prod(mean.shape[:-1]) for mean, _ in known.values())
+    _check_arguments(apply, batches, upstream)
+    model = survey(state)
+    statistics = model.remembered()
+    # A stack of layers, such as that of ``nn.scan``, is as many layers as its leading axes have entries.
+    depth = sum(math.prod(found.mean.shape[:-1]) for found in statistics.values())
+    passes = 1 if upstream == "batch" else depth + 1
+    compiled = jax.jit(apply)
     for number in count(1):
-        run = partial(survey.answer, jax.jit(apply), params, survey.ask(known, upstream))
-        seen = survey.merged(_results(run, batches, number, progress))
-        if alone := [layer.path for layer in layers if not (seen[layer].count > 1).any()]:
-            raise ValueError(f"Fewer than two valid rows reached {listed(alone)}; expected some batch to have them.")
-        new = {layer: _chosen(seen[layer], *known[layer], unbiased) for layer in layers}
-        settled = all(_near(known[layer], new[layer]) for layer in layers)
-        known = new
-        if settled or number >= most:
+        question = model.question(statistics, upstream)
+        answers = (model.ask(compiled, params, question, batch) for batch in batches)
+        seen = model.merge(_look_ahead(answers, number, progress))
+        if empty := [layer.path for layer in model.layers if not (seen[layer].count > 1).any()]:
+            raise ValueError(f"Fewer than two valid rows reached {name_few(empty)}; expected some batch to have them.")
+        new = {layer: _take(seen[layer], statistics[layer], unbiased) for layer in model.layers}
+        settled = all(_agree(statistics[layer], new[layer]) for layer in model.layers)
+        statistics = new
+        if settled or number >= passes:
             break
-    if broken := [layer.path for layer in layers if not np.isfinite(seen[layer].var + seen[layer].mean).all()]:
+    if broken := [layer.path for layer in model.layers if not np.isfinite(seen[layer].var + seen[layer].mean).all()]:
         raise ValueError(
-            f"The statistics of {listed(broken)} are not finite; expected finite activations: look for NaN or inf in "
+            f"The statistics of {name_few(broken)} are not finite; expected finite activations: look for NaN or inf in "
             "params and in batches, or mask the rows."
         )
-    return survey.filled(known)  # type: ignore[no-any-return]
+    return model.fill(statistics)  # type: ignore[no-any-return]
 
 
-def _results(run: Any, batches: Iterable[Any], number: int, progress: Any) -> Iterator[list[Any]]:
-    """Yield the leaves of the state of each batch, while the next batch is under way."""
-    waiting: list[Any] | None = None
-    for done, batch in enumerate(batches, 1):
-        ahead = run(batch)
+Answers = Iterator[dict[Layer, Observation]]
+
+
+def _look_ahead(answers: Answers, number: int, progress: Any) -> Answers:
+    """Yield the answer to each batch while the next one is under way."""
+    waiting: dict[Layer, Observation] | None = None
+    for done, ahead in enumerate(answers, 1):
         if waiting is not None:
             yield waiting
         waiting = ahead
@@ -113,23 +122,25 @@ def _results(run: Any, batches: Iterable[Any], number: int, progress: Any) -> It
     yield waiting
 
 
-def _chosen(seen: Seen, mean: Vector, var: Vector, unbiased: bool) -> tuple[Vector, Vector]:
-    new = seen.var * (seen.count / np.maximum(seen.count - 1, 1) if unbiased else 1)
-    usable = (seen.count > 1) & np.isfinite(seen.mean) & np.isfinite(new)
-    return np.where(usable, seen.mean, mean), np.where(usable, new, var)
+def _take(seen: Seen, before: Statistics, unbiased: bool) -> Statistics:
+    """Return the statistics of what was seen, and those of before where too little was."""
+    var = seen.var * (seen.count / np.maximum(seen.count - 1, 1) if unbiased else 1)
+    usable = (seen.count > 1) & np.isfinite(seen.mean) & np.isfinite(var)
+    return Statistics(np.where(usable, seen.mean, before.mean), np.where(usable, var, before.var))
 
 
-def _near(old: tuple[Vector, Vector], new: tuple[Vector, Vector]) -> bool:
-    spread, rounding = np.sqrt(new[1]), 2.0**-22 * np.abs(new[0])
-    same = np.abs(new[0] - old[0]) <= _SETTLED * spread + rounding
-    return bool((same & (np.abs(new[1] - old[1]) <= _SETTLED * new[1])).all())
+def _agree(old: Statistics, new: Statistics) -> bool:
+    """Say whether statistics have settled."""
+    deviation, rounding = np.sqrt(new.var), 2.0**-22 * np.abs(new.mean)
+    same_mean = np.abs(new.mean - old.mean) <= _SETTLED * deviation + rounding
+    return bool((same_mean & (np.abs(new.var - old.var) <= _SETTLED * new.var)).all())
 
 
-def _check(apply: object, batches: object, upstream: object) -> None:
+def _check_arguments(apply: object, batches: object, upstream: object) -> None:
     if not callable(apply):
         raise TypeError(f"apply is of type {type(apply).__name__}; expected a function of params, state and batch.")
-    if upstream not in ORDERS:
-        raise ValueError(f"upstream is {upstream!r}; expected {' or '.join(map(repr, ORDERS))}.")
+    if upstream not in get_args(Upstream):
+        raise ValueError(f"upstream is {upstream!r}; expected {' or '.join(map(repr, get_args(Upstream)))}.")
     one = hasattr(batches, "dtype") or hasattr(batches, "_fields") or isinstance(batches, Mapping | str)
     if one or not isinstance(batches, Iterable):
         raise TypeError(

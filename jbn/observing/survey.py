@@ -1,41 +1,59 @@
-"""What the layers of a model see when it runs: count, mean and variance of their rows, carried by the state."""
+"""What the layers of a model see when it runs, asked through their states: count, mean and variance of their rows."""
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbn.core.state import ordered
+from jbn.core.state import Observation, Upstream
+from jbn.paths import Keys, flatten, join, name_few
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
+Apply = Callable[[Any, Any, Any], Any]
 
-STRANGE = (
+_NO_MOMENTS = (
     "gave no moments; expected every layer to call jbn.bn_forward, once or more, and to update its state. For Flax's "
     "own layers use jbn.linen.replace() or jbn.nnx.replace(model); run apply as in training, with no layer frozen and "
     "nothing that was exported or compiled ahead of time."
 )
+_AVERAGED = (
+    "returned statistics that were averaged over shards, and those of all their rows do not follow from averages. "
+    "Expected one of two: the layer shares statistics, by axis_name, or it returns those of a shard. Leave "
+    "jax.lax.pmean of the state out of apply."
+)
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Layer:
     """Where the statistics of a layer are among the leaves of the state."""
 
-    keys: tuple[str, ...]
+    keys: Keys
     mean: int
     var: int
 
     @property
     def path(self) -> str:
         """The keys, for a message."""
-        return "/".join(self.keys) or "the layer"
+        return join(self.keys) or "the layer"
 
 
-class Seen(NamedTuple):
+@dataclass(frozen=True)
+class Statistics:
+    """The running statistics of a layer, in float64."""
+
+    mean: Vector
+    var: Vector
+
+
+@dataclass(frozen=True)
+class Seen:
     """The moments of the rows that a layer has seen, in float64."""
 
-    count: Vector  # type: ignore[assignment]
+    count: Vector
     mean: Vector
     var: Vector
 
@@ -48,113 +66,115 @@ class Seen(NamedTuple):
         return Seen(total, self.mean + share * delta, spread)
 
 
-Known = dict[Layer, tuple[Vector, Vector]]
-
-
-class Survey(NamedTuple):
+@dataclass(frozen=True)
+class Survey:
     """The state of a model, taken apart."""
 
     layers: list[Layer]
     leaves: list[Any]
     structure: Any
 
-    def known(self) -> Known:
-        """Return mean and var of every layer in float64."""
-        return {
-            layer: (np.asarray(self.leaves[layer.mean], np.float64), np.asarray(self.leaves[layer.var], np.float64))
-            for layer in self.layers
-        }
+    def remembered(self) -> dict[Layer, Statistics]:
+        """Return the running statistics of every layer."""
+        found = ((layer, self.leaves[layer.mean], self.leaves[layer.var]) for layer in self.layers)
+        return {layer: Statistics(*(np.asarray(leaf, np.float64) for leaf in leaves)) for layer, *leaves in found}
 
-    def ask(self, known: Known, order: str) -> Any:
-        """Return a state with these statistics in which the layers put their moments; see ``core.state.ORDERS``."""
+    def question(self, statistics: dict[Layer, Statistics], upstream: Upstream) -> Any:
+        """Return a state with these statistics that observes what the layers see."""
         leaves = list(self.leaves)
-        for layer, statistics in known.items():
-            wide = jax.dtypes.canonicalize_dtype(np.float64)
-            mean, var = (_like(v, leaves[i], wide) for v, i in zip(statistics, layer[1:], strict=True))
-            leaves[layer.mean], leaves[layer.var] = ordered(mean, var, order)
+        wide = jax.dtypes.canonicalize_dtype(np.float64)
+        for layer, known in statistics.items():
+            like = self.leaves[layer.mean]
+            mean, none = (_put(value, like, wide) for value in (known.mean, np.zeros_like(known.mean)))
+            updates = _put(np.zeros_like(known.mean), like, np.int32)
+            leaves[layer.mean] = Observation(mean, none, none, none, none, updates, upstream=upstream)
+            leaves[layer.var] = _put(known.var, self.leaves[layer.var], wide)
         return jax.tree.unflatten(self.structure, leaves)
 
-    def answer(self, apply: Any, params: Any, asked: Any, batch: Any) -> list[Any]:
-        """Run one batch and return the leaves of the new state; where a layer cannot take the order, say which."""
+    def ask(self, apply: Apply, params: Any, question: Any, batch: Any) -> dict[Layer, Observation]:
+        """Run one batch and return what every layer has observed; where a layer cannot observe, say which."""
         try:
-            new = apply(params, asked, batch)
+            new = apply(params, question, batch)
         except Exception as error:
-            wide = jax.tree.leaves(asked)
-
-            def runs(*indices: int) -> bool:
-                leaves = [wide[i] if i in indices else leaf for i, leaf in enumerate(self.leaves)]
-                try:
-                    jax.eval_shape(apply, params, jax.tree.unflatten(self.structure, leaves), batch)
-                except Exception:
-                    return False
-                return True
-
-            strangers = [layer.path for layer in self.layers if not runs(*layer[1:])] if runs() else []
-            if not strangers:
-                raise
-            raise ValueError(f"{listed(strangers)} {STRANGE}") from error
-        expected: Any = jax.tree.structure(asked)
-        found = jax.tree.structure(new)
+            if strangers := self._strangers(apply, params, question, batch):
+                raise ValueError(f"{name_few(strangers)} {_NO_MOMENTS}") from error
+            raise
+        expected: Any = jax.tree.structure(question, is_leaf=_is_observation)
+        found = jax.tree.structure(new, is_leaf=_is_observation)
         if expected != found:
             raise ValueError(
                 f"apply returned a tree of the structure {found}; expected the new state, of that of state, "
                 f"{expected}: a new state alone, without y."
             )
-        before, after = (jax.tree.leaves(tree) for tree in (asked, new))
-        strangers = [layer.path for layer in self.layers if any(after[i].shape != before[i].shape for i in layer[1:])]
-        if strangers:
-            raise ValueError(f"{listed(strangers)} {STRANGE}")
-        return after
+        leaves = jax.tree.leaves(new, is_leaf=_is_observation)
+        answers = {layer: leaves[layer.mean] for layer in self.layers}
+        before = {layer: jax.tree.leaves(question, is_leaf=_is_observation)[layer.mean].shape for layer in self.layers}
+        if strangers := [
+            layer.path for layer, found in answers.items() if not _is_observation(found) or found.shape != before[layer]
+        ]:
+            raise ValueError(f"{name_few(strangers)} {_NO_MOMENTS}")
+        # An average of whole numbers is none any more.
+        if averaged := [layer.path for layer, found in answers.items() if found.updates.dtype != np.int32]:
+            raise ValueError(f"{name_few(averaged)} {_AVERAGED}")
+        return answers
 
-    def merged(self, answers: Iterable[list[Any]]) -> dict[Layer, Seen]:
+    def _strangers(self, apply: Apply, params: Any, question: Any, batch: Any) -> list[str]:
+        """Return the paths of layers that alone keep ``apply`` from running; none where it does not run anyway."""
+        asked = jax.tree.leaves(question, is_leaf=_is_observation)
+
+        def runs(*indices: int) -> bool:
+            leaves = [asked[i] if i in indices else leaf for i, leaf in enumerate(self.leaves)]
+            try:
+                jax.eval_shape(apply, params, jax.tree.unflatten(self.structure, leaves), batch)
+            except Exception:
+                return False
+            return True
+
+        return [layer.path for layer in self.layers if not runs(layer.mean, layer.var)] if runs() else []
+
+    def merge(self, answers: Iterable[dict[Layer, Observation]]) -> dict[Layer, Seen]:
         """Return what every layer has seen in all runs."""
         seen: dict[Layer, Seen] = {}
         with np.errstate(invalid="ignore", over="ignore"):
-            for leaves in answers:
-                for layer in self.layers:
-                    mean, var = (np.asarray(leaves[i], np.float64)[..., 0, :] for i in layer[1:])
-                    if not np.isfinite(var[..., 2]).all():
-                        raise ValueError(f"{layer.path} {STRANGE}")
-                    new = Seen(var[..., 2], mean[..., 1] + mean[..., 2], var[..., 1])
+            for answer in answers:
+                for layer, found in answer.items():
+                    if not np.asarray(found.updates).all():
+                        raise ValueError(f"{layer.path} {_NO_MOMENTS}")
+                    count, pilot, offset, var = (
+                        np.asarray(value, np.float64) for value in (found.count, found.pilot, found.offset, found.var)
+                    )
+                    new = Seen(count, pilot + offset, var)
                     seen[layer] = seen[layer].merge(new) if layer in seen else new
         return seen
 
-    def filled(self, known: Known) -> Any:
+    def fill(self, statistics: dict[Layer, Statistics]) -> Any:
         """Return the state with these statistics, each where and what its leaf is."""
         leaves = list(self.leaves)
-        for layer, statistics in known.items():
-            for value, i in zip(statistics, layer[1:], strict=True):
-                leaves[i] = _like(value, leaves[i], leaves[i].dtype)
+        for layer, found in statistics.items():
+            for value, i in ((found.mean, layer.mean), (found.var, layer.var)):
+                leaves[i] = _put(value, leaves[i], leaves[i].dtype)
         return jax.tree.unflatten(self.structure, leaves)
 
 
-def survey_of(state: Any) -> Survey:
+def survey(state: Any) -> Survey:
     """Find every mean that has a var beside it."""
-    found, structure = named_leaves(state)
-    named: dict[tuple[str, ...], dict[str, int]] = {}
-    for i, (keys, _) in enumerate(found):
+    paths, leaves, structure = flatten(state)
+    places: dict[Keys, dict[str, int]] = {}
+    for i, keys in enumerate(paths):
         if keys and keys[-1] in ("mean", "var"):
-            named.setdefault(keys[:-1], {})[keys[-1]] = i
-    layers = [Layer(keys, where["mean"], where["var"]) for keys, where in named.items() if len(where) == 2]
+            places.setdefault(keys[:-1], {})[keys[-1]] = i
+    layers = [Layer(keys, at["mean"], at["var"]) for keys, at in places.items() if len(at) == 2]
     if not layers:
-        paths = ", ".join("/".join(keys) or "the state" for keys, _ in found[:5]) or "nothing"
-        raise ValueError(f"state holds {paths}; expected statistics of layers, a mean and a var beside each other.")
-    return Survey(layers, [leaf for _, leaf in found], structure)
+        held = name_few(join(keys) or "the state" for keys in paths[:5]) if paths else "nothing"
+        raise ValueError(f"state holds {held}; expected statistics of layers, a mean and a var beside each other.")
+    return Survey(layers, leaves, structure)
 
 
-def named_leaves(tree: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
-    """Return the keys and the leaf of every path, and the structure; boxes such as ``nnx.BatchStat`` add no key."""
-    found, structure = jax.tree_util.tree_flatten_with_path(tree)
-    named = [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in found]
-    return [(keys[:-1] if keys[-1:] == ("value",) else keys, leaf) for keys, leaf in named], structure
+def _is_observation(node: object) -> bool:
+    return isinstance(node, Observation)
 
 
-def listed(paths: list[str]) -> str:
-    """Name the first few."""
-    return ", ".join(paths[:5]) + f" and {len(paths) - 5} more" * (len(paths) > 5)
-
-
-def _like(value: Vector, leaf: Any, dtype: Any) -> Array:
+def _put(value: Vector, leaf: Any, dtype: Any) -> Array:
     """Put a value where a leaf is."""
     cast = value.astype(dtype)
     return jax.device_put(cast, leaf.sharding) if getattr(leaf, "committed", False) else jnp.asarray(cast)

@@ -360,7 +360,7 @@ def test_beside_another_process(on):
         "x = jax.ShapeDtypeStruct((4, 4), 'float32');"
         f"print(compile(lambda x: 2 * x, x, on=mesh({on!r}, data=4)).bytes(), jax.default_backend())"
     )
-    root = pathlib.Path(__file__).parent.parent
+    root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False
     )

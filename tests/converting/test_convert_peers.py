@@ -72,7 +72,7 @@ def hk():
 def haiku(hk):
     def net(x, train):
         def norm(x, name):
-            return jax.nn.relu(hk.BatchNorm(True, True, MOMENTUM, eps=EPSILON, name=name)(x, train))
+            return jax.nn.silu(hk.BatchNorm(True, True, MOMENTUM, eps=EPSILON, name=name)(x, train))
 
         x = norm(hk.Conv2D(8, 3, padding="VALID", with_bias=False, name="conv")(x), "bn1")
         x = hk.Conv2D(8, 3, padding="VALID", feature_group_count=4, name="grouped")(x)
@@ -164,10 +164,10 @@ def equinox(eqx):
 
         def __call__(self, x, state, inference):
             x, state = self.bn1(self.conv(x), state, inference=inference)
-            x = self.channelwise(self.grouped(jax.nn.relu(x)))
+            x = self.channelwise(self.grouped(jax.nn.silu(x)))
             x, state = self.bn2(x, state, inference=inference)
-            x, state = self.bn3(self.up(jax.nn.relu(x)), state, inference=inference)
-            return self.fc(jax.nn.relu(x).ravel()), state
+            x, state = self.bn3(self.up(jax.nn.silu(x)), state, inference=inference)
+            return self.fc(jax.nn.silu(x).ravel()), state
 
     @eqx.filter_jit
     def apply(tree, x, inference):

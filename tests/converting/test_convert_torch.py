@@ -35,12 +35,11 @@ def model(torch):
             self.fc = torch.nn.Linear(150, nets.LABELS)
 
         def forward(self, x):
-            x = torch.relu(self.bn1(self.conv(x)))
-            x = torch.relu(self.bn2(self.channelwise(self.grouped(x))))
-            x = torch.relu(self.bn3(self.up(x)))
+            x = torch.nn.functional.silu(self.bn1(self.conv(x)))
+            x = torch.nn.functional.silu(self.bn2(self.channelwise(self.grouped(x))))
+            x = torch.nn.functional.silu(self.bn3(self.up(x)))
             return self.fc(x.flatten(1))
 
-    torch.manual_seed(0)
     return Net()
 
 
@@ -106,6 +105,7 @@ def test_a_residual_network_by_names(torch):
     names = ("conv1", "bn1", "relu", "layer1", "layer2")
     parts = *stem, torch.nn.ReLU(), torch.nn.Sequential(Block(4, 4)), torch.nn.Sequential(Block(4, 6), Block(6, 6))
     theirs = torch.nn.Sequential(OrderedDict(zip(names, parts, strict=True)))
+    torch.manual_seed(0)
     for value in theirs.state_dict().values():
         value.copy_(torch.rand(value.shape) - 0.3 * (value.ndim > 1)) if value.ndim else None
     x = np.random.default_rng(0).standard_normal((2, 5, 5, 3), np.float32)
@@ -131,9 +131,9 @@ def test_a_residual_network_by_names(torch):
 
 def test_ten_steps_stay_together(torch, model):
     net = nets.Net(unbiased=True)  # or the running variance would go another way
-    shapes = jax.eval_shape(lambda: nets.linen_variables(net))
-    options = {"kinds": nets.KINDS | {"channelwise": "depthwise"}, "flattened": {"fc": FLAT}}
-    variables = jbn.convert(model.state_dict(), "torch", "linen", like=shapes, **options)
+    options = {"kinds": nets.KINDS, "flattened": {"fc": FLAT}}
+    variables = nets.linen_variables(net)
+    model.load_state_dict(jbn.convert(variables, "linen", "torch", like=model.state_dict(), **options))
     losses, variables = nets.train_linen(net, variables)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), nets.RATE)
@@ -144,7 +144,7 @@ def test_ten_steps_stay_together(torch, model):
         loss.backward()
         optimizer.step()
         assert abs(loss.item() - ours) <= TRAINED * abs(ours)
-    theirs = jbn.convert(model.state_dict(), "torch", "linen", like=shapes, **options)
+    theirs = jbn.convert(model.state_dict(), "torch", "linen", like=variables, **options)
     assert gap(theirs, variables) <= TRAINED
     x, _ = nets.batch(nets.STEPS)
     assert gap(evaluate(torch, model, images(x)), nets.evaluate(net, variables, x)) <= TRAINED

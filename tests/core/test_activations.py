@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jbn
-from jbn.core.normalize import _is_plain
+from jbn.core.activation import _is_plain
 
 X = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
 PLAIN = jbn.batch_norm(X)[0]

@@ -7,14 +7,14 @@ import pytest
 
 import jbn
 from jbn.core.axes import Sync
-from jbn.core.layout import layout_of
-from jbn.core.statistics import Rows, pilot_of, statistics
+from jbn.core.checks import read_layout
+from jbn.core.statistics import SharedRows, choose_pilot, statistics
 
 
 def fires(x, mean, mask=None, epsilon=1e-5):
     """The guard moves the pilot, and nothing else does."""
-    pilot = pilot_of(jnp.asarray(mean, jnp.float32), np.dtype(np.float32))
-    m = statistics(Rows(layout_of(x, -1), Sync(), epsilon), jnp.asarray(x), mask, pilot)
+    pilot = choose_pilot(jnp.asarray(mean, jnp.float32), np.dtype(np.float32))
+    m = statistics(SharedRows(read_layout(x, -1), Sync(), epsilon), jnp.asarray(x), mask, pilot)
     return bool((m.pilot != pilot).any())
 
 

@@ -17,7 +17,8 @@ from flax import nnx
 
 import jbn
 import jbn.nnx
-from jbn.freezing import decay_mask, freeze, matches, trainable_mask
+from jbn.freezing import decay_mask, keep_statistics, trainable_mask
+from jbn.paths import match
 from tests.support import oracle
 from tests.support.cases import CASES, Case, by_function, data, nnx_layer
 
@@ -257,9 +258,9 @@ def test_a_pattern_that_matches_nothing():
         jbn.nnx.freeze(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     tree = {f"layer_{i}": jbn.bn_init(2)[1] for i in range(7)}
     with pytest.raises(
-        ValueError, match=r"'layer_8' matches none of the 14 paths \('layer_\d/.*, \.\.\.\); expected .* '/'\.$"
+        ValueError, match=r"'layer_8' matches none of the 14 paths \('layer_\d/.* and 10 more\); expected .* '/'\.$"
     ):
-        freeze(tree, tree, ["layer_1", "layer_8"])
+        keep_statistics(tree, tree, ["layer_1", "layer_8"])
     with pytest.raises(ValueError, match="'layer_' matches none of the 14 paths"):
         trainable_mask(tree, "layer_")
     for patterns in (None, 3, [None]):
@@ -295,9 +296,9 @@ def test_norms_of_flax_and_other_flags_are_refused():
 )
 def test_patterns(pattern, yes, no):
     for path in yes:
-        assert matches(path, pattern), path
+        assert match(path, pattern), path
     for path in no:
-        assert not matches(path, pattern), path
+        assert not match(path, pattern), path
 
 
 class Theirs(nn.Module):
@@ -346,23 +347,25 @@ def statistics_of_functions():
 )
 def test_statistics_stay_where_the_layer_matches_in_any_library(library, jit):
     old, new = library()
-    chosen = jax.jit(freeze, static_argnums=2)(old, new, "backbone*") if jit else freeze(old, new, "backbone*")
+    keep = jax.jit(keep_statistics, static_argnums=2) if jit else keep_statistics
+    chosen = keep(old, new, "backbone*")
     assert jax.tree.structure(chosen) == jax.tree.structure(old)
     triples = zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in (chosen, old, new)), strict=True)
     for (path, got), (_, before), (_, after) in triples:
         assert not np.array_equal(before, after)
         np.testing.assert_array_equal(got, before if "backbone" in jax.tree_util.keystr(path) else after)
-    for (_, got), (_, before) in zip(*map(jax.tree_util.tree_leaves_with_path, (freeze(old, new), old)), strict=True):
+    kept = keep_statistics(old, new)
+    for (_, got), (_, before) in zip(*map(jax.tree_util.tree_leaves_with_path, (kept, old)), strict=True):
         np.testing.assert_array_equal(got, before)
 
 
 def test_the_tree_is_that_of_the_old_statistics():
     old, new = statistics_of_functions()
-    assert type(freeze(FrozenDict(old), new, "head")) is FrozenDict
+    assert type(keep_statistics(FrozenDict(old), new, "head")) is FrozenDict
     with pytest.raises(ValueError, match=r"old and new differ: of 4 and 2 paths, only old has 'head/0/mean', 'head/0/"):
-        freeze(old, {"backbone": new["backbone"]})
+        keep_statistics(old, {"backbone": new["backbone"]})
     with pytest.raises(ValueError, match=r"only old has 'batch_stats/.*only new has 'backbone/0/mean'.*updates\["):
-        freeze({"batch_stats": old}, new)
+        keep_statistics({"batch_stats": old}, new)
 
 
 def test_fine_tuning_keeps_the_statistics_of_the_digits():
@@ -391,7 +394,16 @@ def test_fine_tuning_keeps_the_statistics_of_the_digits():
     model.train()
     before = jax.tree.map(jnp.copy, nnx.state(model))
     losses = trained(0.5 * x + 0.3, labels[:1024], 40)  # paler images: the statistics would move far
-    assert losses[-1] < 0.5 * losses[0]
+    first, *_, last = np.reshape(losses, (-1, 8)).mean(1)  # of epochs
+    assert last < 0.8 * first  # 0.32 to 0.56 of it with ten other seeds of the model
     same = jax.tree.map(np.array_equal, before, nnx.state(model))
     assert all(jax.tree.leaves(nnx.filter_state(same, nnx.BatchStat)))
     assert not any(jax.tree.leaves(nnx.filter_state(same, nnx.Param)))
+
+
+def test_the_name_of_before_warns():
+    old, new = {"bn": jbn.bn_init(2)[1]}, {"bn": jbn.State(jnp.ones(2), jnp.ones(2))}
+    with pytest.warns(DeprecationWarning, match=r"jbn.freeze is jbn.keep_statistics now"):
+        kept = jbn.freeze(old, new)
+    assert kept["bn"] is not new["bn"]
+    np.testing.assert_array_equal(kept["bn"].mean, old["bn"].mean)

@@ -291,7 +291,7 @@ def test_replace_takes_a_norm_or_a_container(container):
 
 def test_different_places_may_have_one_name():
     norms = [make(THEIRS) for _ in range(2)]
-    assert replace({"a/b": norms[0], "a": {"b": norms[1]}})[1] == (("a/b", "a/b"), ())
+    assert replace({"a/b": norms[0], "a": {"b": norms[1]}})[1].paths == ("a/b", "a/b")
     assert {type(norm) for norm in norms} == {MINE}
 
 
@@ -309,12 +309,12 @@ def test_replace_keeps_subclasses_of_ours_and_sets_their_options():
     layer, replaced = replace(make(Mine), epsilon=1e-3)
     assert type(layer) is Mine
     assert layer.epsilon == 1e-3
-    assert replaced == (("",), ())
+    assert [*replaced] == [("",), ()]
 
 
 def test_replace_warns_where_there_is_nothing():
     with pytest.warns(UserWarning, match=r"of type Linear and holds no flax.nnx.BatchNorm\.") as caught:
-        assert replace(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))[1] == ((), ())
+        assert [*replace(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))[1]] == [(), ()]
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match=r"subclasses, which keep their own code, are inner/own"):
         replace({"inner": {"own": Own(4, rngs=nnx.Rngs(0))}})

@@ -1,4 +1,8 @@
-"""One small network in Flax, of every kind of layer that is converted; other libraries have it in their own tests."""
+"""One small network in Flax, of every kind of layer that is converted; other libraries have it in their own tests.
+
+Its activation is smooth: at the kink of a ReLU a rounding decides whether there is a gradient, and from there on two
+libraries train apart.
+"""
 
 from functools import partial
 from typing import Any
@@ -34,12 +38,12 @@ class Net(nn.Module):
             return jbn.linen.BatchNorm(not train, momentum=MOMENTUM, epsilon=EPSILON, unbiased=self.unbiased, name=name)
 
         x = nn.Conv(8, (3, 3), padding="VALID", use_bias=False, name="conv")(x)
-        x = nn.relu(norm("bn1")(x))
+        x = nn.silu(norm("bn1")(x))
         x = nn.Conv(8, (3, 3), padding="VALID", feature_group_count=4, name="grouped")(x)
         x = nn.Conv(16, (2, 2), padding="VALID", feature_group_count=8, name="channelwise")(x)
-        x = nn.relu(norm("bn2")(x))
+        x = nn.silu(norm("bn2")(x))
         x = nn.ConvTranspose(6, (3, 3), (2, 2), "VALID", transpose_kernel=self.transpose_kernel, name="up")(x)
-        x = nn.relu(norm("bn3")(x))
+        x = nn.silu(norm("bn3")(x))
         return nn.Dense(LABELS, name="fc")(x.reshape(len(x), -1))
 
 
@@ -58,9 +62,9 @@ class NNXNet(nnx.Module):
         self.fc = nnx.Linear(150, LABELS, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
-        x = nnx.relu(self.bn1(self.conv(x)))
-        x = nnx.relu(self.bn2(self.channelwise(self.grouped(x))))
-        x = nnx.relu(self.bn3(self.up(x)))
+        x = nnx.silu(self.bn1(self.conv(x)))
+        x = nnx.silu(self.bn2(self.channelwise(self.grouped(x))))
+        x = nnx.silu(self.bn3(self.up(x)))
         return self.fc(x.reshape(len(x), -1))
 
 

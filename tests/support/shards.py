@@ -54,7 +54,7 @@ class Setting:
             self.size["x"][rows] += np.abs(self.g[rows]).max() * self.scale / spread
             for name in ("scale", "bias"):
                 self.grads[name] = self.grads.get(name, 0) + part[name]
-        self.bound = 1e-5 if mean else 1e-6
+        self.bound = oracle.tolerance("float32", len(self.x))
 
     def step(self, x, mask, g, scale, bias, state, **options):
         """Return y, the new state and the gradients of this shard's Σ g·y."""

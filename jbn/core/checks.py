@@ -1,0 +1,340 @@
+"""Every error about an argument: what arrived, what was expected, and the likely fix.
+
+``read_...`` returns what an argument stands for, ``check_...`` refuses what does not fit to other arguments. Nothing is
+computed here, and everything here comes before anything is computed.
+"""
+
+import math
+import operator
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.export import is_symbolic_dim
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn.core.axes import Sync, bound_names, count_cuts, manual_axes, varying_axes
+from jbn.core.layout import Layout
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def read_array(name: str, value: Any) -> Any:
+    """Refuse what is not an array; ``None`` passes."""
+    if value is None or isinstance(value, jax.Array):
+        return value
+    if not hasattr(value, "dtype"):
+        raise TypeError(f"{name} is of type {type(value).__name__}; expected a jax or NumPy array.")
+    return jnp.asarray(value)
+
+
+def read_fields(name: str, tree: Any, fields: tuple[str, ...], required: bool = False) -> tuple[Any, ...]:
+    """Return the fields of a NamedTuple or a mapping as they are; what is absent is None."""
+    if isinstance(tree, Mapping):
+        found = dict(tree)
+    elif hasattr(tree, "_asdict"):
+        found = tree._asdict()
+    elif tree is None and not required:
+        found = {}
+    else:
+        raise TypeError(
+            f"{name} is of type {type(tree).__name__}; expected jbn.{name.capitalize()} or a mapping with "
+            f"{' and '.join(fields)}."
+        )
+    present = [field for field in fields if found.get(field) is not None]
+    if set(found) - set(fields) or (required and len(present) < len(fields)):
+        inner = [key for key, value in found.items() if isinstance(value, Mapping) and set(fields) & set(value)]
+        raise ValueError(
+            f"{name} has the entries {', '.join(sorted(map(str, found))) or 'none'}; expected {' and '.join(fields)}. "
+            + (
+                f"Pass {name}[{inner[0]!r}]."
+                if len(inner) == 1
+                else "The order is bn_forward(params, state, x, train)."
+            )
+        )
+    return tuple(found.get(field) for field in fields)
+
+
+def read_features(num_features: Any) -> tuple[int, ...]:
+    """Read ``num_features``, one size or several."""
+    sizes = num_features if isinstance(num_features, tuple | list) else (num_features,)
+    if not sizes or not all(isinstance(n, int | np.integer) and not isinstance(n, bool) and n > 0 for n in sizes):
+        given = getattr(num_features, "shape", num_features)
+        raise ValueError(
+            f"num_features is {given!r} of type {type(num_features).__name__}; expected a positive integer or a "
+            "tuple of them: the sizes of the feature axes, x.shape[-1] for features last."
+        )
+    return tuple(map(int, sizes))
+
+
+def read_layout(x: Array | np.ndarray[Any, Any], axis: int | Sequence[int]) -> Layout:
+    """Read where the features of ``x`` are."""
+    if x is None:
+        raise TypeError("x is None; expected a jax or NumPy array.")
+    if x.dtype.name not in FLOATS:
+        fix = {
+            "c": "normalize real and imaginary part as two features (flax.linen.BatchNorm itself takes complex x)",
+            "b": "a boolean array is passed as mask=, or cast with x.astype(jnp.float32)",
+        }.get(x.dtype.kind, "cast it first, for instance x.astype(jnp.float32)")
+        raise TypeError(f"x has dtype {x.dtype.name} (shape {x.shape}); expected {', '.join(FLOATS)}: {fix}.")
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    rank = len(x.shape)
+    if rank == 0:
+        raise ValueError("x is a scalar; expected at least one axis, that of the features.")
+    for one in axes:
+        if not isinstance(one, int | np.integer) or isinstance(one, bool):
+            raise TypeError(f"axis is {axis!r}; expected an integer or a tuple of integers, the axes of the features.")
+        if not -rank <= one < rank:
+            raise ValueError(f"axis {one} is out of range for x of shape {x.shape}; expected -{rank} to {rank - 1}.")
+    positive = tuple(sorted({int(one) % rank for one in axes}))
+    if len(positive) != len(axes) or not axes:
+        raise ValueError(f"axis is {axis!r}; expected one or several different axes of x, of shape {x.shape}.")
+    return Layout(tuple(x.shape), positive)
+
+
+def check_vector(name: str, value: Array | None, layout: Layout) -> Array | None:
+    """Refuse a scale, bias, mean or var that does not belong to the features of x."""
+    if value is None:
+        return None
+    if value.dtype.name not in FLOATS:
+        raise TypeError(f"{name} has dtype {value.dtype.name}; expected {', '.join(FLOATS)}.")
+    if tuple(value.shape) != layout.features:
+        (where, size) = (layout.axis, layout.features) if len(layout.axis) > 1 else (layout.axis[0], layout.features[0])
+        fitting = [i for i, n in enumerate(layout.shape) if (n,) == tuple(value.shape)]
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but x of shape {layout.shape} has features of shape "
+            f"{layout.features} on axis {where}. "
+            + (
+                f"Axis {fitting[0]} has that size: pass axis={fitting[0]}"
+                if len(fitting) == 1
+                else "Pass the right axis="
+            )
+            + f", or make params and state with bn_init({size})."
+        )
+    return value
+
+
+def check_mask(mask: Array | None, layout: Layout) -> Array | None:
+    """Refuse a mask that is not boolean or does not fit x."""
+    if mask is None:
+        return None
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"mask has dtype {mask.dtype.name}; expected bool, True where x is valid: try mask > 0.")
+    if len(mask.shape) != len(layout.shape):
+        missing = len(layout.shape) - len(mask.shape)
+        leading = tuple(mask.shape) == layout.shape[: len(mask.shape)]
+        fix = f": pass mask[..., {', '.join(['None'] * missing)}]." if leading else "."
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, x has shape {layout.shape}; expected the same rank, each dimension "
+            f"1 or that of x{fix}"
+        )
+    if any(m not in (1, n) for m, n in zip(mask.shape, layout.shape, strict=True)):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, x has shape {layout.shape}; expected each dimension to be 1 or that "
+            "of x."
+        )
+    return mask
+
+
+def broadcast_mask(mask: ArrayLike | None, x: Array) -> Array | None:
+    """Read a mask as Flax takes it: of any dtype and rank that broadcasts to x as in NumPy."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask, dtype=bool)
+    if all(m in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
+        mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
+    return mask
+
+
+def check_residual(residual: Array | None, layout: Layout) -> Array | None:
+    """Refuse a residual that cannot be added to x as it is."""
+    if residual is None:
+        return None
+    if residual.dtype.name not in FLOATS:
+        raise TypeError(f"residual has dtype {residual.dtype.name}; expected {', '.join(FLOATS)}.")
+    if tuple(residual.shape) != layout.shape:
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}; expected that of x, {layout.shape}: broadcast it first."
+        )
+    return residual
+
+
+class OneValue(ValueError):
+    """One value per feature, where the statistics of a batch are asked for."""
+
+
+def check_rows(layout: Layout, shards: int) -> None:
+    """Refuse to train on one value per feature: its variance is zero and the output is the bias, whatever x is."""
+    if layout.group_row_count * shards == 1:
+        group = "" if layout.group is None else f", group_size {layout.group}"
+        raise OneValue(
+            f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
+            f"{'1 shard' if shards == 1 else f'{shards} shards'}{group}), so its variance is zero. "
+            "Expected at least two: use a larger batch or group, axis_name= to share statistics, or train=False, "
+            "without update=, for a single example (use_running_average=True in Flax)."
+        )
+
+
+def read_group_size(group_size: object, layout: Layout, shards: int) -> tuple[int | None, int]:
+    """Return how many examples of a shard share statistics, or None for all of them, and how many shards do."""
+    if not isinstance(group_size, int | np.integer) or isinstance(group_size, bool):
+        raise TypeError(f"group_size is {group_size!r}; expected an integer, the number of examples in a group.")
+    size, local = int(group_size), layout.examples
+    if is_symbolic_dim(local):
+        raise ValueError(
+            f"group_size is {size}, but x of shape {layout.shape} has a symbolic number of examples; expected a known "
+            "one, as the number of groups is known when tracing: export the size of the batch, or without groups."
+        )
+    total = f"the {local * shards} examples of x" + f", {local} on each of {shards} shards" * (shards > 1)
+    if size < 1 or local * shards % size:
+        raise ValueError(
+            f"group_size is {size}; expected a divisor of {total} (shape {layout.shape}, examples on axis "
+            f"{layout.row_axes[0] if layout.row_axes else None})."
+        )
+    if not local:
+        return None, shards
+    if layout.row_axes and local % size == 0 and size < local * shards:
+        return size, shards
+    if size % local:
+        raise ValueError(f"group_size is {size}; expected a divisor or a multiple of the examples of a shard: {total}.")
+    return None, size // local
+
+
+def read_flag(name: str, value: object) -> bool:
+    """Refuse anything but ``True`` and ``False``."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} is a traced value ({value.aval}); expected a Python bool, known when tracing: write True or "
+            f"False, or mark the argument static where the step is compiled: jax.jit(step, static_argnames={name!r}) "
+            "or static_argnums with its position."
+        )
+    raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected True or False.")
+
+
+def read_epsilon(epsilon: object) -> float:
+    """Return epsilon as a number; refuse one that is not positive."""
+    if isinstance(epsilon, bool) or not (isinstance(epsilon, int | float | np.number) or _is_known_scalar(epsilon)):
+        raise TypeError(f"epsilon is {epsilon!r}; expected a Python number above 0, known when tracing.")
+    known = float(epsilon)  # type: ignore[arg-type]
+    if not 0 < known < math.inf:
+        raise ValueError(f"epsilon is {epsilon}; expected a number above 0, for instance 1e-5.")
+    return known
+
+
+def _is_known_scalar(value: object) -> bool:
+    return isinstance(value, jax.Array | np.ndarray) and value.shape == () and not isinstance(value, jax.core.Tracer)
+
+
+def read_momentum(momentum: ArrayLike) -> ArrayLike:
+    """Return 1 - momentum, the weight of the new value; refuse a momentum outside [0, 1] where it is known."""
+    if not (hasattr(momentum, "dtype") or isinstance(momentum, int | float)) or isinstance(momentum, bool):
+        raise TypeError(f"momentum is {momentum!r}; expected a number from 0 to 1, the weight of the old value.")
+    if isinstance(momentum, int | float | np.number):
+        if not 0 <= momentum <= 1:
+            raise ValueError(
+                f"momentum is {momentum}; expected 0 to 1, the weight of the old value (PyTorch's momentum is one "
+                "minus it)."
+            )
+        return 1.0 - float(momentum)
+    if jnp.shape(momentum) != () or jnp.result_type(momentum).name not in FLOATS:
+        raise ValueError(
+            f"momentum has shape {jnp.shape(momentum)} and dtype {jnp.result_type(momentum).name}; expected one "
+            "floating-point number from 0 to 1."
+        )
+    return lax.sub(jnp.ones((), jnp.result_type(momentum)), momentum)
+
+
+def read_dtype(dtype: DTypeLike | None, x: Array) -> np.dtype[Any]:
+    """Return the dtype of the output, that of ``x`` unless another is asked for."""
+    try:
+        chosen = x.dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype is {dtype!r}; expected {', '.join(FLOATS)}.") from None
+    if chosen.name not in FLOATS:
+        raise TypeError(f"dtype is {chosen.name}; expected {', '.join(FLOATS)}.")
+    return np.dtype(chosen)
+
+
+def arithmetic_dtype(*dtypes: DTypeLike) -> np.dtype[Any]:
+    """Return the dtype of statistics and arithmetic: the widest of ``dtypes`` and float32."""
+    return np.dtype(np.float64 if any(jnp.dtype(dtype) == np.float64 for dtype in dtypes) else np.float32)
+
+
+def read_axis_name(
+    axis_name: Hashable | Sequence[Hashable] | None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Sync:
+    """Read ``axis_name`` (one name or several) and its groups; an unbound name is a ``ValueError``."""
+    if axis_name is None:
+        if axis_index_groups is not None:
+            raise ValueError("axis_index_groups needs axis_name, the axis whose indices are grouped; it is None.")
+        return Sync()
+    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"axis_name is {axis_name!r}; expected one name or several different ones, or None.")
+    for name in names:
+        try:
+            lax.axis_size(name)
+        except NameError:
+            bound = bound_names()
+            known = f"the names bound here are {', '.join(map(repr, bound))}" if bound else "no name is bound here"
+            raise ValueError(
+                f"axis_name {name!r} is not bound: {known}. Names are bound by jax.shard_map, jax.pmap and "
+                "jax.vmap(..., axis_name=...); under jax.jit alone a sharded batch is already one batch, so leave "
+                "axis_name out."
+            ) from None
+    manual = manual_axes()
+    mapped = [name for name in names if name not in manual]
+    if mapped and any(name in varying_axes(lax.axis_index(name)) for name in manual):
+        raise ValueError(
+            f"axis_name {mapped[0]!r} is an axis of jax.vmap, and in a jax.shard_map that checks JAX has no "
+            "collectives over such an axis. Pass check_vma=False to jax.shard_map, or make it an axis of rows of x."
+        )
+    sync = Sync(names)
+    return sync if axis_index_groups is None else replace(sync, groups=_read_shard_groups(axis_index_groups, sync))
+
+
+def _read_shard_groups(groups: Sequence[Sequence[int]], sync: Sync) -> tuple[tuple[int, ...], ...]:
+    try:
+        read = tuple(tuple(operator.index(shard) for shard in group) for group in groups)
+    except TypeError:
+        raise TypeError(f"axis_index_groups is {groups!r}; expected lists of integers, one for each group.") from None
+    if sorted(shard for group in read for shard in group) != list(range(int(sync.shards()))) or not all(read):
+        raise ValueError(
+            f"axis_index_groups is {[list(group) for group in read]}; expected every index from 0 to "
+            f"{int(sync.shards()) - 1} of axis {', '.join(map(repr, sync.names))} in exactly one group, none empty."
+        )
+    return read
+
+
+def check_groups_on_mesh(layout: Layout, x: Array) -> None:
+    """Refuse groups of examples that lie on two devices of an Explicit mesh."""
+    if layout.group is None:
+        return
+    devices = count_cuts(x, layout.row_axes[0])
+    if layout.examples // layout.group % devices:
+        each = layout.examples // devices
+        raise ValueError(
+            f"group_size is {layout.group}, but the {layout.examples} examples lie on {devices} devices of a mesh with "
+            f"Explicit axes, {each} on each, and JAX does not regroup those. Expected a divisor of {each}; or use an "
+            "Auto mesh, or jax.shard_map with axis_name."
+        )
+
+
+def check_replicas(sync: Sync, x: Array, mask: Array | None, mean: Array) -> None:
+    """Refuse to give each shard a state of its own where all of them share the old one and JAX tells them apart."""
+    from_batch = varying_axes(x) | (frozenset() if mask is None else varying_axes(mask))
+    loose = sorted(from_batch - varying_axes(mean) - frozenset(sync.names), key=str)
+    if loose:
+        named, together = (names[0] if len(names) == 1 else tuple(names) for names in (loose, [*sync.names, *loose]))
+        raise ValueError(
+            f"x varies over the mesh axis {named!r}, the state does not, and axis_name lacks it: the new state would "
+            f"differ between shards. Pass axis_name={together!r} for one batch over all shards; or give each shard a "
+            f"state of its own: jax.lax.pcast(state, {named!r}, to='varying')."
+        )

@@ -1,0 +1,80 @@
+"""Arguments become what is computed with: everything is read and checked here, once, before any arithmetic."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn.core import checks
+from jbn.core.activation import Activation, open_activation
+from jbn.core.layout import Layout
+from jbn.core.normalize import Operands, Recipe
+from jbn.core.state import Observation
+from jbn.core.statistics import SharedRows
+
+AxisName = Hashable | Sequence[Hashable]
+Axis = int | Sequence[int]
+Groups = Sequence[Sequence[int]]
+
+
+def read_rows(x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> tuple[Layout, Array, Array | None]:
+    """Read x and which of its rows count."""
+    values = checks.read_array("x", x)
+    layout = checks.read_layout(values, axis)
+    return layout, values, checks.check_mask(checks.read_array("mask", mask), layout)
+
+
+def read_operands(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *state: Array,
+    axis: Axis,
+    epsilon: float,
+    mask: ArrayLike | None,
+    activation: Activation | None,
+    residual: ArrayLike | None,
+    dtype: DTypeLike | None,
+) -> tuple[Recipe, Operands]:
+    """Read x and what is applied to it; ``state`` are the other arrays of which z is made."""
+    layout, values, valid = read_rows(x, axis, mask)
+    scale, bias = (
+        checks.check_vector(name, checks.read_array(name, value), layout)
+        for name, value in (("scale", scale), ("bias", bias))
+    )
+    added = checks.check_residual(checks.read_array("residual", residual), layout)
+    out = checks.read_dtype(dtype, values)
+    wide = checks.arithmetic_dtype(values.dtype, out)
+    arrays = [value for value in (values, scale, bias, added, *state) if value is not None]
+    opened, slopes = open_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide), *arrays)
+    recipe = Recipe(layout, checks.read_epsilon(epsilon), opened, out, wide)
+    return recipe, Operands(values, valid, scale, bias, added, slopes)
+
+
+def read_state(state: Any) -> tuple[Array | Observation, Array, Array]:
+    """Read what stands in the place of the running mean, the running mean itself, and the running variance."""
+    held, var = checks.read_fields("state", state, ("mean", "var"), required=True)
+    held = held if isinstance(held, Observation) else checks.read_array("mean", held)
+    return held, held.mean if isinstance(held, Observation) else held, checks.read_array("var", var)
+
+
+def read_sharing(
+    recipe: Recipe,
+    x: Array,
+    axis_name: AxisName | None,
+    axis_index_groups: Groups | None,
+    group_size: int | None,
+) -> SharedRows:
+    """Read which rows share statistics."""
+    layout, sync = recipe.layout, checks.read_axis_name(axis_name, axis_index_groups)
+    if group_size is None:
+        return SharedRows(layout, sync, recipe.epsilon)
+    if axis_index_groups is not None:
+        raise ValueError("axis_index_groups and group_size are both given; expected one: they group the same shards.")
+    examples, shards = checks.read_group_size(group_size, layout, int(sync.shards()))
+    layout = replace(layout, group=examples)
+    checks.check_groups_on_mesh(layout, x)
+    return SharedRows(layout, sync.divide(shards), recipe.epsilon)

@@ -1,0 +1,82 @@
+"""What folding asks of a layer or a norm of Flax, be it Linen's or NNX's: both have the same fields."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jbn.core.checks import arithmetic_dtype, broadcast_mask
+from jbn.folding.kernel import fold, pads_nothing
+from jbn.folding.links import mark, place_x_first
+
+TRAINS = (
+    "{} normalizes by the batch, whose statistics cannot be folded; expected a call in evaluation, "
+    "use_running_average=True or what the model calls it, such as train=False."
+)
+
+
+def call_marked(
+    call: Callable[..., Any], layer: Any, path: str, args: Any, kwargs: Any, *, is_norm: bool, is_whole: bool
+) -> Any:
+    """Call a layer or a norm, and mark what it takes and returns where something could be folded there.
+
+    Args:
+        call: of the arguments.
+        layer: what is called.
+        path: its path.
+        args: the positional arguments; x may be among the keyword arguments instead.
+        kwargs: the keyword arguments.
+        is_norm: whether it is a norm.
+        is_whole: whether what it holds has the rank that its variables have in the model. Under a ``vmap`` of Flax it
+            sees one of a stack, which cannot be folded.
+    """
+    args, kwargs = place_x_first(args, kwargs)
+    last = is_norm and layer.axis in (-1, jnp.ndim(args[0]) - 1)
+    takes = is_whole and (last or (not is_norm and takes_norm(layer)))
+    y = call(mark(args[0], "in", path) if takes else args[0], *args[1:], **kwargs)
+    plain = last and getattr(layer, "activation", None) is None and not kwargs.keys() & {"residual", "mask"}
+    return mark(y, "out", path) if is_whole and (plain or not is_norm) else y
+
+
+def takes_norm(layer: Any) -> bool:
+    """Say whether the norm before a layer can be folded into it."""
+    if hasattr(layer, "transpose_kernel"):
+        return False
+    return not hasattr(layer, "padding") or pads_nothing(layer.padding, layer.kernel_size, layer.input_dilation)
+
+
+def fold_layer(
+    layer: Any,
+    kernel: Array,
+    bias: Array | None,
+    params: Mapping[str, Any],
+    state: Mapping[str, Any],
+    *,
+    into: Literal["previous", "next"],
+    epsilon: float,
+) -> tuple[Array, Array]:
+    """Return kernel and bias of a layer that does the work of a norm too; see ``jbn.fold``."""
+    return fold(
+        params,
+        state,
+        kernel,
+        bias,
+        layout="." * (kernel.ndim - 2) + ("OI" if getattr(layer, "transpose_kernel", False) else "IO"),
+        into=into,
+        groups=getattr(layer, "feature_group_count", 1),
+        padding=getattr(layer, "padding", None),
+        epsilon=epsilon,
+    )
+
+
+def do_the_rest(
+    x: Array, *, activation: Callable[[Array], Array] | None, residual: Array | None, mask: ArrayLike | None, dtype: Any
+) -> Array:
+    """Return what a norm that is folded still does: the residual, the activation, the mask, the dtype of y."""
+    mask = broadcast_mask(mask, x)
+    wide = arithmetic_dtype(x.dtype, dtype)
+    z = x if residual is None else x.astype(wide) + residual.astype(wide)
+    y = z if activation is None else activation(z.astype(wide))
+    return (y if mask is None else jnp.where(mask, y, 0)).astype(dtype)

@@ -1,0 +1,75 @@
+"""Paths in trees: the keys of their leaves, patterns that choose among them, and how a message names some of them."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from jax.tree_util import GetAttrKey, PyTreeDef, keystr, tree_flatten_with_path
+
+Keys = tuple[str, ...]
+Patterns = str | Sequence[str]
+
+
+def flatten(tree: Any) -> tuple[list[Keys], list[Any], PyTreeDef]:
+    """Return the keys and the leaves of a tree, and its structure."""
+    found, structure = tree_flatten_with_path(tree)
+    return [read_keys(path) for path, _ in found], [leaf for _, leaf in found], structure
+
+
+def read_keys(path: tuple[Any, ...]) -> Keys:
+    """Return the keys of a path as strings; a box around an array adds none.
+
+    Boxes are ``nnx.Param``, ``nn.Partitioned`` and the like, whose array is the attribute ``value``. The key "value" of
+    a dictionary is a key like any other.
+    """
+    boxed = len(path) > 1 and path[-1] == GetAttrKey("value")
+    return tuple(keystr((key,), simple=True) for key in (path[:-1] if boxed else path))
+
+
+def join(keys: Iterable[Any]) -> str:
+    """Write keys as a path."""
+    return "/".join(map(str, keys))
+
+
+def match(path: str, patterns: Patterns) -> bool:
+    """Say whether a path, or a node above it, matches one of the patterns."""
+    return any(_hits(path, pattern) for pattern in _read_patterns(patterns))
+
+
+def select(paths: Sequence[str], patterns: Patterns, kind: str = "paths") -> list[bool]:
+    """Say of each path whether it matches; every pattern must match one of them."""
+    for pattern in _read_patterns(patterns):
+        if not any(_hits(path, pattern) for path in paths):
+            near = get_close_matches(pattern, paths, n=4, cutoff=0.0)
+            there = f" ({name_few(map(repr, near), len(paths))})" if near else ""
+            raise ValueError(
+                f"patterns: {pattern!r} matches none of the {len(paths)} {kind}{there}; expected patterns of fnmatch "
+                "for paths joined by '/'."
+            )
+    return [match(path, patterns) for path in paths]
+
+
+def name_few(items: Iterable[str], number: int | None = None, most: int = 4) -> str:
+    """Name the first few of some items, and how many more there are; ``number`` is that of all, where it is not theirs.
+
+    >>> name_few("abcdef")
+    'a, b, c, d and 2 more'
+    """
+    names = list(items)
+    more = (len(names) if number is None else number) - len(names[:most])
+    return (", ".join(names[:most]) or "none") + f" and {more} more" * (more > 0)
+
+
+def _read_patterns(patterns: Patterns) -> Sequence[str]:
+    several = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
+        raise TypeError(f"patterns is {patterns!r}; expected a string or a sequence of strings.")
+    return several
+
+
+def _hits(path: str, pattern: str) -> bool:
+    # Every key gets a slash before it, and a second one between two keys, so that the stars of "/**/" can be empty too.
+    path = f"/{path}".replace("/", "//")
+    pattern = f"/{pattern}".replace("/", "//").replace("//**//", "/*/")
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}//*")
