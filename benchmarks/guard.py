@@ -26,8 +26,8 @@ import jbn
 from jbn.core import statistics
 from jbn.core.axes import Sync
 from jbn.core.checks import read_layout
-from jbn.lab.data import batch, digits
-from jbn.lab.models import MODELS
+from jbn.lab.data import digits
+from jbn.lab.models import NETWORKS
 from jbn.linen import BatchNorm
 
 RESULTS = Path(__file__).parent / "results" / "guard.json"
@@ -96,7 +96,9 @@ def share(model: nn.Module, steps: int) -> np.ndarray:
 
     history = []
     for i in range(steps):
-        params, stats, moving, fired = step(params, stats, moving, *batch(data, 0, i, 128))
+        epoch, index = divmod(i, len(data.labels) // 128)
+        rows = np.random.default_rng((0, epoch)).permutation(len(data.labels))[index * 128 : (index + 1) * 128]
+        params, stats, moving, fired = step(params, stats, moving, data.images[rows], data.labels[rows])
         history.append(np.asarray(fired))
     return np.array(history)
 
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=600)
     options = parser.parse_args()
-    dense, conv = (MODELS[name].network(batch_norm=True) for name in ("dense", "conv"))
+    dense, conv = (NETWORKS[name](batch_norm=True) for name in ("dense", "conv"))
     networks = {
         "dense of the demo": dense,
         "conv of the demo": conv,

@@ -271,7 +271,7 @@ def test_mistakes_are_named(devices, kind, parts):
 @pytest.fixture
 def command():
     testing = pytest.importorskip("typer.testing")
-    from jbn.lab.commands import app
+    from jbn.cli.commands import app
 
     return lambda *args: testing.CliRunner().invoke(app, ["check", *args])
 

@@ -21,14 +21,15 @@ PICTURE = re.search(r"```\njbn/\n(.*?)```", README, re.DOTALL)[1]  # type: ignor
 
 def rooms() -> list[str]:
     """Return the files of the package in the order of the picture; of a folder without files, all that it has."""
-    found, folder = [], ""
+    found: list[str] = []
+    folders: list[str] = []  # those that a line is in, from the outermost on
     for line in PICTURE.splitlines():
         name = line.split()[0]
-        depth = len(line) - len(line.lstrip())
-        if depth == 2:
-            folder = name if name.endswith("/") else ""
+        depth = (len(line) - len(line.lstrip())) // 2
         if depth:
-            found.append(folder if name == folder else (folder if depth == 4 else "") + name)
+            del folders[depth - 1 :]
+            found.append("".join([*folders, name]))
+            folders += [name] if name.endswith("/") else []
     return found
 
 

@@ -1,4 +1,4 @@
-"""`jbn bench`: the measurements of a checkout, which are no part of the package."""
+"""``jbn bench``: the measurements of a checkout, which are no part of the package."""
 
 import subprocess
 import sys

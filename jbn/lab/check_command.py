@@ -1,4 +1,4 @@
-"""`jbn check`: the report of `jbn.check` as a table in colours."""
+"""``jbn check``: the report of ``jbn.check`` as a table in colours."""
 
 import jax
 from rich.console import Console
@@ -12,7 +12,7 @@ COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
 def run(devices: int | None, console: Console) -> bool:
-    """Check the first `devices` devices of this process, all for None; print the report and return whether it passed.
+    """Check the first ``devices`` devices of this process, all for None; print the report and return whether it passed.
 
     Raises:
         OptionError: there are fewer devices.

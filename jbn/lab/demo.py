@@ -1,158 +1,123 @@
-"""`jbn demo`: train the two textbook networks with and without batch normalization, and show what it did."""
+"""``jbn demo``: train the two textbook networks with and without batch normalization, and show what it did."""
 
-import shlex
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from jax.sharding import Mesh
 from rich.console import Console
 
-from jbn.lab import run_directory
-from jbn.lab.data import TEST_SIZE, TRAINING_SIZE, VALIDATION_SIZE, Digits, digits, enlarged
-from jbn.lab.devices import in_words, mesh_of, sharded
+from jbn.lab.data.images import PART, TRAINING
+from jbn.lab.devices import mesh_of, name_devices
+from jbn.lab.errors import OptionError, Stopped, file_errors
 from jbn.lab.figures import draw_demo
-from jbn.lab.models import MODELS
-from jbn.lab.report import add_bar, finding, progress_bars, show_step, table_of
-from jbn.lab.results import network_results, versions
-from jbn.lab.run_directory import OptionError
-from jbn.lab.training import Interrupted, train
+from jbn.lab.options import DemoOptions, DemoPlace, TrainOptions, TrainPlace
+from jbn.lab.report import finding, table_of
+from jbn.lab.run import directory
+from jbn.lab.run.metrics import history
+from jbn.lab.step import PERCENTILES
+from jbn.lab.train import train
+
+SAVE_EVERY = 50  # A checkpoint takes about 50 ms, and a step from 1 ms (dense) to 300 ms (conv64).
 
 
-@dataclass(frozen=True)
-class Options:
-    """What determines a run; `learning_rate` None stands for each model's own."""
+def run(options: DemoOptions, place: DemoPlace, console: Console) -> None:
+    """Train what ``options`` ask for, or go on with the run in ``place.out``; write results.json and figure.png there.
 
-    model: tuple[str, ...]
-    learning_rate: float | None
-    steps: int
-    batch_size: int
-    seed: int
-
-    def rates(self) -> dict[str, float]:
-        """Return the learning rate of each model."""
-        return {name: self.learning_rate or MODELS[name].learning_rate for name in self.model}
-
-    def in_words(self) -> dict[str, str]:
-        """Return the learning rates as they take effect."""
-        return {"learning_rate": ", ".join(f"{rate:g} for {model}" for model, rate in self.rates().items())}
-
-
-class Variant(NamedTuple):
-    """One network of a run: a model with or without batch norm."""
-
-    model: str
-    batch_norm: bool
-
-    @property
-    def title(self) -> str:
-        """The name that people read."""
-        return f"{self.model} {'with' if self.batch_norm else 'without'} batch norm"
-
-    @property
-    def directory(self) -> str:
-        """The name of its folder of checkpoints."""
-        return f"{self.model}-{'with' if self.batch_norm else 'without'}-batch-norm"
-
-
-def run(options: Options, out: Path, *, devices: int, resume: bool, chosen: Collection[str], console: Console) -> None:
-    """Train what `options` ask for on so many devices and write checkpoints, results.json and figure.png to `out`.
-
-    With `resume`, go on with the run in `out`; the options that the user chose must be the same as there.
+    Raises:
+        OptionError: an option, or what is in ``place.out``, does not fit.
+        Stopped, FileError: as ``train`` does.
     """
-    options = _checked(options)
-    mesh = mesh_of(devices)
-    if resume:
-        options = run_directory.resume(out, options, chosen)
+    mesh = mesh_of(place.devices)
+    if place.resume:
+        options = directory.resume(place, options)
+        former = place.out / directory.CHECKPOINTS
+        if former.exists():
+            raise OptionError(
+                "--resume",
+                f"'{former}' is of an earlier jbn demo, whose checkpoints this one cannot read; expected a folder for "
+                "each network: start a new run in another --out, or finish that one with the jbn that began it",
+            )
     else:
-        run_directory.start(out, options)
-    try:
-        networks = _train_all(options, out / run_directory.CHECKPOINTS, mesh, console)
-        _write(options, networks, mesh, out)
-    except KeyboardInterrupt:
-        console.print(f"Go on with:\n  {resume_command(out, devices)}", soft_wrap=True)
-        raise
-    console.print(table_of(networks, in_words(mesh)))
-    for model in options.model:
-        sentence = finding(*(network for network in networks if network["model"] == model))
-        console.print(sentence, soft_wrap=True)
-    for name in (run_directory.FIGURE, run_directory.RESULTS):
-        console.print(f"Wrote {out / name}", soft_wrap=True)
-
-
-def resume_command(out: Path, devices: int) -> str:
-    """Return the command that goes on with the run in `out` on as many devices."""
-    same = [] if devices == 1 else ["--devices", str(devices)]
-    return shlex.join([*run_directory.program(), "demo", "--out", str(out), "--resume", *same])
-
-
-def _write(options: Options, networks: list[dict[str, Any]], mesh: Mesh, out: Path) -> None:
-    content = {
-        "options": asdict(options),
-        "versions": versions(),
-        "device": mesh.devices.flat[0].device_kind,
-        "devices": mesh.size,
-        "images": {"training": TRAINING_SIZE, "validation": VALIDATION_SIZE, "test": TEST_SIZE},
-        "networks": networks,
-    }
-    run_directory.write_json(out / run_directory.RESULTS, content)
+        directory.start(place.out, options)
+    plans = [plan_of(options, model, batch_norm) for model in options.model for batch_norm in (False, True)]
+    networks = [_train(plan, place, console) for plan in plans]
+    images = {"training": TRAINING, "validation": PART, "test": PART}
+    directory.write_results(place.out, options, mesh, {"images": images, "networks": networks})
     how = f"stochastic gradient descent, batches of {options.batch_size}, seed {options.seed}"
-    title = f"Handwritten digits, {how}"
-    run_directory.write_atomically(out / run_directory.FIGURE, lambda path: draw_demo(networks, title, path))
+    figure = place.out / directory.FIGURE
+    with file_errors(figure):
+        directory.write_atomically(figure, lambda path: draw_demo(networks, f"Handwritten digits, {how}", path))
+    console.print(table_of(networks, name_devices(mesh)))
+    for plain, normalized in zip(networks[::2], networks[1::2], strict=True):
+        console.print(finding(plain, normalized), soft_wrap=True)
+    for name in (directory.FIGURE, directory.RESULTS):
+        console.print(f"Wrote {place.out / name}", soft_wrap=True)
 
 
-def _checked(options: Options) -> Options:
-    for name in options.model:
-        if name not in (*MODELS, "all"):
-            raise OptionError("--model", f"got {name!r}, expected {', '.join(MODELS)} or all")
-    chosen = MODELS if "all" in options.model else [name for name in MODELS if name in options.model]
-    return replace(options, model=tuple(chosen))
-
-
-def _train_all(options: Options, checkpoints: Path, mesh: Mesh, console: Console) -> list[dict[str, Any]]:
-    variants = [Variant(model, batch_norm) for model in options.model for batch_norm in (False, True)]
-    small = digits(options.seed)
-    networks = []
-    try:
-        with progress_bars(console) as progress:
-            tasks = [add_bar(progress, variant.title, options.steps) for variant in variants]
-            for variant, task in zip(variants, tasks, strict=True):
-                progress.update(task, loss="compiling")
-                data = enlarged(small) if MODELS[variant.model].enlarged else small
-                report = partial(show_step, progress, task)
-                networks.append(_train_one(variant, options, data, checkpoints, mesh, report))
-                if not console.is_terminal:
-                    accuracy = f"{networks[-1]['test_accuracy']:.1%}"
-                    console.print(f"{variant.title}: {accuracy} on test after {options.steps} steps", soft_wrap=True)
-    except Interrupted as stop:
-        saved = f"the last checkpoint holds step {stop.saved}" if stop.saved else "nothing of it is saved yet"
-        where = f"{variants[len(networks)].title}: stopped at step {stop.step} of {options.steps}"
-        console.print(f"{where}; {saved}.", soft_wrap=True)
-        raise
-    return networks
-
-
-def _train_one(
-    variant: Variant, options: Options, data: Digits, checkpoints: Path, mesh: Mesh, report: Callable[..., None]
-) -> dict[str, Any]:
-    model = MODELS[variant.model]
-    learning_rate = options.rates()[variant.model]
-    network = model.network(batch_norm=variant.batch_norm)
-    trained = train(
-        network,
-        data,
-        checkpoints / variant.directory,
-        learning_rate=learning_rate,
+def plan_of(options: DemoOptions, model: str, batch_norm: bool) -> TrainOptions:
+    """Return what determines a network: plain gradient descent, recorded to its end whatever comes of it."""
+    return TrainOptions(
+        model=model,
+        batch_norm=batch_norm,
         steps=options.steps,
         batch_size=options.batch_size,
+        learning_rate=options.rate(model),
         seed=options.seed,
-        mesh=mesh,
-        report=report,
+        schedule="constant",
+        warmup_epochs=0.0,
+        weight_decay=0.0,
+        momentum=0.0,
+        record=True,
     )
+
+
+def _train(plan: TrainOptions, place: DemoPlace, console: Console) -> dict[str, Any]:
+    """Return the entry of a network in the results, after the steps that are left; one with results is not touched."""
+    out = place.out / plan.title.replace(" ", "-")
+    resume = (out / directory.OPTIONS).exists()
+    of_network = TrainPlace(out=out, devices=place.devices, save_every=SAVE_EVERY, keep=1, resume=resume)
+    try:
+        if not (out / directory.RESULTS).exists():
+            train(plan, of_network, console)
+    except Stopped as stop:
+        raise Stopped(f"{plan.title}: {stop}", stop.status) from None
+    except OptionError as error:
+        if error.option != "--resume":
+            raise
+        fix = f"remove '{out}' to train this network anew"
+        raise OptionError("--resume", f"{str(error).rpartition('; ')[0]}; {fix}") from None
+    found = json.loads((out / directory.RESULTS).read_text(encoding="utf-8"))
+    entry = {"model": plan.model, "batch_norm": plan.batch_norm, "learning_rate": plan.learning_rate}
+    entry |= {name: found[name] for name in ("parameters", "test_accuracy", "test_loss", "median_step_ms")}
+    entry |= _history(out)
+    console.print(f"{plan.title}: {found['test_accuracy']:.1%} on test after {plan.steps} steps", soft_wrap=True)
+    first = entry["first_step_with_loss_not_finite"]
+    if first is not None:
+        console.print(f"{plan.title}: the loss is not finite at step {first}; the record went on.", soft_wrap=True)
+    return entry
+
+
+def _history(out: Path) -> dict[str, Any]:
+    """Return what figure and table show of a network while it learned, from its metrics."""
+    lines = history(out)
+    steps = [line for line in lines if "loss" in line]
+    looks = [line for line in lines if "validation_loss" in line]
+
+    def values(name: str) -> list[Any]:
+        return [line[name] for line in looks]
+
+    def reach(accuracy: float) -> int | None:
+        return next((line["step"] for line in looks if line["validation_accuracy"] >= accuracy), None)
+
     return {
-        "model": variant.model,
-        "batch_norm": variant.batch_norm,
-        "learning_rate": learning_rate,
-    } | network_results(network, trained, sharded(data.test, mesh))
+        "steps_to_90_percent": reach(0.90),
+        "steps_to_95_percent": reach(0.95),
+        "first_step_with_loss_not_finite": next((line["step"] for line in steps if line["loss"] is None), None),
+        "history": {
+            "training_loss": [line["loss"] for line in steps],
+            "evaluation_steps": values("step"),
+            "validation_accuracy": values("validation_accuracy"),
+            "validation_loss": values("validation_loss"),
+            "preactivation_percentiles": {str(part): values(f"preactivation_{part}") for part in PERCENTILES},
+        },
+    }

@@ -1,4 +1,4 @@
-"""`jbn diagnose`: a checkpoint of `jbn train` and one batch of its data, as a diagnosis, a table and a figure."""
+"""``jbn diagnose``: a checkpoint of ``jbn train`` and one batch of its data, as a diagnosis, a table and a figure."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,19 +13,24 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
+from rich.console import Console
 from rich.table import Column, Table
 
 from jbn import Diagnosis, diagnose
-from jbn.lab.batches import Batches
-from jbn.lab.checkpoints import Checkpoints, Unreadable
+from jbn.lab.data.batches import Batch, Batches
+from jbn.lab.data.parts import parts_of
 from jbn.lab.devices import mesh_of
+from jbn.lab.errors import FileError, OptionError
 from jbn.lab.figures import COLOURS
 from jbn.lab.models import MOMENTUM
-from jbn.lab.recipe import Batch, Recipe, augmented, initial
-from jbn.lab.run_directory import CHECKPOINTS, OPTIONS, FileError, OptionError, recorded
-from jbn.lab.train import Options, data_of, recipe_of
+from jbn.lab.options import DiagnoseOptions, TrainOptions
+from jbn.lab.run.checkpoints import Checkpoints
+from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, read_options, write_atomically
+from jbn.lab.step import Recipe, augment, initial_state, recipe_of
 
-EPSILON = 1e-5  # of the networks of `jbn train`, as MOMENTUM is
+EPSILON = 1e-5  # of the networks of ``jbn train``, as MOMENTUM is
+# Where ``jbn.observing.findings`` begins to speak of a gap, and of a mean far off; it keeps these numbers to itself.
+GAP, FAR = 0.25, 100
 
 
 class Diagnosed(NamedTuple):
@@ -35,7 +40,31 @@ class Diagnosed(NamedTuple):
     diagnosis: Diagnosis
 
 
-def diagnosed(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
+def run(options: DiagnoseOptions, console: Console) -> Diagnosis:
+    """Print the diagnosis of a checkpoint, draw it where a figure is asked for, and return it.
+
+    Raises:
+        OptionError: the figure cannot be written, or as ``diagnose_run`` says.
+    """
+    figure = options.figure
+    if figure is not None and (figure.suffix != ".png" or not figure.parent.is_dir()):
+        raise OptionError("--figure", f"got '{figure}'; expected a name that ends in .png, in a folder that is there")
+    found = diagnose_run(options.checkpoint, batch_size=options.batch_size, seed=options.seed)
+    console.print(found.title, soft_wrap=True, markup=False, highlight=False)
+    console.print(table_of(found.diagnosis))
+    for message in str(found.diagnosis).splitlines():
+        console.print(message, soft_wrap=True, markup=False, highlight=False)
+    if figure is not None:
+        drawn = figure_of(found.diagnosis, found.title)
+        try:
+            write_atomically(figure, lambda partial: drawn.savefig(partial, format="png", dpi=130))
+        except OSError as error:
+            raise OptionError("--figure", f"cannot write '{figure}' ({error.strerror})") from None
+        console.print(f"Wrote {figure}", soft_wrap=True)
+    return found.diagnosis
+
+
+def diagnose_run(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
     """Run one batch of the training data through a checkpoint, on one device; nothing is written.
 
     Args:
@@ -47,18 +76,20 @@ def diagnosed(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
         OptionError: there is no such checkpoint, or it or its data cannot be read.
     """
     out, step = _run_of(path)
-    with _about():
-        options = recorded(out, Options)
+    with _blame_checkpoint():
+        options = read_options(out, TrainOptions)
+        if not options.batch_norm:
+            raise FileError(f"the network in '{out}' has no batch normalization")
     mesh = mesh_of(1)
-    with _about(f"cannot use the data of the run in '{out}': "):
-        training, _ = data_of(replace(options, validation=None))
+    with _blame_checkpoint(f"cannot use the data of the run in '{out}': "):
+        training = parts_of(replace(options, validation=None)).training
         if options.fingerprint != training.fingerprint:
             raise FileError("they are not what they were when it began")
         batches = Batches(training, batch_size or options.batch_size, mesh)
         batch = batches.read(batches.rows(0, seed))
     recipe = recipe_of(options, Batches(training, options.batch_size, mesh))
-    like = jax.eval_shape(lambda: initial(recipe, training.image_shape))
-    with Checkpoints(out / CHECKPOINTS, keep=0) as checkpoints, _about():
+    like = jax.eval_shape(lambda: initial_state(recipe, training.image_shape))
+    with Checkpoints(out / CHECKPOINTS, keep=0) as checkpoints, _blame_checkpoint():
         steps = checkpoints.steps()
         chosen = max(steps, default=0) if step is None else step
         if chosen not in steps:
@@ -66,7 +97,7 @@ def diagnosed(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
             raise FileError(f"no checkpoint of step {chosen or 'any'} in '{checkpoints.folder}'; {saved}")
         state = checkpoints.read(chosen, like, mesh)
     found = diagnose(
-        _as_trained(recipe),
+        _training_pass(recipe),
         state.params,
         state.batch_stats,
         batch,
@@ -78,11 +109,14 @@ def diagnosed(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
 
 
 @cache
-def _as_trained(recipe: Recipe) -> Any:
+def _training_pass(recipe: Recipe) -> Any:
     """Return the network as a step runs it: on augmented images, some of which may be padding."""
 
     def apply(params: Any, stats: Any, batch: Batch) -> Any:
-        variables, images = {"params": params, "batch_stats": stats}, augmented(recipe, jnp.int32(0), batch.images)
+        variables, images = (
+            {"params": params, "batch_stats": stats},
+            augment(recipe.options, jnp.int32(0), batch.images),
+        )
         _, new = recipe.network.apply(variables, images, train=True, valid=batch.valid, mutable=["batch_stats"])
         return new["batch_stats"]
 
@@ -104,11 +138,11 @@ def _run_of(path: Path) -> tuple[Path, int | None]:
 
 
 @contextlib.contextmanager
-def _about(what: str = "") -> Iterator[None]:
+def _blame_checkpoint(what: str = "") -> Iterator[None]:
     """Turn what is wrong with a file into an error of the one argument of the command."""
     try:
         yield
-    except (OptionError, FileError, Unreadable) as error:
+    except (OptionError, FileError) as error:
         raise OptionError("CHECKPOINT", f"{what}{error}") from None
 
 
@@ -129,18 +163,18 @@ def table_of(diagnosis: Diagnosis) -> Table:
             layer.path,
             str(layer.count.size),
             f"{layer.count.min():.0f}",
-            _most(np.abs(layer.z_mean)),
-            _most(np.abs(layer.z_var)),
-            _most(layer.gap),
+            _largest(np.abs(layer.z_mean)),
+            _largest(np.abs(layer.z_var)),
+            _largest(layer.gap),
             "-" if np.isnan(layer.prior) else f"{layer.prior:.0%}",
             f"{layer.batch_var.min():.0e}",
-            _most(layer.ratio),
+            _largest(layer.ratio),
             style="bold" if layer.path in flagged else None,
         )
     return table
 
 
-def _most(values: np.ndarray) -> str:
+def _largest(values: np.ndarray) -> str:
     """Return the largest number in five characters."""
     most = np.max(values, where=~np.isnan(values), initial=-1)
     return "-" if most < 0 else f"{most:.2f}" if most < 100 else f"{most:.0f}" if most < 1000 else f"{most:.0e}"
@@ -151,7 +185,7 @@ def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -
     layers = diagnosis.layers
     figure = Figure(figsize=(max(8, 3 + 0.8 * len(layers)), 9), layout="constrained")
     gap, variance, ratio = figure.subplots(3, sharex=True)
-    marked = np.concatenate([_marked(diagnosis, layer.path, layer.count.shape) for layer in layers])
+    marked = np.concatenate([_marks(diagnosis, layer.path, layer.count.shape) for layer in layers])
     # Channels of a layer side by side, from the first to the last.
     places = np.concatenate(
         [i + np.linspace(-0.35, 0.35, layer.count.size + 2)[1:-1] for i, layer in enumerate(layers)]
@@ -161,7 +195,7 @@ def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -
         return np.concatenate([getattr(layer, name).ravel() for layer in layers])
 
     _draw(variance, places, of("running_var"), np.zeros_like(marked), "0.3", "running", dot="_")
-    for axis, name, limit in ((gap, "gap", 0.25), (variance, "batch_var", epsilon), (ratio, "ratio", 100)):
+    for axis, name, limit in ((gap, "gap", GAP), (variance, "batch_var", epsilon), (ratio, "ratio", FAR)):
         _draw(axis, places, of(name), marked, COLOURS[True], "batch")
         axis.axhline(limit, color="0.3", linewidth=0.8, linestyle=":", label="where findings begin")
         axis.set_yscale("log")
@@ -177,7 +211,7 @@ def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -
     return figure
 
 
-def _marked(diagnosis: Diagnosis, path: str, shape: tuple[int, ...]) -> np.ndarray:
+def _marks(diagnosis: Diagnosis, path: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return for each channel of a layer whether a finding names it."""
     marked = np.zeros(shape, bool)
     for channels in (finding.channels for finding in diagnosis.findings if finding.path == path):

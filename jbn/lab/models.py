@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -17,23 +17,20 @@ MOMENTUM = 0.9
 CLASSES = 10
 
 
-def _activate(
-    x: jax.Array,
-    activation: Callable[..., jax.Array] | None,
-    batch_norm: bool,
-    train: bool,
-    valid: jax.Array | None,
-) -> jax.Array:
-    if batch_norm:
-        mask = None if valid is None else valid.reshape(-1, *[1] * (x.ndim - 1))
-        return BatchNorm(use_running_average=not train, momentum=MOMENTUM, activation=activation)(x, mask=mask)
-    return x if activation is None else activation(x)
+class Textbook(nn.Module):
+    """3x3 convolutions, then dense layers, each with BN and ReLU, and a last dense layer.
 
-
-class DenseNetwork(nn.Module):
-    """Dense 128, BN, ReLU, Dense 64, BN, ReLU, Dense 10; without BN the hidden layers get a bias."""
+    Attributes:
+        batch_norm: whether there is any; without it the hidden layers get a bias.
+        convolutions: the features of each.
+        dense: the features of each.
+        classes: how many logits there are.
+        dtype: of the arithmetic, that of the images for None.
+    """
 
     batch_norm: bool
+    convolutions: tuple[int, ...] = ()
+    dense: tuple[int, ...] = ()
     classes: int = CLASSES
     dtype: DTypeLike | None = None
 
@@ -41,34 +38,20 @@ class DenseNetwork(nn.Module):
     def __call__(
         self, images: jax.Array, *, train: bool, valid: jax.Array | None = None, preactivations: bool = False
     ) -> jax.Array:
-        """Map images (n, h, w, c) to logits (n, 10), or to what enters the last ReLU (n, 64)."""
-        x = images.reshape(len(images), -1)
-        x = nn.Dense(128, use_bias=not self.batch_norm, dtype=self.dtype)(x)
-        x = _activate(x, nn.relu, self.batch_norm, train, valid)
-        x = nn.Dense(64, use_bias=not self.batch_norm, dtype=self.dtype)(x)
-        if preactivations:
-            return _activate(x, None, self.batch_norm, train, valid)
-        x = _activate(x, nn.relu, self.batch_norm, train, valid)
-        return nn.Dense(self.classes, dtype=self.dtype)(x)
-
-
-class ConvNetwork(nn.Module):
-    """Conv 32 of 3x3, BN, ReLU, Flatten, Dense 10; without BN the convolution gets a bias."""
-
-    batch_norm: bool
-    classes: int = CLASSES
-    dtype: DTypeLike | None = None
-
-    @nn.compact
-    def __call__(
-        self, images: jax.Array, *, train: bool, valid: jax.Array | None = None, preactivations: bool = False
-    ) -> jax.Array:
-        """Map images (n, h, w, c) to logits (n, 10), or to what enters the ReLU (n, h, w, 32)."""
-        x = nn.Conv(32, (3, 3), use_bias=not self.batch_norm, dtype=self.dtype)(images)
-        if preactivations:
-            return _activate(x, None, self.batch_norm, train, valid)
-        x = _activate(x, nn.relu, self.batch_norm, train, valid)
-        return nn.Dense(self.classes, dtype=self.dtype)(x.reshape(len(x), -1))
+        """Map images (n, h, w, c) to logits (n, classes), or to what enters the last ReLU."""
+        fields: dict[str, Any] = {"use_bias": not self.batch_norm, "dtype": self.dtype}
+        layers: list[nn.Module] = [nn.Conv(features, (3, 3), **fields) for features in self.convolutions]
+        layers += [nn.Dense(features, **fields) for features in self.dense]
+        x = images
+        for number, layer in enumerate(layers, 1):
+            x = layer(x.reshape(len(x), -1) if isinstance(layer, nn.Dense) else x)  # type: ignore[operator]
+            activation = None if preactivations and number == len(layers) else nn.relu
+            if self.batch_norm:
+                mask = None if valid is None else valid.reshape(-1, *[1] * (x.ndim - 1))
+                x = BatchNorm(use_running_average=not train, momentum=MOMENTUM, activation=activation)(x, mask=mask)
+            elif activation is not None:
+                x = activation(x)
+        return x if preactivations else nn.Dense(self.classes, dtype=self.dtype)(x.reshape(len(x), -1))
 
 
 class ResNet(nn.Module):
@@ -96,18 +79,10 @@ class ResNet(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype)(x.mean((1, 2)))
 
 
-class Model(NamedTuple):
-    """One choice of `--model`: the network, its input and a learning rate for both variants."""
-
-    network: type[DenseNetwork] | type[ConvNetwork]
-    enlarged: bool
-    learning_rate: float
-
-
-# One step of gradient descent moves a logit by about learning_rate * |features|^2, and 64x64 positions
-# instead of 8x8 give 64 times as many features: at 0.1 the first steps of `conv64` are far too long.
-MODELS = {
-    "dense": Model(DenseNetwork, enlarged=False, learning_rate=0.1),
-    "conv": Model(ConvNetwork, enlarged=False, learning_rate=0.1),
-    "conv64": Model(ConvNetwork, enlarged=True, learning_rate=0.1 / 64),
+# By their names on the command line. A ResNet has batch norm in any case: without it nobody could train it here.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "dense": partial(Textbook, dense=(128, 64)),
+    "conv": partial(Textbook, convolutions=(32,)),
+    "conv64": partial(Textbook, convolutions=(32,)),
+    "resnet": lambda batch_norm, **fields: ResNet(**fields),
 }

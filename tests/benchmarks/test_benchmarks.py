@@ -175,7 +175,8 @@ def test_a_run_is_printed_and_written(tmp_path, monkeypatch):
 
 
 def test_jbn_bench_is_the_runner_in_a_checkout(tmp_path, monkeypatch, capfd):
-    from jbn.lab import bench_command, commands
+    from jbn.cli import commands
+    from jbn.lab import bench_command
 
     result = CliRunner().invoke(commands.app, ["bench", "layers", "--model", "VGG"])
     assert result.exit_code == 2

@@ -12,40 +12,39 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 import jbn
-from jbn.lab import run_directory, training
-from jbn.lab.commands import app
-from jbn.lab.data import batch, digits, enlarged
-from jbn.lab.demo import resume_command
-from jbn.lab.models import MODELS
-from jbn.lab.report import add_bar, progress_bars, show_step
-from jbn.lab.training import TrainState, evaluate, evaluation_steps, initial_state, train_step
+from jbn.cli.commands import app
+from jbn.lab.options import TrainOptions
+from jbn.lab.report import bar
+from jbn.lab.run import directory
+from jbn.lab.step import update
+from tests.support.runs import arrays, contents, lines_of, steps_of
 
 STEPS = 110
+LOOKS = [*range(0, STEPS, 5), STEPS]
 CONV = ("--model", "conv", "--steps", str(STEPS), "--batch-size", "64", "--seed", "3")
-NETWORKS = ("conv-without-batch-norm", "conv-with-batch-norm")
+NAMES = ("conv-without-batch-norm", "conv-with-batch-norm")
 
-# Runs the command line in a process that sends itself a signal when its n-th training step is due.
-STOPPING = """
-import os, sys
+# Runs the command line in a process that does something when its n-th training step is due.
+ACTING = """
+import os, signal, sys
 from jbn.__main__ import main
-from jbn.lab import training
-step, left, number = training.train_step, int(sys.argv.pop(1)), int(sys.argv.pop(1))
-def stopping(*args):
+from jbn.lab import train
+update, left, action = train.update, int(sys.argv.pop(1)), sys.argv.pop(1)
+def acting(*args):
     global left
     left -= 1
     if left == 0:
-        os.kill(os.getpid(), number)
-    return step(*args)
-training.train_step = stopping
+        exec(action)
+    return update(*args)
+train.update = acting
 main()
 """
-
+KILL, INTERRUPT = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGKILL", "SIGINT"))
 
 # What the compiler-only GPU plugin of the tests says to every process that looks for devices.
 PLUGIN = r"(WARNING: All log messages before absl|I\d{4} .* cudart_stub|.*cuda_plugin_extension is not found).*\n"
@@ -56,7 +55,7 @@ def python(*arguments):
         [sys.executable, "-W", "error", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "100"},
     )
     completed.stderr = re.sub(PLUGIN, "", completed.stderr)
@@ -72,15 +71,6 @@ def strict_json(path):
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-def final_arrays(out, network):
-    """Everything in the last checkpoint, except the times of the steps."""
-    with ocp.CheckpointManager(out / "checkpoints" / network) as manager:
-        assert manager.all_steps() == [STEPS]
-        tree = manager.restore(STEPS, args=ocp.args.StandardRestore())
-    del tree["seconds"]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def without_times(results):
@@ -100,16 +90,12 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def diverged(tmp_path_factory):
     out = tmp_path_factory.mktemp("diverged")
-    train_step.clear_cache()
+    update.clear_cache()
     result = demo("--model", "dense", "--steps", 7, "--batch-size", 400, "--learning-rate", "1e30", "--out", out)
     assert result.exit_code == 0, result.output
+    assert steps_of(out / "dense-without-batch-norm" / "checkpoints") == [7]  # the weights moved on
     text = " ".join(result.output.split())
-    return SimpleNamespace(text=text, results=strict_json(out / "results.json"), compilations=train_step._cache_size())
-
-
-@pytest.fixture(scope="module")
-def data():
-    return digits(0)
+    return SimpleNamespace(text=text, results=strict_json(out / "results.json"), compilations=update._cache_size())
 
 
 def test_results_say_what_happened(finished):
@@ -125,13 +111,13 @@ def test_results_say_what_happened(finished):
         assert network["median_step_ms"] > 0
         history = network["history"]
         assert len(history["training_loss"]) == STEPS
-        assert history["evaluation_steps"] == evaluation_steps(STEPS)
-        assert np.shape(list(history["preactivation_percentiles"].values())) == (5, len(evaluation_steps(STEPS)))
+        assert history["evaluation_steps"] == LOOKS
+        assert np.shape(list(history["preactivation_percentiles"].values())) == (5, len(LOOKS))
         accuracy = dict(zip(history["evaluation_steps"], history["validation_accuracy"], strict=True))
         reached = network["steps_to_90_percent"]
         assert accuracy[reached] >= 0.9 - 1e-6
         assert all(value < 0.9 for step, value in accuracy.items() if step < reached)
-    assert {path.name for path in out.iterdir()} == {"checkpoints", "figure.png", "options.json", "results.json"}
+    assert {path.name for path in out.iterdir()} == {*NAMES, "figure.png", "options.json", "results.json"}
     assert "conv with batch norm: " in text.splitlines()[1]  # a line per network, as it ends
     assert len((out / "results.json").read_text().splitlines()) < 100
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -145,46 +131,75 @@ def test_preactivations_start_normalized(finished):
     assert abs(first[True][2]) < 0.2
 
 
+def test_the_folder_of_a_network_is_that_of_a_training_run(finished, whole):
+    out, _ = finished
+    for name, batch_norm in zip(NAMES, (False, True), strict=True):
+        assert {path.name for path in (out / name).iterdir()} == {path.name for path in whole.iterdir()}
+        assert steps_of(out / name / "checkpoints") == [STEPS]
+        options = directory.read_options(out / name, TrainOptions)
+        assert (options.model, options.batch_norm, options.steps, options.seed) == ("conv", batch_norm, STEPS, 3)
+        lines, those = lines_of(out / name), lines_of(whole)
+        assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+        assert next(line for line in lines if "loss" in line).keys() == those[0].keys()
+        results = strict_json(out / name / "results.json")
+        assert strict_json(whole / "results.json").keys() - results.keys() == {"average_loss", "average_accuracy"}
+
+
+def test_a_network_of_the_demo_can_be_diagnosed(finished):
+    out, _ = finished
+    result = CliRunner().invoke(app, ["diagnose", str(out / NAMES[1])])
+    assert result.output.startswith(f"conv in '{out / NAMES[1]}' after step {STEPS}, 64 training images")
+    result = CliRunner().invoke(app, ["diagnose", str(out / NAMES[0])])
+    assert result.exit_code == 2
+    assert f"'CHECKPOINT': the network in '{out / NAMES[0]}' has no batch normalization" in result.output
+
+
 def test_killed_and_interrupted_run_ends_the_same_to_the_bit(finished, tmp_path):
     reference, out = finished[0], tmp_path / "a run"
-    kill, interrupt = int(signal.SIGKILL), int(signal.SIGINT)
 
-    killed = python("-c", STOPPING, 73, kill, "demo", *CONV, "--out", out)
+    killed = python("-c", ACTING, 73, KILL, "demo", *CONV, "--out", out)
     assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in (out / "checkpoints" / NETWORKS[0]).iterdir()] == ["50"]
+    saved = max(steps_of(out / NAMES[0] / "checkpoints"), default=0)  # the process may be killed while it writes
+    assert saved in (0, 50)
 
     # What is left of a checkpoint that was being deleted.
-    (out / "checkpoints" / NETWORKS[0] / "25").mkdir()
+    (out / NAMES[0] / "checkpoints" / "25.orbax-checkpoint-tmp").mkdir()
 
-    # From 50 the first network has 60 steps to go: the 61st is the first one of the second network.
-    killed = python("-c", STOPPING, 61, kill, "demo", *CONV, "--out", out, "--resume")
+    # The first network has some steps to go: the one after them is the first one of the second network.
+    killed = python("-c", ACTING, STEPS - saved + 1, KILL, "demo", *CONV, "--out", out, "--resume")
     assert (killed.returncode, killed.stderr) == (-signal.SIGKILL, "")
-    assert [path.name for path in (out / "checkpoints" / NETWORKS[0]).iterdir()] == [str(STEPS)]
-    assert list((out / "checkpoints" / NETWORKS[1]).iterdir()) == []
+    assert steps_of(out / NAMES[0] / "checkpoints") == [STEPS]
+    assert not (out / NAMES[1] / "results.json").exists()
+    first = contents(out / NAMES[0])
 
-    stopped = python("-c", STOPPING, 60, interrupt, "demo", "--out", out, "--resume")
-    assert (stopped.returncode, stopped.stderr) == (130, "")
-    assert f"conv with batch norm: stopped at step 59 of {STEPS}; the last checkpoint holds step 50." in stopped.stdout
-    command = stopped.stdout.splitlines()[-1].strip()
-    assert command == f"{shlex.quote(sys.executable)} -m jbn demo --out '{out}' --resume"
+    stopped = python("-c", ACTING, 60, INTERRUPT, "demo", "--out", out, "--resume")
+    assert stopped.returncode == 130
+    assert "conv without batch norm: " in stopped.stdout
+    *_, said, command = stopped.stderr.splitlines()
+    where = f"stopped by SIGINT after step 61 of {STEPS}, which is saved. Go on with:"
+    assert said == f"jbn: conv with batch norm: {where}"
+    assert command == f"  {shlex.quote(sys.executable)} -m jbn demo --out '{out}' --resume"
+    assert steps_of(out / NAMES[1] / "checkpoints") == [61]
 
-    assert subprocess.run(command, shell=True, capture_output=True, timeout=120).returncode == 0
-    for network in NETWORKS:
-        expected, arrived = final_arrays(reference, network), final_arrays(out, network)
+    assert subprocess.run(command, shell=True, capture_output=True, timeout=300).returncode == 0
+    assert contents(out / NAMES[0]) == first  # what has ended is not touched
+    for name in NAMES:
+        expected, arrived = arrays(reference / name), arrays(out / name)
         assert expected.keys() == arrived.keys()
-        for name, array in expected.items():
-            assert (array.dtype, array.shape) == (arrived[name].dtype, arrived[name].shape)
-            assert array.tobytes() == arrived[name].tobytes(), name
+        for key, array in expected.items():
+            assert (array.dtype, array.shape) == (arrived[key].dtype, arrived[key].shape)
+            assert array.tobytes() == arrived[key].tobytes(), key
+        assert (out / name / "metrics.jsonl").read_bytes() == (reference / name / "metrics.jsonl").read_bytes()
     results = [without_times(strict_json(path / "results.json")) for path in (reference, out)]
     assert results[0] == results[1]
 
 
 def test_four_simulated_devices_then_three_end_as_one_did(finished, tmp_path):
     reference, out = finished[0], tmp_path / "run"
-    stopped = python("-c", STOPPING, 73, int(signal.SIGINT), "demo", *CONV, "--devices", 4, "--out", out)
-    assert (stopped.returncode, stopped.stderr) == (130, "")
-    assert stopped.stdout.endswith(f"demo --out {out} --resume --devices 4\n")
-    assert [path.name for path in (out / "checkpoints" / NETWORKS[0]).iterdir()] == ["50"]
+    stopped = python("-c", ACTING, 73, INTERRUPT, "demo", *CONV, "--devices", 4, "--out", out)
+    assert stopped.returncode == 130
+    assert stopped.stderr.endswith(f"demo {shlex.join(CONV)} --devices 4 --out {out} --resume\n")
+    assert steps_of(out / NAMES[0] / "checkpoints") == [74]
 
     resumed = python("-m", "jbn", "demo", "--out", out, "--resume", "--devices", 3)
     assert (resumed.returncode, resumed.stderr) == (0, "")
@@ -193,17 +208,53 @@ def test_four_simulated_devices_then_three_end_as_one_did(finished, tmp_path):
     counts = [strict_json(path / "results.json")["devices"] for path in (reference, out)]
     assert counts == [1, 3]
     assert (reference / "options.json").read_bytes() == (out / "options.json").read_bytes()
-    for network in NETWORKS:
-        expected, arrived = final_arrays(reference, network), final_arrays(out, network)
+    for name in NAMES:
+        expected, arrived = arrays(reference / name), arrays(out / name)
         assert expected.keys() == arrived.keys()
-        for name, array in expected.items():
+        for key, array in expected.items():
             # Rounding, and what ReLU makes of it: a pre-activation of 1e-8 on one side of zero has a gradient, on the
-            # other none. tests/test_demo_devices.py tells the two apart.
-            np.testing.assert_allclose(arrived[name], array, rtol=0, atol=1e-2 * np.max(np.abs(array)), err_msg=name)
+            # other none. tests/lab/test_demo_devices.py tells the two apart.
+            np.testing.assert_allclose(arrived[key], array, rtol=0, atol=1e-2 * np.max(np.abs(array)), err_msg=key)
 
 
-def test_one_compilation_per_network(diverged):
-    assert diverged.compilations == 2
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    twice = f"{INTERRUPT}; {INTERRUPT}"
+    stopped = python("-c", ACTING, 3, twice, "demo", "--model", "dense", "--steps", 9, "--out", tmp_path / "run")
+    assert stopped.returncode == 130
+    said, command = stopped.stderr.splitlines()
+    assert said == "jbn: stopped at once. Go on with:"
+    assert command.endswith(f"demo --model dense --steps 9 --out {tmp_path / 'run'} --resume")
+    assert not (tmp_path / "run" / "dense-without-batch-norm" / "checkpoints").exists()
+
+
+def test_a_damaged_network_is_named_and_can_be_trained_anew(finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    (out / NAMES[1] / "results.json").unlink()
+    shutil.rmtree(out / NAMES[1] / "checkpoints" / str(STEPS) / "state")
+    result = demo("--out", out, "--resume")
+    assert result.exit_code == 2
+    line = result.output.rstrip().splitlines()[-1]
+    assert f"'--resume': the checkpoint '{out / NAMES[1] / 'checkpoints' / str(STEPS)}' cannot be used (" in line
+    assert line.endswith(f"; remove '{out / NAMES[1]}' to train this network anew")
+    shutil.rmtree(out / NAMES[1])
+    assert demo("--out", out, "--resume").exit_code == 0
+    assert (out / NAMES[1] / "metrics.jsonl").read_bytes() == (finished[0] / NAMES[1] / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_of_an_earlier_demo_is_refused_in_words(finished, tmp_path):
+    (tmp_path / "checkpoints" / NAMES[0] / "50").mkdir(parents=True)
+    shutil.copy(finished[0] / "options.json", tmp_path)
+    before = contents(tmp_path)
+    result = demo("--out", tmp_path, "--resume")
+    assert result.exit_code == 2
+    line = result.output.rstrip().splitlines()[-1]
+    for part in ("'--resume'", f"'{tmp_path / 'checkpoints'}' is of an earlier jbn demo", "in another --out"):
+        assert part in line
+    assert contents(tmp_path) == before
+
+
+def test_two_compilations_per_network(diverged):
+    assert diverged.compilations == 4  # the last batch of an epoch is masked
 
 
 def test_loss_that_is_not_finite_is_said_and_recorded_as_null(diverged):
@@ -302,33 +353,23 @@ def test_the_learning_rate_of_before_may_be_said_again(finished):
     assert result.exit_code == 0, result.output
 
 
-def test_ctrl_c_while_a_loss_is_read(tmp_path, monkeypatch):
-    class Loss:
-        def __float__(self):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "train_step", lambda *args: (args[2], Loss()))
-    result = demo("--model", "dense", "--steps", 3, "--out", tmp_path)
-    assert result.exit_code == 130
-    assert "dense without batch norm: stopped at step 0 of 3; nothing of it is saved yet.\n" in result.output
-
-
 def test_the_command_to_go_on_with_is_the_one_that_was_typed(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [".venv/bin/jbn"])
-    assert resume_command(Path("a run"), 1) == ".venv/bin/jbn demo --out 'a run' --resume"
+    monkeypatch.setattr(sys, "argv", [".venv/bin/jbn", "demo", "--out", "a run", "--at", "5", "--at=6"])
+    assert directory.go_on() == "Go on with:\n  .venv/bin/jbn demo --out 'a run' --resume"
     monkeypatch.setattr(shutil, "which", lambda name: ".venv/bin/jbn")
-    assert resume_command(Path("run"), 3) == "jbn demo --out run --resume --devices 3"
+    monkeypatch.setattr(sys, "argv", [".venv/bin/jbn", "demo", "--resume", "--devices", "3"])
+    assert directory.go_on() == "Go on with:\n  jbn demo --devices 3 --resume"
 
 
-def test_bars_wait_compile_and_run():
-    history = {"training_loss": np.array([2.5, np.nan]), "validation_accuracy": np.array([0.1, np.nan])}
-    progress = progress_bars(Console(force_terminal=True, file=io.StringIO()))
-    add_bar(progress, "dense", 2)
-    bar = progress.tasks[0]
-    assert (bar.started, bar.fields["loss"]) == (True, "waiting")  # rich pulses what has not started
-    for done, loss in enumerate(["compiling", "loss 2.5"]):
-        show_step(progress, bar.id, done, history)
-        assert (bar.completed, bar.fields["loss"]) == (done, loss)
+def test_a_bar_compiles_and_runs():
+    console = Console(force_terminal=True, file=io.StringIO(), width=200)
+    with bar(console, "dense", 2) as show:
+        show(0)
+        show(1, loss="loss 2.5")
+        show(1, accuracy="validation 10.0%")
+    text = console.file.getvalue()
+    assert re.search(r"dense.*0/2.*compiling", text)
+    assert re.search(r"dense.*1/2.*loss 2.5.*validation 10.0%", text)
 
 
 @pytest.mark.parametrize("missing", ["typer", "orbax"])
@@ -346,73 +387,14 @@ def test_importing_the_library_does_not_import_the_lab():
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
-    run_directory.write_json(path, {"old": 1})
+    directory.write_json(path, {"old": 1})
     with pytest.raises(ValueError, match="JSON compliant"):
-        run_directory.write_json(path, {"new": float("nan")})
+        directory.write_json(path, {"new": float("nan")})
 
     def fail(partial):
         partial.write_text("half")
         raise OSError
 
     with pytest.raises(OSError):  # noqa: PT011
-        run_directory.write_atomically(path, fail)
+        directory.write_atomically(path, fail)
     assert strict_json(path) == {"old": 1}
-
-
-def test_split_is_stratified_and_disjoint(data):
-    assert [part.images.shape for part in data] == [(1077, 8, 8, 1), (360, 8, 8, 1), (360, 8, 8, 1)]
-    for part in data:
-        assert np.bincount(part.labels).min() / len(part.labels) > 0.08
-    rows = np.concatenate([part.images for part in data]).reshape(1797, -1)
-    assert len(np.unique(rows, axis=0)) == 1797
-    assert not np.array_equal(digits(1).test.labels, data.test.labels)
-
-
-def test_every_epoch_shows_each_image_at_most_once(data):
-    training_set = data.training._replace(labels=np.arange(1077))
-    epochs = [
-        np.concatenate([batch(training_set, 0, step, 128).labels for step in range(start, start + 8)])
-        for start in (0, 8)
-    ]
-    assert [len(np.unique(epoch)) for epoch in epochs] == [1024, 1024]
-    assert not np.array_equal(epochs[0], epochs[1])
-    np.testing.assert_array_equal(batch(training_set, 0, 3, 128).labels, epochs[0][3 * 128 : 4 * 128])
-
-
-def test_enlarged_digits_are_64x64x3(data):
-    small = data._replace(training=data.validation, test=data.validation)
-    for part in enlarged(small):
-        assert part.images.shape == (360, 64, 64, 3)
-        assert part.images.dtype == np.float32
-        assert np.all(part.images[..., :1] == part.images)
-
-
-@pytest.mark.parametrize("name", ["dense", "conv"])
-def test_networks_differ_in_batch_norm_alone(data, name):
-    model = MODELS[name]
-    plain, normalized = (
-        initial_state(model.network(batch_norm=batch_norm), 0.1, np.uint32(7), data.training.images[:2])
-        for batch_norm in (False, True)
-    )
-    kernels = {layer: leaves["kernel"] for layer, leaves in plain.params.items()}
-    assert plain.batch_stats == {}
-    for layer, kernel in kernels.items():
-        np.testing.assert_array_equal(kernel, normalized.params[layer]["kernel"])
-    assert len(normalized.batch_stats) == len(kernels) - 1
-    assert sum("bias" in leaves for layer, leaves in normalized.params.items() if layer in kernels) == 1
-
-
-def test_evaluation_uses_the_running_statistics(data):
-    network = MODELS["dense"].network(batch_norm=True)
-    state = initial_state(network, 0.1, np.uint32(0), data.training.images[:2])
-    for step in range(20):
-        before = state
-        state, _ = train_step(network, 0.1, before, *batch(data.training, 0, step, 128))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # donated
-    images, labels = data.validation.images[:4], data.validation.labels[:4]
-    together = evaluate(network, state, images, labels)[1]
-    alone = [evaluate(network, state, images[i : i + 1], labels[i : i + 1])[1] for i in range(4)]
-    np.testing.assert_allclose(together, np.mean(alone), rtol=1e-5)
-    moved = jax.tree.map(lambda statistic: statistic + 1, state.batch_stats)
-    other = evaluate(network, TrainState(state.params, moved, state.opt_state), images, labels)[1]
-    assert abs(other - together) > 1e-3

@@ -1,48 +1,39 @@
-import itertools
+"""A network of the demo on other numbers of devices, before and after it was interrupted."""
+
+import io
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
-from jbn.lab import training
-from jbn.lab.data import Images, batch, digits
-from jbn.lab.devices import mesh_of, replicated, sharded
-from jbn.lab.models import MODELS
-from jbn.lab.training import Interrupted, initial_state, train_step
+from jbn.lab import train as trainer
+from jbn.lab.data import digits
+from jbn.lab.data.batches import Batches
+from jbn.lab.data.images import Held, Images
+from jbn.lab.demo import plan_of
+from jbn.lab.devices import mesh_of, replicate
+from jbn.lab.options import DemoOptions, TrainPlace
+from jbn.lab.step import State, initial_state, update
+from tests.lab.test_train import by_name
+from tests.support.runs import arrays, lines_of
 
 STEPS = 20
+OPTIONS = DemoOptions(steps=STEPS, batch_size=50, seed=3)
 # Measured: at most 9 ulps of an array's largest value after 20 steps, on 2 to 8 devices.
 ULPS_PER_STEP = 4
 
 pytestmark = pytest.mark.usefixtures("smooth")
 
 
-@pytest.fixture(scope="module")
-def data():
-    return digits(3)
-
-
-def train(data, folder, devices, *, model="dense", report=lambda done, history: None):
-    """Return all that training leaves behind but the times of its steps, by name."""
-    trained = training.train(
-        MODELS[model].network(batch_norm=True),
-        data,
-        folder,
-        learning_rate=0.1,
-        steps=STEPS,
-        batch_size=50,
-        seed=3,
-        mesh=mesh_of(devices),
-        report=report,
-    )
-    for leaf in jax.tree.leaves(trained.state):
-        assert len(leaf.sharding.device_set) == devices
-        assert leaf.sharding.is_fully_replicated
-    return by_name((trained.state, trained.history))
-
-
-def by_name(tree):
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+def train(out, devices, *, model="dense", resume=False):
+    """Return all that training leaves behind but the times of its steps, by name, and what it says."""
+    console = Console(file=io.StringIO(), width=1000)
+    place = TrainPlace(out=out, devices=devices, save_every=10, keep=1, resume=resume)
+    trainer.train(plan_of(OPTIONS, model, batch_norm=True), place, console)
+    lines = lines_of(out)
+    history = {name: np.array([line[name] for line in lines if name in line]) for name in {*lines[0], *lines[1]}}
+    return arrays(out) | history, console.file.getvalue()
 
 
 def assert_same_to_rounding(arrived, expected, ulps):
@@ -54,48 +45,54 @@ def assert_same_to_rounding(arrived, expected, ulps):
 
 # 50 images are two shares of 25, and with one or two rows of padding three, four or seven; of 360 only seven need one.
 @pytest.mark.parametrize(("model", "counts"), [("dense", (2, 3, 4, 7)), ("conv", (3,))])
-def test_the_number_of_devices_does_not_matter(data, tmp_path, model, counts):
-    expected = train(data, tmp_path / "1", 1, model=model)
+def test_the_number_of_devices_does_not_matter(tmp_path, model, counts):
+    expected, _ = train(tmp_path / "1", 1, model=model)
+    assert {"validation_loss", "loss", "preactivation_50"} < expected.keys()
     for count in counts:
-        compiled = train_step._cache_size()
-        arrived = train(data, tmp_path / str(count), count, model=model)
-        assert train_step._cache_size() <= compiled + 1
+        compiled = update._cache_size()
+        arrived, _ = train(tmp_path / str(count), count, model=model)
+        assert update._cache_size() <= compiled + 1
         assert_same_to_rounding(arrived, expected, STEPS * ULPS_PER_STEP)
 
 
-def test_more_devices_than_images(data):
+def test_more_devices_than_images():
     # One step: with so few images the next ones multiply a rounding error by 2 to 10 each.
-    network = MODELS["dense"].network(batch_norm=True)
-    images = batch(data.training, 3, 0, 5)
+    data = Images(*(part[:5] for part in digits(3).training))
     ends = []
     for mesh in (mesh_of(8), mesh_of(1)):
-        state = replicated(initial_state(network, 0.1, np.uint32(3), images.images), mesh)
-        ends.append(by_name(train_step(network, 0.1, state, *sharded(images, mesh))))
+        batches = Batches(Held("five", data), 5, mesh)
+        recipe = trainer.recipe_of(plan_of(OPTIONS, "dense", batch_norm=True), batches)
+        state = State(*replicate(initial_state(recipe, data.images.shape[1:]), mesh))
+        ends.append(by_name(update(recipe, state, batches.read(batches.in_order(0)))))
     assert_same_to_rounding(*ends, 16)
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 3), (3, 1), (1, 4)])
-def test_a_run_goes_on_on_other_devices(data, tmp_path, monkeypatch, before, after):
-    def stop(done, history):
-        if done == 13:
+def test_a_run_goes_on_on_other_devices(tmp_path, monkeypatch, before, after):
+    def interrupt(recipe, state, batch):
+        if int(state.step) == 13:
             raise KeyboardInterrupt
+        return update(recipe, state, batch)
 
-    monkeypatch.setattr(training, "CHECKPOINT_INTERVAL", 10)
-    with pytest.raises(Interrupted):
-        train(data, tmp_path / "run", before, report=stop)
-    steps = itertools.count(10)
-    resumed = train(data, tmp_path / "run", after, report=lambda done, history: next(steps))
-    assert next(steps) == STEPS + 1  # it did not start anew
-    expected = train(data, tmp_path / "whole", before)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", before)
+    resumed, said = train(tmp_path / "run", after, resume=True)
+    assert f"Going on with '{tmp_path / 'run'}' after step 10 of {STEPS}" in said
+    expected, _ = train(tmp_path / "whole", before)
     if before == after:
         assert all(array.tobytes() == resumed[name].tobytes() for name, array in expected.items())
     assert_same_to_rounding(resumed, expected, STEPS * ULPS_PER_STEP)
 
 
-def test_padding_is_marked_and_equal_shares_need_none(data):
-    spread = sharded(Images(data.test.images[:10], data.test.labels[:10]), mesh_of(4))
-    assert (spread.images.shape, spread.labels.shape) == ((12, 8, 8, 1), (12,))
-    assert [shard.data.shape for shard in spread.images.addressable_shards] == [(3, 8, 8, 1)] * 4
-    assert np.flatnonzero(~np.asarray(spread.valid)).tolist() == [10, 11]
-    for count in (1, 2, 3):
-        assert sharded(data.test, mesh_of(count)).valid is None
+def test_a_state_is_whole_on_every_device():
+    mesh = mesh_of(4)
+    batches = Batches(Held("digits", digits(3).training), 50, mesh)
+    recipe = trainer.recipe_of(plan_of(OPTIONS, "dense", batch_norm=True), batches)
+    state, _ = update(
+        recipe, State(*replicate(initial_state(recipe, (8, 8, 1)), mesh)), batches.read(batches.rows(0, 3))
+    )
+    for leaf in jax.tree.leaves(state):
+        assert len(leaf.sharding.device_set) == 4
+        assert leaf.sharding.is_fully_replicated

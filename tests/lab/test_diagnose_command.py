@@ -10,14 +10,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from jbn import recalibrate
+from jbn.cli.commands import app
 from jbn.lab import diagnosis as lab
-from jbn.lab.batches import Batches
-from jbn.lab.checkpoints import Checkpoints
-from jbn.lab.commands import app
+from jbn.lab.data.batches import Batches
+from jbn.lab.data.parts import parts_of
 from jbn.lab.devices import mesh_of
-from jbn.lab.recipe import initial
-from jbn.lab.run_directory import start
-from jbn.lab.train import Options, data_of, recipe_of
+from jbn.lab.options import TrainOptions
+from jbn.lab.run.checkpoints import Checkpoints
+from jbn.lab.run.directory import start
+from jbn.lab.step import initial_state, recipe_of
 from tests.lab.test_train import random_data
 from tests.observing.test_diagnose import HEAD, PARAMS, PLANTED, STATE, apply, changed, rows
 from tests.support.runs import contents, folder
@@ -34,22 +35,19 @@ def diagnose(*arguments):
     return CliRunner().invoke(app, ["diagnose", *map(str, arguments)], prog_name="jbn")
 
 
-OPTIONS = Options(
-    model="dense", data=None, validation=None, epochs=2, batch_size=128, optimizer="sgd", learning_rate=None,
-    schedule="cosine", warmup_epochs=1.0, weight_decay=1e-4, augment=(), ema=0.0, dtype="float32", seed=0,
-)  # fmt: skip
+OPTIONS = TrainOptions(model="dense", epochs=2)
 
 
 def saved(out, step=60, **changes):
     """Write what `jbn train` would after so many steps, with weights that are new and statistics that are theirs."""
     options = replace(OPTIONS, **changes)
-    training, _ = data_of(options)
+    training = parts_of(options).training
     start(out, replace(options, fingerprint=training.fingerprint))
     batches = Batches(training, options.batch_size, mesh_of(1))
     recipe = recipe_of(options, batches)
-    state = initial(recipe, training.image_shape)
+    state = initial_state(recipe, training.image_shape)
     parts = [batches.read(batches.in_order(index)) for index in range(len(training) // batches.size)]
-    stats = recalibrate(lab._as_trained(recipe), state.params, state.batch_stats, parts)
+    stats = recalibrate(lab._training_pass(recipe), state.params, state.batch_stats, parts)
     with Checkpoints(out / "checkpoints", 3) as checkpoints:
         checkpoints.save(state._replace(step=jnp.int32(step), batch_stats=stats))
         checkpoints.finish()
@@ -105,7 +103,7 @@ def test_few_images(healthy):
 
 def test_images_are_augmented_as_in_training(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(lab, "augmented", lambda recipe, _, images: (asked.append(recipe.augment), 0 * images)[1])
+    monkeypatch.setattr(lab, "augment", lambda options, _, images: (asked.append(options.augment), 0 * images)[1])
     result = diagnose(saved(tmp_path / "run", batch_size=1077, augment=("flip",)))
     assert set(asked) == {("flip",)}
     assert "BatchNorm_0: constant in this batch: all 128 channels." in result.output
@@ -158,13 +156,13 @@ def test_table_and_figure_of_what_is_broken(name, tmp_path):
     assert HEAD in text
     assert "…" not in text
     lab.figure_of(found.diagnosis, found.title).savefig(tmp_path / "figure.png")
-    marked = lab._marked(found.diagnosis, expected[0], (6,))
+    marked = lab._marks(found.diagnosis, expected[0], (6,))
     assert tuple(np.flatnonzero(marked)) == expected[2]
 
 
 def test_channels_of_stacked_layers_are_marked():
     finding = lab.diagnose(apply, PARAMS, STATE, rows(8)).findings[0]._replace(path="a", channels=((1, 2), (0, 3)))
-    marked = lab._marked(lab.Diagnosis((), (finding,)), "a", (2, 4))
+    marked = lab._marks(lab.Diagnosis((), (finding,)), "a", (2, 4))
     assert np.flatnonzero(marked).tolist() == [3, 6]
 
 

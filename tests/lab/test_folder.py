@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jbn.lab.folder import LARGEST_LABEL, open_folder
-from jbn.lab.run_directory import OptionError
+from jbn.lab.data.folder import LARGEST_LABEL, open_folder
+from jbn.lab.errors import OptionError
 
 STORAGES = (np.savez, np.savez_compressed)
 SHAPE = (5, 4, 3)

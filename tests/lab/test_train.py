@@ -1,6 +1,6 @@
 import gc
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import jax
@@ -11,28 +11,29 @@ from flax import linen as nn
 from hypothesis import given
 
 from jbn import decay_mask
-from jbn.lab.batches import Batches
-from jbn.lab.blame import blame
-from jbn.lab.data import Held, Images, digits
-from jbn.lab.devices import mesh_of, replicated
-from jbn.lab.models import ConvNetwork, DenseNetwork, ResNet
-from jbn.lab.recipe import Recipe, State, augmented, evaluated, initial, update
+from jbn.lab.data import digits
+from jbn.lab.data.batches import Batches
+from jbn.lab.data.images import Held, Images
+from jbn.lab.devices import mesh_of, replicate
+from jbn.lab.models import NETWORKS, ResNet
+from jbn.lab.options import TrainOptions
+from jbn.lab.run.blame import blame
+from jbn.lab.step import Recipe, State, augment, evaluate, initial_state, update
 from jbn.linen import BatchNorm
 from tests.support import oracle
 
 SHAPE = (8, 8, 1)
+DENSE, CONV = NETWORKS["dense"](batch_norm=True), NETWORKS["conv"](batch_norm=True)
 RECIPE = Recipe(
-    network=DenseNetwork(batch_norm=True),
-    optimizer="sgd",
-    learning_rate=0.05,
-    schedule="constant",
-    warmup_steps=0,
-    steps=20,
-    weight_decay=0.0,
-    augment=(),
-    ema=0.0,
-    seed=3,
+    TrainOptions(epochs=20, learning_rate=0.05, schedule="constant", warmup_epochs=0.0, weight_decay=0.0, seed=3),
+    network=DENSE,
+    per_epoch=1,
 )
+
+
+def changed(recipe, network=None, **options):
+    """Return a recipe with another network or other options."""
+    return replace(recipe, network=network or recipe.network, options=replace(recipe.options, **options))
 
 
 def random_data(count, shape=SHAPE, classes=10):
@@ -41,9 +42,10 @@ def random_data(count, shape=SHAPE, classes=10):
     return Images(images, generator.integers(0, classes, count).astype(np.int32))
 
 
-@dataclass(frozen=True)
 class Counted(Held):
-    asked: list = field(default_factory=list)
+    def __init__(self, *data):
+        super().__init__(*data)
+        self.asked = []
 
     def rows(self, rows):
         self.asked.append(rows.tolist())
@@ -68,7 +70,7 @@ def assert_same_bits(arrived, expected):
 
 
 def begun(recipe, devices=1, shape=SHAPE):
-    return State(*replicated(initial(recipe, shape), mesh_of(devices)))
+    return State(*replicate(initial_state(recipe, shape), mesh_of(devices)))
 
 
 def trained(recipe, data, size, steps, devices=1):
@@ -77,7 +79,7 @@ def trained(recipe, data, size, steps, devices=1):
     state, states, measured = begun(recipe, devices, data.images.shape[1:]), [], []
     for step in range(steps):
         states.append(jax.tree.map(np.array, state))
-        state, measures = update(recipe, state, batches.read(batches.rows(step, recipe.seed)))
+        state, measures = update(recipe, state, batches.read(batches.rows(step, recipe.options.seed)))
         measured.append(jax.device_get(measures))
     return [*states, jax.tree.map(np.array, state)], measured
 
@@ -117,8 +119,8 @@ def test_every_epoch_shows_each_row_once_in_shares_that_are_read_once(count, siz
         np.testing.assert_array_equal(np.asarray(labels)[there], rows)
         np.testing.assert_array_equal(np.asarray(images)[there], source.held.images[rows])
         assert not np.asarray(images)[~there].any()
-        shares = np.split(np.arange(len(labels)), devices)
-        assert sorted(source.asked) == sorted(rows[share[share < len(rows)]].tolist() for share in shares)
+        assert [len(shard.data) for shard in labels.addressable_shards] == [len(labels) // devices] * devices
+        assert source.asked == [rows.tolist()]
         shown += rows.tolist()
     assert len(lengths) == 1
     assert len(shown) == count
@@ -157,7 +159,9 @@ def test_an_evaluation_counts_every_row_once(devices):
     )
     batches = Batches(Held("", data), 8, mesh_of(devices))
     parts = [batches.read(batches.in_order(index)) for index in range(batches.per_epoch)]
-    sums = np.sum([evaluated(RECIPE.network, params, stats, part) for part in parts], 0, np.float64)
+    sums = np.sum(
+        [evaluate(RECIPE.network, {"params": params, "batch_stats": stats}, part) for part in parts], 0, np.float64
+    )
     losses, right = dense_judged(params, stats, data)
     np.testing.assert_allclose(sums[0], losses.sum(), rtol=oracle.tolerance("float32", 64))
     assert sums[1] == right.sum()
@@ -171,7 +175,7 @@ def test_weight_decay_is_for_kernels_alone(optimizer):
     before = by_name(state.params)
     ends = []
     for weight_decay in (0.0, decay):
-        recipe = replace(RECIPE, optimizer=optimizer, learning_rate=rate, weight_decay=weight_decay)
+        recipe = changed(RECIPE, optimizer=optimizer, learning_rate=rate, weight_decay=weight_decay)
         start = jax.tree.map(jnp.copy, state._replace(opt_state=begun(recipe).opt_state))
         ends.append(by_name(update(recipe, start, batch)[0].params))
     # The first step of Nesterov's momentum 0.9 goes 1.9 times the gradient; AdamW's decay passes both moments by.
@@ -186,8 +190,8 @@ def test_weight_decay_is_for_kernels_alone(optimizer):
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 5, 20, 30])
 def test_the_rate_warms_up_and_then_follows_its_schedule(schedule, warmup):
-    rate = replace(RECIPE, schedule=schedule, warmup_steps=warmup).rate()
-    peak, steps = RECIPE.learning_rate, RECIPE.steps
+    rate = changed(RECIPE, schedule=schedule, warmup_epochs=float(warmup)).rate()
+    peak, steps = RECIPE.options.learning_rate, RECIPE.steps
     for step in range(steps):
         left = (1 + np.cos(np.pi * (step - warmup) / max(steps - warmup, 1))) / 2 if schedule == "cosine" else 1.0
         expected = peak * (step / warmup if step < warmup else left)
@@ -195,7 +199,7 @@ def test_the_rate_warms_up_and_then_follows_its_schedule(schedule, warmup):
 
 
 def test_the_average_of_weights_forgets_its_beginning_faster():
-    recipe = replace(RECIPE, ema=0.25, network=ConvNetwork(batch_norm=True))
+    recipe = changed(RECIPE, ema=0.25, network=CONV)
     states, measured = trained(recipe, random_data(32), 8, 6)
     kept = [by_name({"params": state.params, "batch_stats": state.batch_stats}) for state in states]
     expected = {name: oracle.wide(array) for name, array in kept[0].items()}
@@ -209,38 +213,38 @@ def test_the_average_of_weights_forgets_its_beginning_faster():
     assert begun(RECIPE).average is None
 
 
-def moves(image, augment):
+def moves(image, kinds):
     """Return what an augmentation may make of an image, by its shift and flip."""
     height, width, _ = image.shape
     around = [(height // 8,) * 2, (width // 8,) * 2, (0, 0)]
-    padded = np.pad(image, around) if "shift" in augment else image
+    padded = np.pad(image, around) if "shift" in kinds else image
     corners = [(y, x) for y in range(len(padded) - height + 1) for x in range(padded.shape[1] - width + 1)]
     crops = {(*corner, False): padded[corner[0] :, corner[1] :][:height, :width] for corner in corners}
-    flips = {(*corner[:2], True): crop[:, ::-1] for corner, crop in crops.items()} if "flip" in augment else {}
+    flips = {(*corner[:2], True): crop[:, ::-1] for corner, crop in crops.items()} if "flip" in kinds else {}
     return crops | flips
 
 
-@pytest.mark.parametrize("augment", [(), ("flip",), ("shift",), ("flip", "shift")])
-def test_an_augmentation_shifts_by_an_eighth_over_zeros_and_flips(augment):
+@pytest.mark.parametrize("kinds", [(), ("flip",), ("shift",), ("flip", "shift")])
+def test_an_augmentation_shifts_by_an_eighth_over_zeros_and_flips(kinds):
     images = random_data(300, (8, 16, 3)).images + 1
-    arrived = np.asarray(augmented(replace(RECIPE, augment=augment), jnp.int32(4), images))
+    arrived = np.asarray(augment(changed(RECIPE, augment=kinds).options, jnp.int32(4), images))
     found = []
     for image, moved in zip(images, arrived, strict=True):
-        (move,) = [move for move, expected in moves(image, augment).items() if np.array_equal(moved, expected)]
+        (move,) = [move for move, expected in moves(image, kinds).items() if np.array_equal(moved, expected)]
         found.append(move)
-    assert set(found) == set(moves(images[0], augment))
+    assert set(found) == set(moves(images[0], kinds))
     for flipped in {move[2] for move in found}:
-        assert sum(move[2] == flipped for move in found) > 100 or not {"flip"} & set(augment)
+        assert sum(move[2] == flipped for move in found) > 100 or not {"flip"} & set(kinds)
 
 
 def test_an_augmentation_depends_on_seed_step_and_place_alone():
-    recipe, data = replace(RECIPE, augment=("flip", "shift")), random_data(16)
+    recipe, data = changed(RECIPE, augment=("flip", "shift")), random_data(16)
     same = data._replace(images=np.broadcast_to(data.images[:1], data.images.shape))
-    look = jax.jit(augmented, static_argnums=0)
+    look = jax.jit(augment, static_argnums=0)
 
     def arrived(devices=1, seed=3, step=0):
         images = one_batch(same, devices).images
-        return np.asarray(look(replace(recipe, seed=seed), jnp.int32(step), images))[:16]
+        return np.asarray(look(changed(recipe, seed=seed).options, jnp.int32(step), images))[:16]
 
     for devices in (2, 3):
         np.testing.assert_array_equal(arrived(devices), arrived())
@@ -250,7 +254,7 @@ def test_an_augmentation_depends_on_seed_step_and_place_alone():
 
 
 def test_bfloat16_is_for_activations_and_float32_for_what_lasts():
-    recipe = replace(RECIPE, network=DenseNetwork(batch_norm=True, dtype=jnp.bfloat16), ema=0.9, weight_decay=0.1)
+    recipe = changed(RECIPE, network=NETWORKS["dense"](batch_norm=True, dtype=jnp.bfloat16), ema=0.9, weight_decay=0.1)
     seen = []
 
     def watch(call, args, kwargs, context):
@@ -276,7 +280,7 @@ def test_bfloat16_is_for_activations_and_float32_for_what_lasts():
 @pytest.mark.parametrize(("devices", "compilations"), [(1, 2), (3, 1)])
 def test_a_step_is_compiled_once_and_once_for_a_masked_batch(devices, compilations):
     # 41 images in batches of 8 end with one of a single row; on three devices every batch has padding.
-    recipe, before = replace(RECIPE, seed=devices + 10), update._cache_size()
+    recipe, before = changed(RECIPE, seed=devices + 10), update._cache_size()
     states, measured = trained(recipe, random_data(41), 8, 12, devices)
     assert update._cache_size() == before + compilations
     assert np.isfinite([measures.loss for measures in measured]).all()
@@ -285,7 +289,7 @@ def test_a_step_is_compiled_once_and_once_for_a_masked_batch(devices, compilatio
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.05), ("adamw", 1e-3)])
 def test_it_learns(optimizer, rate):
-    _, measured = trained(replace(RECIPE, optimizer=optimizer, learning_rate=rate), digits(0).training, 128, 18)
+    _, measured = trained(changed(RECIPE, optimizer=optimizer, learning_rate=rate), digits(0).training, 128, 18)
     losses = [float(measures.loss) for measures in measured]
     assert losses[-1] < 0.6 * losses[0]
     assert measured[-1].accuracy > 0.7
@@ -318,11 +322,11 @@ def test_a_resnet_adds_and_activates_in_its_norms(size):
 
 @pytest.mark.parametrize(
     "network",
-    [pytest.param(ResNet(), marks=pytest.mark.slow), ConvNetwork(batch_norm=True)],
+    [pytest.param(ResNet(), marks=pytest.mark.slow), CONV],
     ids=["resnet", "conv"],
 )
 def test_what_is_in_padding_reaches_nothing(network):
-    recipe, data = replace(RECIPE, network=network, ema=0.5), random_data(6)
+    recipe, data = changed(RECIPE, network=network, ema=0.5), random_data(6)
     batch = one_batch(data, 4)  # two rows of padding
     ends = []
     for padding in (0, 1e9, np.nan):
@@ -377,7 +381,7 @@ class Root(nn.Module):
 
 
 def test_gradients_that_are_not_finite_are_named():
-    recipe, batch = replace(RECIPE, network=Root()), one_batch(random_data(6))
+    recipe, batch = changed(RECIPE, network=Root()), one_batch(random_data(6))
     assert blame(recipe, begun(recipe), batch) == "the loss is finite, the gradients of these are not: root"
     state, measures = update(recipe, begun(recipe), batch)
     assert np.isfinite(measures.loss)

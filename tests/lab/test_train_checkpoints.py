@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbn.lab.checkpoints import Checkpoints
-from jbn.lab.models import ConvNetwork
-from jbn.lab.recipe import State, update
-from jbn.lab.run_directory import FileError, OptionError
-from tests.lab.test_train import RECIPE, SHAPE, assert_same_bits, begun, by_name, one_batch, random_data
-from tests.lab.test_train import replace as changed
+from jbn.lab.errors import FileError, OptionError
+from jbn.lab.models import NETWORKS
+from jbn.lab.run.checkpoints import Checkpoints
+from jbn.lab.step import State, update
+from tests.lab.test_train import RECIPE, SHAPE, assert_same_bits, begun, by_name, changed, one_batch, random_data
 from tests.support import oracle
 from tests.support.runs import (
     SMALL,
@@ -110,7 +109,7 @@ def test_the_only_checkpoint_has_none_before_it(tmp_path, states):
         (changed(SMALL, ema=0.0), SHAPE, "['average']['batch_stats']"),
         (changed(RECIPE, ema=0.5), SHAPE, "['BatchNorm_0']['mean'] is float32 [32]; this run expects float32 [128]"),
         (SMALL, (8, 10, 1), "['Dense_0']['kernel'] is float32 [2048, 10]; this run expects float32 [2560, 10]"),
-        (changed(SMALL, network=ConvNetwork(batch_norm=True, classes=7)), SHAPE, "float32 [7]"),
+        (changed(SMALL, network=NETWORKS["conv"](batch_norm=True, classes=7)), SHAPE, "float32 [7]"),
         (changed(SMALL, optimizer="adamw"), SHAPE, "this run expects"),
     ],
 )

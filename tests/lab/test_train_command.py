@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jbn.lab.batches import Batches
-from jbn.lab.data import Held, Images
+from jbn.lab.data.batches import Batches
+from jbn.lab.data.images import Held, Images
 from jbn.lab.devices import mesh_of
-from jbn.lab.metrics import Metrics
-from tests.lab.test_train import RECIPE, dense_judged, random_data
-from tests.lab.test_train import replace as changed
+from jbn.lab.run.metrics import Metrics
+from tests.lab.test_train import RECIPE, changed, dense_judged, random_data
 from tests.support import oracle
 from tests.support.runs import (
     STEPS,

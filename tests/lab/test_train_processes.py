@@ -13,11 +13,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from jbn.lab import train
-from jbn.lab.checkpoints import Checkpoints
-from jbn.lab.commands import app
-from jbn.lab.devices import mesh_of
-from jbn.lab.recipe import initial
+from jbn.cli.commands import app
+from tests.support.runs import arrays
 
 pytestmark = pytest.mark.usefixtures("smooth")
 # Seconds after which a silent process is lost. JAX looks for signs of life every few seconds, and the machine is busy.
@@ -84,18 +81,6 @@ def here(*arguments):
     result = CliRunner().invoke(app, ["train", *map(str, arguments)], prog_name="jbn")
     assert result.exit_code == 0, result.output
     return result.output
-
-
-def arrays(out):
-    """Return the last checkpoint of a run, by name."""
-    options = json.loads((out / "options.json").read_text())
-    options = train.Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
-    mesh = mesh_of(1)
-    work = train._work(options, *train.data_of(options), mesh, None)
-    like = jax.eval_shape(lambda: initial(work.recipe, work.training.source.image_shape))
-    with Checkpoints(out / "checkpoints", 3) as checkpoints:
-        state = checkpoints.restore(like, mesh)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
 
 
 def saved(out):

@@ -7,18 +7,19 @@ import jax
 import numpy as np
 from typer.testing import CliRunner
 
+from jbn.cli.commands import app
 from jbn.lab import train as trainer
-from jbn.lab.checkpoints import Checkpoints
-from jbn.lab.commands import app
+from jbn.lab.data.parts import parts_of
 from jbn.lab.devices import mesh_of
-from jbn.lab.models import ConvNetwork
-from jbn.lab.recipe import initial, update
-from tests.lab.test_train import RECIPE, SHAPE
-from tests.lab.test_train import replace as changed
+from jbn.lab.options import TrainOptions
+from jbn.lab.run.checkpoints import Checkpoints
+from jbn.lab.run.directory import read_options
+from jbn.lab.step import initial_state, update
+from tests.lab.test_train import CONV, RECIPE, SHAPE, by_name, changed
 
 STEPS = 18
 WHOLE = {"--model": "dense", "--epochs": 2, "--devices": 1, "--ema": 0.9, "--save-every": 5, "--keep": 10}
-SMALL = changed(RECIPE, network=ConvNetwork(batch_norm=True), ema=0.5)
+SMALL = changed(RECIPE, network=CONV, ema=0.5)
 
 
 def train(out, arguments=()):
@@ -32,7 +33,7 @@ def options(**changes):
 
 
 def shapes(recipe, shape=SHAPE):
-    return jax.eval_shape(lambda: initial(recipe, shape))
+    return jax.eval_shape(lambda: initial_state(recipe, shape))
 
 
 def restored(checkpoints, recipe=SMALL, devices=1, shape=SHAPE):
@@ -45,6 +46,15 @@ def end_of(out):
     state = restored(out / "checkpoints", recipe)
     assert int(state.step) == STEPS
     return state
+
+
+def arrays(out):
+    """Return the last checkpoint of a run, by name, as its own options describe it."""
+    options, mesh = read_options(out, TrainOptions), mesh_of(1)
+    parts = parts_of(options)
+    recipe = trainer.Job(options, parts, mesh).recipe
+    with Checkpoints(out / "checkpoints", 0) as checkpoints:
+        return by_name(checkpoints.restore(shapes(recipe, parts.training.image_shape), mesh))
 
 
 def steps_of(path):

@@ -9,46 +9,37 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jbn.lab.recipe import State
-from jbn.lab.run_directory import FileError, OptionError
+from jbn.lab.errors import FileError, OptionError, file_errors
+from jbn.lab.step import State
 
 STATE, CONTENTS = "state", "contents"
 # In the names of folders that are no checkpoint: Orbax's own mark of one that is being written.
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 
-class Unreadable(Exception):
-    """A checkpoint that cannot be read, is damaged or is of something else: the message has its path and the reason."""
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
+    """The last ``keep`` checkpoints of a run in a folder, named by their steps, written while training goes on.
 
-
-class Checkpoints:
-    """The last `keep` checkpoints of a run in a folder, named by their steps, written while training goes on.
-
-    With `keep` 0 they are only read, whoever writes meanwhile.
+    With ``keep`` 0 they are only read, whoever writes meanwhile.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self._keep = folder.absolute(), keep
         # Orbax's manager would hide that one process cannot write until the others have waited ten minutes for it.
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        with _write_errors(self.folder):
-            if keep and jax.process_index() == 0:
-                for path in self.folder.glob(f"*{UNFINISHED}*"):
-                    shutil.rmtree(path)
-
-    def __enter__(self) -> Self:
-        """Return the checkpoints."""
-        return self
+        if keep and jax.process_index() == 0:
+            for path in self.folder.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(path, ignore_errors=True)  # a write that has failed may still end here, in its own thread
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Let go of the folder, but where other processes may not come: closing waits for them."""
+        # Closing waits for the other processes, and after these errors they may not come.
         if kind is None or not issubclass(kind, FileError | RuntimeError):
             self._checkpointer.close()
 
@@ -57,32 +48,30 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
 
     def save(self, state: State) -> None:
-        """Begin to write a state.
-
-        Raises:
-            FileError: the write before this one has failed, or this one cannot begin.
-        """
+        """Begin to write a state; ``FileError`` where this cannot begin, or where the write before it has failed."""
         step = int(state.step)
-        with _write_errors(self.folder / str(step)):
+        with file_errors(self.folder / str(step)):
             self.finish()
-            if step in self.steps():  # a run goes on after its last step
-                return
-            arguments = {STATE: ocp.args.StandardSave(state._asdict()), CONTENTS: ocp.args.JsonSave(_contents(state))}
-            self._checkpointer.save(self.folder / str(step), args=ocp.args.Composite(**arguments))
+            if step not in self.steps():  # where a run goes on after its last step, it is there
+                parts = {STATE: ocp.args.StandardSave(state._asdict()), CONTENTS: ocp.args.JsonSave(_contents(state))}
+                self._checkpointer.save(self.folder / str(step), args=ocp.args.Composite(**parts))
 
     def check(self) -> None:
-        """Raise `FileError` where what was begun has failed."""
-        with _write_errors(self.folder):
+        """Raise ``FileError`` where what was begun has failed."""
+        with file_errors(self.folder):
             self._checkpointer.check_for_errors()
 
     def finish(self) -> None:
-        """Wait until what was begun is written; `FileError` where it cannot be."""
-        with _write_errors(self.folder):
+        """Wait until what was begun is written, and delete all but the last; ``FileError`` where it cannot be."""
+        with file_errors(self.folder):
             self._checkpointer.wait_until_finished()
-            self._forget()
+            if jax.process_index() == 0:
+                # Renamed first: a process killed meanwhile leaves no part of a checkpoint under its name.
+                for path in [self.folder / str(step) for step in self.steps()[: -self._keep]]:
+                    shutil.rmtree(path.rename(path.with_name(path.name + UNFINISHED)))
 
     def restore(self, like: State, mesh: Mesh, at: int | None = None) -> State:
-        """Return the state of a step, the last one for None, on the devices of `mesh`.
+        """Return the state of step ``at``, the last one for None, on the devices of ``mesh``.
 
         Args:
             like: a state of the same network, or its shapes and dtypes.
@@ -102,11 +91,11 @@ class Checkpoints:
         offer = f"go on from the one before it with --resume --at {before[-1]}" if before else "no other is before it"
         try:
             return self.read(chosen, like, mesh)
-        except Unreadable as error:
+        except FileError as error:
             raise OptionError("--resume", f"{error}; {offer}") from None
 
     def read(self, step: int, like: State, mesh: Mesh) -> State:
-        """Return the state of a step on the devices of `mesh`, or raise `Unreadable`; `like` as in `restore`."""
+        """Return the state of a step as ``restore`` does, ``FileError`` where it cannot be used."""
         whole = NamedSharding(mesh, PartitionSpec())
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), like)
         with _quiet():
@@ -115,37 +104,28 @@ class Checkpoints:
             except Exception as error:
                 reason = " ".join(str(error).partition("See full TensorStore")[0].split())[:300]
         # Not in the handler: the error of Orbax would stay alive, and what it holds would complain later.
-        raise Unreadable(f"the checkpoint '{self.folder / str(step)}' cannot be used ({reason})")
+        raise FileError(f"the checkpoint '{self.folder / str(step)}' cannot be used ({reason})")
 
     def set_aside(self, after: int) -> list[Path]:
         """Move later checkpoints into a folder of their own, out of the way of a run that goes on."""
-        aside = self.folder.with_name(f"{self.folder.name}-set-aside")
-        moved = []
+        aside, moved = self.folder.with_name(f"{self.folder.name}-set-aside"), []
         for step in [step for step in self.steps() if step > after]:
             aside.mkdir(exist_ok=True)
             places = (aside / f"{step}{suffix}" for suffix in ("", *(f".{again}" for again in range(1, 1000))))
             moved.append((self.folder / str(step)).rename(next(place for place in places if not place.exists())))
         return moved
 
-    def _forget(self) -> None:
-        """Delete all but the last checkpoints."""
-        if jax.process_index() == 0:
-            # Renamed first: a process killed meanwhile leaves no part of a checkpoint under its name.
-            for path in [self.folder / str(step) for step in self.steps()[: -self._keep]]:
-                shutil.rmtree(path.rename(path.with_name(path.name + UNFINISHED)))
-
     def _read(self, step: int, like: State) -> State:
+        def part(name: str, arguments: Any) -> Any:
+            return self._checkpointer.restore(self.folder / str(step), ocp.args.Composite(**{name: arguments}))[name]
+
         # Orbax casts what differs in dtype and does not see a flipped bit: both are told apart here.
-        folder = self.folder / str(step)
-        only_contents = ocp.args.Composite(**{CONTENTS: ocp.args.JsonRestore()})
-        stored = self._checkpointer.restore(folder, args=only_contents)[CONTENTS]
-        expected = _kinds(like)
+        stored, expected = part(CONTENTS, ocp.args.JsonRestore()), _kinds(like)
         for name in sorted(stored.keys() | expected.keys()):
-            there = stored[name][0] if name in stored else "nothing"
-            if there != expected.get(name, "nothing"):
-                raise ValueError(f"{name} is {there}; this run expects {expected.get(name, 'nothing')}")
-        only_state = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(like._asdict())})
-        state = State(**self._checkpointer.restore(folder, args=only_state)[STATE])
+            there, here = stored.get(name, ["nothing"])[0], expected.get(name, "nothing")
+            if there != here:
+                raise ValueError(f"{name} is {there}; this run expects {here}")
+        state = State(**part(STATE, ocp.args.StandardRestore(like._asdict())))
         for name, (_, checksum) in _contents(state).items():
             if checksum != stored[name][1]:
                 raise ValueError(f"the values of {name} are not those that were saved")
@@ -160,30 +140,8 @@ def _kinds(state: State) -> dict[str, str]:
 def _contents(state: State) -> dict[str, list[Any]]:
     """Return the kind and a checksum of every array."""
     values = (np.ascontiguousarray(leaf) for leaf in jax.device_get(jax.tree.leaves(state._asdict())))
-    return {
-        name: [kind, zlib.crc32(value.tobytes())]
-        for (name, kind), value in zip(_kinds(state).items(), values, strict=True)
-    }
-
-
-@contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        for known in (
-            "No space left on device",
-            "File too large",
-            "Permission denied",
-            "Read-only file system",
-            "Disk quota exceeded",
-        ):
-            if known in reason:
-                reason = known
-        raise FileError(f"cannot write '{path}' ({reason[:300]})") from error
+    sums = [zlib.crc32(value.tobytes()) for value in values]
+    return {name: [kind, total] for (name, kind), total in zip(_kinds(state).items(), sums, strict=True)}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Images in a folder of `.npz` files, of which a process reads the rows it needs and no others."""
+"""Images in a folder of ``.npz`` files, of which a process reads the rows it needs and no others."""
 
 import contextlib
 import hashlib
@@ -14,57 +14,31 @@ from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
-from jbn.lab.data import Images
-from jbn.lab.run_directory import OptionError
+from jbn.lab.data.images import Images, Source
+from jbn.lab.errors import OptionError
 
 # The last layer has a unit for each class: a label beyond this is a mistake, and would not fit in memory.
 LARGEST_LABEL = 100_000
 
 
-@dataclass(frozen=True, eq=False)
-class Folder:
-    """The images and labels of a folder, numbered through in the order of the file names; see `open_folder`.
+class Folder(Source):
+    """The images and labels of a folder, numbered through in the order of the file names; see ``open_folder``."""
 
-    Attributes:
-        path: The folder.
-        labels: int32 (n,), all of them, in memory.
-    """
-
-    path: Path
-    labels: np.ndarray
-    _parts: "tuple[_Part, ...]"
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of every image."""
-        return self._parts[0].image_shape
-
-    @cached_property
-    def classes(self) -> int:
-        """The largest label and one."""
-        return int(self.labels.max()) + 1
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A short hash of file names, shapes, dtypes and labels, not of images: equal where the same data is seen."""
-        seen = [(part.path.name, part.images.shape, part.images.dtype.str) for part in self._parts]
-        return hashlib.sha256(repr(seen).encode() + self.labels.astype("<i4").tobytes()).hexdigest()[:16]
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        return np.cumsum([0] + [part.images.shape[0] for part in self._parts[:-1]])
+    def __init__(self, parts: "tuple[_Part, ...]", labels: np.ndarray) -> None:
+        self.labels, self.image_shape, self._parts = labels, parts[0].image_shape, parts
+        # Of file names, shapes, dtypes and labels, not of images: equal where the same data are seen.
+        seen = repr([(part.path.name, part.images.shape, part.images.dtype.str) for part in parts])
+        self.fingerprint = hashlib.sha256(seen.encode() + labels.astype("<i4").tobytes()).hexdigest()[:16]
+        self._starts = np.cumsum([0] + [part.images.shape[0] for part in parts[:-1]])
 
     def rows(self, rows: np.ndarray) -> Images:
-        """Return the images and labels of `rows`, integers (k,) in [0, n), in this order; repeats are allowed.
+        """Return the images and labels of ``rows``, integers (k,) in [0, n), in this order; repeats are allowed.
 
         Images are float32 (k, height, width, channels). What is larger than float32 becomes infinite.
 
         Raises:
-            OptionError: A file vanished or changed since the folder was opened, or its images cannot be unpacked.
-            IndexError: A row is outside of [0, n).
+            OptionError: a file vanished or changed since the folder was opened, or its images cannot be unpacked.
+            IndexError: a row is outside of [0, n).
         """
         if np.any((rows < 0) | (rows >= len(self))):
             raise IndexError(f"rows reach from {rows.min()} to {rows.max()}; expected rows in [0, {len(self)})")
@@ -81,25 +55,24 @@ class Folder:
         return f"{self._parts[number].path}, image {row - self._starts[number]}"
 
     def _number(self, rows: np.ndarray | int) -> np.ndarray:
-        """Return the number of the file of each row."""
-        # Of files that start at the same row, all but the last are empty.
+        """Return the number of the file of each row; of those that start at the same row all but the last are empty."""
         return np.searchsorted(self._starts, rows, side="right") - 1
 
 
 def open_folder(path: Path, option: str = "--data") -> Folder:
-    """Return all `.npz` files of a folder as one data set; this reads the labels and no image.
+    """Return all ``.npz`` files of a folder as one data set; this reads the labels and no image.
 
-    Each file has an array `images`, (n, height, width) or (n, height, width, channels), and an array `labels`, (n,).
-    uint8 images are divided by 255, float16, float32 and float64 ones are taken as they are. Labels are integers in
-    [0, 100000]. Images stored by `numpy.savez` stay on disk until their rows are asked for; those of a file written
-    by `numpy.savez_compressed` are unpacked into memory, all of them, when the first is asked for.
+    Each file has an array ``images``, (n, height, width) or (n, height, width, channels), and an array ``labels``,
+    (n,). uint8 images are divided by 255, float16, float32 and float64 ones are taken as they are. Labels are integers
+    in [0, 100000]. Images stored by ``numpy.savez`` stay on disk until their rows are asked for; those of a file that
+    ``numpy.savez_compressed`` wrote are unpacked into memory, all of them, when the first is asked for.
 
     Args:
-        path: The folder. Files whose name starts with a dot are left out.
-        option: The option of the command line that named it, for errors.
+        path: the folder. Files whose name starts with a dot are left out.
+        option: the option of the command line that named it, for errors.
 
     Raises:
-        OptionError: There is no such folder, it holds no images, or a file in it is not as described.
+        OptionError: there is no such folder, it holds no images, or a file in it is not as described.
     """
     expected = "expected a folder of .npz files, each with arrays 'images' and 'labels'"
     try:
@@ -112,19 +85,18 @@ def open_folder(path: Path, option: str = "--data") -> Folder:
     for part in parts:
         if part.image_shape != parts[0].image_shape:
             other, first = (f"'{each.path}' holds images of {each.image_shape}" for each in (part, parts[0]))
-            raise OptionError(
-                option, f"{other}, but {first}; expected one (height, width, channels) in all files: resize them first"
-            )
+            fix = "expected one (height, width, channels) in all files: resize them first"
+            raise OptionError(option, f"{other}, but {first}; {fix}")
     if not sum(map(len, labels)):
         raise OptionError(option, f"no image in the .npz files of '{path}'; expected one at least")
-    return Folder(path, np.concatenate(labels), parts)
+    return Folder(parts, np.concatenate(labels))
 
 
 class _Array(NamedTuple):
     """What the header of an array says, and where in its file the values begin: None if it is compressed."""
 
     shape: tuple[int, ...]
-    fortran_order: bool
+    order: Literal["C", "F"]
     dtype: np.dtype
     offset: int | None
 
@@ -145,16 +117,12 @@ class _Part:
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Return some images of this file, float32 (k, height, width, channels)."""
-        shape, fortran_order, dtype, offset = self.images
-        with _naming(self.path, self.option), self.path.open("rb") as file:
+        shape, order, dtype, offset = self.images
+        with _name(self.path, self.option), self.path.open("rb") as file:
             if _stamp(file) != self.stamp:
-                raise OptionError(
-                    self.option,
-                    f"'{self.path}' changed after it was opened; expected it to stay as it was: "
-                    "write other data into another folder, or start again",
-                )
+                fix = "expected it to stay as it was: write other data into another folder, or start again"
+                raise OptionError(self.option, f"'{self.path}' changed after it was opened; {fix}")
             # A map for each call, for one that is kept holds its file open, and a process may open some hundreds only.
-            order: Literal["C", "F"] = "F" if fortran_order else "C"
             images = self._unpacked if offset is None else np.memmap(file, dtype, "r", offset, shape, order)
             images = images[rows].reshape(len(rows), *self.image_shape)
         if dtype == np.uint8:
@@ -173,7 +141,7 @@ def _open_part(path: Path, option: str) -> tuple[_Part, np.ndarray]:
         if not good:
             raise OptionError(option, f"'{path}' holds {message}")
 
-    with _naming(path, option), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+    with _name(path, option), path.open("rb") as file, zipfile.ZipFile(file) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         there = ", ".join(map(repr, names)) or "none"
         for name in ("images", "labels"):
@@ -184,17 +152,13 @@ def _open_part(path: Path, option: str) -> tuple[_Part, np.ndarray]:
         check(known, f"{found}; expected uint8 in [0, 255], or float16, float32 or float64: convert them")
         shaped = len(images.shape) in (3, 4) and all(images.shape[1:])
         check(shaped, f"{found}; expected (n, height, width) or (n, height, width, channels), all but n above zero")
-        found = f"labels of dtype {head.dtype} and shape {head.shape}"
-        count = images.shape[:1]
+        found, count = f"labels of dtype {head.dtype} and shape {head.shape}", images.shape[:1]
         known = head.dtype.kind in "iu" and head.shape == count
         check(known, f"{found}; expected integers of shape {count}, one for each of the images {images.shape}")
         labels = _read(archive, "labels")
         for index in np.flatnonzero((labels < 0) | (labels > LARGEST_LABEL))[:1]:
-            check(
-                False,
-                f"label {labels[index]} at index {index}; "
-                f"expected labels in [0, {LARGEST_LABEL}]: number the classes from 0",
-            )
+            fix = f"expected labels in [0, {LARGEST_LABEL}]: number the classes from 0"
+            check(False, f"label {labels[index]} at index {index}; {fix}")
         return _Part(path, option, _stamp(file), images), labels.astype(np.int32)
 
 
@@ -212,7 +176,8 @@ def _header(archive: zipfile.ZipFile, file: IO[bytes], name: str) -> _Array:
     # How long Python objects are is not known; they are refused for their dtype.
     if not dtype.hasobject and (min(shape, default=0) < 0 or size != info.file_size):
         raise ValueError(f"'{name}' has {info.file_size} bytes, but {dtype} {shape} takes {size}")
-    return _Array(shape, fortran_order, dtype, start + before if info.compress_type == zipfile.ZIP_STORED else None)
+    stored = info.compress_type == zipfile.ZIP_STORED
+    return _Array(shape, "F" if fortran_order else "C", dtype, start + before if stored else None)
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -226,7 +191,7 @@ def _stamp(file: IO[bytes]) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, option: str) -> Iterator[None]:
+def _name(path: Path, option: str) -> Iterator[None]:
     """Turn all that broken bytes raise in zipfile, in zlib and in NumPy, and the file system, into one error."""
     try:
         yield

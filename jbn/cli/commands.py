@@ -1,0 +1,106 @@
+"""The commands of ``jbn``."""
+
+from typing import Annotated
+
+import typer
+
+from jbn import __version__
+from jbn.lab.options import CheckOptions, DemoOptions, DemoPlace, DiagnoseOptions, TrainOptions, TrainPlace, command
+
+# Plain text instead of Typer's boxes: an error stays one line, in a terminal of any width and in a log.
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"jbn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def jbn(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Batch normalization for JAX."""
+
+
+@app.command()
+@command
+def demo(options: DemoOptions, place: DemoPlace) -> None:
+    """Train with and without batch normalization on handwritten digits.
+
+    Ends with a table, a figure (DIR/figure.png) and its numbers (DIR/results.json). What batch normalization
+    is worth depends on the learning rate: try --learning-rate 1 too. A run that was stopped goes on from its
+    last checkpoint with --resume, to the same numbers as if it had not been stopped.
+    """
+    from rich.console import Console
+
+    from jbn.lab.run.processes import exit_status
+
+    with exit_status(place.out):
+        from jbn.lab.demo import run
+
+        run(options, place, Console())
+
+
+@app.command()
+@command
+def check(options: CheckOptions) -> None:
+    """Check jbn on the devices of this machine: accuracy, gradients, masks, synchronization, cost.
+
+    Everything is compared with float64, by the bounds of the README. It takes some ten seconds. Exit status: 0 passed,
+    1 a check failed, 2 a wrong option.
+    """
+    from rich.console import Console
+
+    from jbn.lab.check_command import run
+
+    raise typer.Exit(0 if run(options.devices, Console()) else 1)
+
+
+@app.command()
+@command
+def train(options: TrainOptions, place: TrainPlace) -> None:
+    """Train a network with batch normalization on all devices of one or many processes.
+
+    The global batch decides the result: its rows are spread over the devices, and batch normalization sees all of
+    them. A run that was stopped or killed goes on with --resume, on any number of devices and processes.
+    SIGTERM and Ctrl-C save first. Exit status: 0 done, 1 stopped by an error, 2 a wrong option or file,
+    75 another process was lost, 130 and 143 stopped by Ctrl-C and SIGTERM.
+    """
+    from rich.console import Console
+
+    from jbn.lab.run.processes import exit_status
+
+    with exit_status(place.out):
+        from jbn.lab.train import run
+
+        run(options, place, Console())
+
+
+@app.command()
+@command
+def diagnose(options: DiagnoseOptions) -> None:
+    """Say what is wrong with the batch normalization of a network that jbn train has saved.
+
+    Runs one batch of the training data and compares what the layers see with what they remember. Writes nothing into
+    the run. Exit status: 0 nothing found, 1 something found, 2 a wrong option or a checkpoint that cannot be read.
+    """
+    from rich.console import Console
+
+    from jbn.lab.diagnosis import run
+
+    raise typer.Exit(1 if run(options, Console()).findings else 0)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Time jbn beside the batch norms of the field; in a checkout of its repository only. See jbn bench --help."""
+    from jbn.lab import bench_command
+
+    raise typer.Exit(bench_command.run(context.args))

@@ -1,0 +1,96 @@
+"""Data sets whose rows can be read in any order, and the handwritten digits."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+PART = 360  # of the images are for validation, and as many for the test
+TRAINING = 1797 - 2 * PART
+
+
+class Images(NamedTuple):
+    """Images with their labels: float32 (n, height, width, channels) in [0, 1] and int32 (n,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Source(ABC):
+    """A data set of which any process can read any rows.
+
+    Attributes:
+        labels: int32 (n,), all of them, in memory.
+        image_shape: height, width and channels of every image.
+        fingerprint: a short text that differs where the data differ.
+    """
+
+    labels: np.ndarray
+    image_shape: tuple[int, int, int]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def classes(self) -> int:
+        """The largest label and one."""
+        return int(self.labels.max()) + 1
+
+    @abstractmethod
+    def rows(self, rows: np.ndarray) -> Images:
+        """Return the images of these rows, in this order."""
+
+    @abstractmethod
+    def where(self, row: int) -> str:
+        """Return in words where a row comes from."""
+
+
+class Held(Source):
+    """A data set in memory, and its name."""
+
+    def __init__(self, name: str, held: Images) -> None:
+        self.name, self.held, self.labels = name, held, held.labels
+        height, width, channels = held.images.shape[1:]
+        self.image_shape = height, width, channels
+        self.fingerprint = hashlib.sha256(held.labels.tobytes()).hexdigest()[:16]
+
+    def rows(self, rows: np.ndarray) -> Images:
+        """Return the images of these rows, in this order."""
+        return Images(self.held.images[rows], self.held.labels[rows])
+
+    def where(self, row: int) -> str:
+        """Return in words where a row comes from."""
+        return f"{self.name}, image {row}"
+
+
+class Digits(NamedTuple):
+    """The three parts of the data: fit on one, watch the second, report the third."""
+
+    training: Images
+    validation: Images
+    test: Images
+
+
+def digits(seed: int) -> Digits:
+    """Return scikit-learn's 1797 digits of 8x8x1, split by ``seed`` with equal shares of each class."""
+    bunch = load_digits()
+    images, labels = (bunch.images[..., np.newaxis] / 16).astype(np.float32), bunch.target.astype(np.int32)
+    parts = []
+    for _ in range(2):
+        images, part, labels, of_part = train_test_split(
+            images, labels, test_size=PART, random_state=seed, stratify=labels
+        )
+        parts.append(Images(part, of_part))
+    test, validation = parts
+    return Digits(Images(images, labels), validation, test)
+
+
+def enlarge(part: Images) -> Images:
+    """Return digits as 64x64x3: interpolated, and grey written as red, green and blue."""
+    grey = jax.image.resize(part.images, (len(part.images), 64, 64, 1), "bilinear")
+    return Images(np.repeat(np.asarray(grey), 3, axis=-1), part.labels)

@@ -1,0 +1,126 @@
+"""Where a run lives on disk: its options and results, and the command that goes on with it."""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any, TypeVar
+
+from jax.sharding import Mesh
+
+from jbn import __version__
+from jbn.lab.errors import OptionError, file_errors
+from jbn.lab.options import DemoPlace, Options, TrainPlace, flag, options_of, words
+
+OPTIONS, CHECKPOINTS, METRICS = "options.json", "checkpoints", "metrics.jsonl"
+RESULTS, FIGURE = "results.json", "figure.png"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in place in one move, never half written."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as JSON, atomically; a NaN or an infinity in it is an error, for JSON has neither."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    # Innermost lists on one line. A string holds no line break, so none is touched.
+    text = re.sub(r"\[\n([^][{}]*)\]", lambda match: "[" + re.sub(r"\n *", " ", match[1]).strip() + "]", text)
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def json_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the values, null for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def write_results(out: Path, options: Options, mesh: Mesh, found: dict[str, Any]) -> None:
+    """Write what a run has found, after the options, versions and devices by which it has."""
+    content = {
+        "options": asdict(options),
+        "versions": {"python": python_version(), "jbn": __version__, **{name: version(name) for name in PACKAGES}},
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+    }
+    with file_errors(out / RESULTS):
+        write_json(out / RESULTS, content | found)
+
+
+def go_on() -> str:
+    """Return in words the command that goes on with this run: the one that was typed, and --resume."""
+    program = ["jbn"] if shutil.which("jbn") == sys.argv[0] else [sys.argv[0]]
+    if Path(sys.argv[0]).name != "jbn":
+        program = [sys.executable, "-m", "jbn"]
+    kept, arguments = [], iter(sys.argv[1:])
+    for argument in arguments:
+        if argument == "--at":
+            next(arguments, None)
+        elif argument != "--resume" and not argument.startswith("--at="):
+            kept.append(argument)
+    return f"Go on with:\n  {shlex.join([*program, *kept, '--resume'])}"
+
+
+def start(out: Path, options: Options) -> None:
+    """Make ``out`` and note the options of a new run in it; refuse a directory that holds a run already."""
+    try:
+        present = [name for name in (OPTIONS, CHECKPOINTS, RESULTS, FIGURE) if (out / name).exists()]
+        if present:
+            fix = "go on with it by adding --resume, or start a new one in another --out"
+            raise OptionError("--out", f"'{out}' already holds a run ({', '.join(present)}); {fix}")
+        if out.exists() and not out.is_dir():
+            raise OptionError("--out", f"'{out}' is a file; expected a directory, or a name that is free")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / OPTIONS, asdict(options))
+    except OSError as error:
+        expected = "expected a directory to write to"
+        raise OptionError("--out", f"cannot write to '{out}' ({error.strerror}); {expected}") from None
+
+
+def find(out: Path) -> None:
+    """Refuse a directory that another process has made and this one does not see."""
+    if not (out / OPTIONS).exists():
+        raise OptionError("--out", f"'{out}' of process 0 is not seen here; expected a folder that all machines share")
+
+
+def resume(place: DemoPlace | TrainPlace, options: OptionsT) -> OptionsT:
+    """Return the options of the run in ``place.out``; those that were typed must be the same as there."""
+    out, before = place.out, read_options(place.out, type(options))
+    if not os.access(out, os.W_OK):
+        raise OptionError("--out", f"cannot write to '{out}'; expected a directory to write to")
+    for name in (field.name for field in options_of(type(options)) if field.name in place.typed):
+        typed = getattr(options, name)
+        if replace(before, **{name: typed}).effect(name) != before.effect(name):
+            expected = f"{'the default, ' if getattr(before, name) is None else ''}{before.effect(name)}"
+            fix = f"leave {flag(name)} out to go on with it, or start a new run in another --out"
+            found = f"got {words(typed)}, but the run in '{out}' was started with {expected}; {fix}"
+            raise OptionError(flag(name), found)
+    return before
+
+
+def read_options(out: Path, kind: type[OptionsT]) -> OptionsT:
+    """Return the options of the run in ``out``."""
+    try:
+        content = json.loads((out / OPTIONS).read_text(encoding="utf-8"))
+        missing = {field.name for field in options_of(kind)} - content.keys()
+        if missing:
+            raise ValueError(f"there is no {', '.join(sorted(missing))}")
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+    except (FileNotFoundError, NotADirectoryError):
+        expected = "expected the --out of an earlier run (or no --resume, to start one)"
+        raise OptionError("--out", f"no run in '{out}'; {expected}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        expected = f"cannot read '{out / OPTIONS}' ({error}); expected the options of a run"
+        raise OptionError("--resume", expected) from None

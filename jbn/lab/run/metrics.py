@@ -1,0 +1,59 @@
+"""What a run records while it trains: a line of JSON a step, and TensorBoard's files where its writer is installed."""
+
+import contextlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+from jbn.lab.errors import file_errors
+from jbn.lab.run.directory import METRICS, json_numbers, write_atomically
+
+TENSORBOARD = "tensorboard"
+
+
+class Metrics(contextlib.AbstractContextManager["Metrics"]):
+    """The record of a run: a line for every step and one for every evaluation.
+
+    Lines after the step ``done``, from which the run goes on, are taken out: nothing is recorded twice. One process
+    writes; the others, ``out`` None, write nothing.
+    """
+
+    def __init__(self, out: Path | None, done: int) -> None:
+        self._lines: TextIO | None = None
+        self._board: Any = None
+        if out is None:
+            return
+        self._path = out / METRICS
+        with file_errors(self._path):
+            text = "".join(json.dumps(line) + "\n" for line in history(out) if 0 < done >= line["step"])
+            write_atomically(self._path, lambda partial: partial.write_text(text, encoding="utf-8"))
+            self._lines = self._path.open("a", encoding="utf-8", buffering=1)
+        with contextlib.suppress(ModuleNotFoundError):
+            writer = importlib.import_module("tensorboardX").SummaryWriter
+            self._board = writer(str(out / TENSORBOARD), purge_step=done + 1)
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._lines, self._board):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
+
+    def write(self, step: int, **values: float) -> None:
+        """Record the values of a step, null for what is not finite; ``FileError`` where the disk is full."""
+        if self._lines is None:
+            return
+        with file_errors(self._path):
+            self._lines.write(json.dumps({"step": step} | json_numbers(values)) + "\n")
+            for name, value in values.items():
+                if self._board is not None:
+                    self._board.add_scalar(name, value, step)
+
+
+def history(out: Path) -> list[dict[str, Any]]:
+    """Return what a run has recorded; the last line of one that was killed may be half a line."""
+    path, lines = out / METRICS, []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines

@@ -1,0 +1,176 @@
+"""The processes of a run: JAX's own runtime joins them, and each ends in bounded time where another is lost."""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+import typer
+from jax.experimental import multihost_utils
+
+from jbn.lab.errors import FileError, OptionError, Stopped
+from jbn.lab.options import Options, TrainPlace, flag
+from jbn.lab.run.directory import OPTIONS, go_on
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong with the run, start it again.
+LOST = 75
+MESSAGE_BYTES = 2**14
+
+T = TypeVar("T")
+_kept: dict[str, Any] = {}
+
+
+def join(place: TrainPlace) -> None:
+    """Join the other processes of the run: at an address, or those that the cluster names; else be the only one.
+
+    JAX gives up ``place.timeout`` seconds after the last sign of life of another process, at the start and later.
+    """
+    names, within = ("coordinator", "num_processes", "process_id"), f"within --timeout {place.timeout} seconds"
+    given = {flag(name): getattr(place, name) for name in names}
+    missing = [option for option, value in given.items() if value is None]
+    if not place.cluster and len(missing) == len(given):
+        return
+    if not place.cluster and missing:
+        expected = f"expected {', '.join(given)} together, or --cluster where the cluster tells them"
+        raise OptionError(missing[0], f"is missing; {expected}")
+    here = "this process" if place.process_id is None else f"process {place.process_id}"
+    set_last_words(lambda: f"{here} did not find the others; expected all of them {within}")
+    _watch_aborts()
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.num_processes,
+            place.process_id,
+            initialization_timeout=place.timeout,
+            heartbeat_timeout_seconds=place.timeout,
+            shutdown_timeout_seconds=place.timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        option, expected = "--cluster", "SLURM, Open MPI or a TPU slice, or --coordinator and its two"
+        if not place.cluster:
+            at = "with the same --coordinator, an address of process 0 that all of them reach, and a --process-id"
+            option, expected = "--coordinator", f"{place.num_processes} processes {at} of their own, {within}"
+        reason = str(error).splitlines()[0]
+        raise OptionError(option, f"cannot join the other processes ({reason}); expected {expected}") from None
+
+
+def set_last_words(words: Callable[[], str]) -> None:
+    """Let this process say ``words()``, and end with exit status 75, where another one is lost."""
+    _kept["words"] = words
+
+
+def _watch_aborts() -> None:
+    """Have the last word where JAX's runtime ends this process.
+
+    It learns of a lost process in a thread of its own and calls abort(), which no Python handler outlives:
+    ``signal.signal`` would wait for the main thread, and that one waits for the lost process.
+    """
+
+    def last_words(_: int) -> None:
+        sys.stdout.flush()
+        os.write(2, f"jbn: {_kept['words']()}\n".encode())  # nothing of JAX here: it would wait for the others
+        os._exit(LOST)
+
+    _kept["handler"] = ctypes.CFUNCTYPE(None, ctypes.c_int)(last_words)  # it must outlive this call
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _kept["handler"])
+
+
+def agree(check: Callable[[], T]) -> T:
+    """Return what ``check`` returns; where it raises ``OptionError`` in one process, raise that in all of them."""
+    failure, result = None, None
+    try:
+        result = check()
+    except OptionError as error:
+        failure = error
+    for process, said in enumerate(_gather([failure.option, str(failure)] if failure else [])):
+        if said:
+            failure = failure or OptionError(said[0], f"{said[1]} (says process {process})")
+    if failure:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def compare(options: Options) -> None:
+    """Raise ``OptionError`` unless the options are the same in all processes."""
+    values = {flag(name): repr(value) for name, value in asdict(options).items()}
+    for process, said in enumerate(_gather(values)):
+        for option, value in values.items():
+            if said[option] != value:
+                here = f"stands for {value} in process {jax.process_index()} and for {said[option]} in process"
+                expected = "expected the same command and the same files everywhere, but for --process-id"
+                raise OptionError(option, f"{here} {process}; {expected}")
+
+
+def _gather(said: Any) -> list[Any]:
+    """Return what each process says, as JSON values."""
+    if jax.process_count() == 1:
+        return [said]
+    line = np.zeros(MESSAGE_BYTES, np.uint8)
+    content = json.dumps(said).encode("ascii")
+    line[: len(content)] = np.frombuffer(content, np.uint8)
+    return [json.loads(bytes(row).rstrip(b"\0")) for row in np.asarray(multihost_utils.process_allgather(line))]
+
+
+@contextlib.contextmanager
+def note_signals() -> Iterator[list[int]]:
+    """Note SIGTERM and Ctrl-C in a list instead of ending; a second Ctrl-C ends at once."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    sent: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        sent.append(number)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield sent
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def exit_status(out: Path) -> Iterator[None]:
+    """Say why the run in ``out`` ends before its time, and end with the exit status of that."""
+    try:
+        yield
+        _leave()
+    except Stopped as stop:
+        typer.echo(f"jbn: {stop}", err=True)
+        _leave()
+        raise typer.Exit(stop.status) from None
+    except FileError as error:
+        _desert(f"{error}; the checkpoints before that are whole. {go_on()}", 1)
+    except RuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        _desert(f"{error}\njbn: {_kept['words']()}", LOST)  # a collective failed: its other end has gone
+    except KeyboardInterrupt:
+        begun = (out / OPTIONS).exists()
+        typer.echo(f"jbn: stopped at once. {go_on()}" if begun else "jbn: stopped before training began.", err=True)
+        raise typer.Exit(130) from None
+
+
+def _leave() -> None:
+    """Wait until all processes are here, and part: afterwards none takes the end of another for a loss."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+
+
+def _desert(message: str, status: int) -> NoReturn:
+    """End this process with an error that the others do not know: they will find it lost."""
+    sys.stdout.flush()
+    print(f"jbn: {message}", file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        os._exit(status)  # an orderly exit would wait for the others, which wait for this one
+    sys.exit(status)

@@ -1,0 +1,86 @@
+"""The digits, and what the networks of the demo are made of."""
+
+import jax
+import numpy as np
+import pytest
+
+from jbn.lab.data import digits
+from jbn.lab.data.images import enlarge
+from jbn.lab.demo import plan_of
+from jbn.lab.models import NETWORKS
+from jbn.lab.options import DemoOptions
+from jbn.lab.step import Recipe, evaluate, initial_state, update
+from tests.lab.test_train import one_batch
+from tests.support import oracle
+
+
+@pytest.fixture(scope="module")
+def data():
+    return digits(0)
+
+
+def test_split_is_stratified_and_disjoint(data):
+    assert [part.images.shape for part in data] == [(1077, 8, 8, 1), (360, 8, 8, 1), (360, 8, 8, 1)]
+    for part in data:
+        assert np.bincount(part.labels).min() / len(part.labels) > 0.08
+    rows = np.concatenate([part.images for part in data]).reshape(1797, -1)
+    assert len(np.unique(rows, axis=0)) == 1797
+    assert not np.array_equal(digits(1).test.labels, data.test.labels)
+
+
+def test_enlarged_digits_are_64x64x3(data):
+    large = enlarge(data.validation)
+    assert large.images.shape == (360, 64, 64, 3)
+    assert large.images.dtype == np.float32
+    assert np.all(large.images[..., :1] == large.images)
+
+
+def recipe_of(name, batch_norm, seed=0):
+    plan = plan_of(DemoOptions(seed=seed), name, batch_norm)
+    return Recipe(plan, NETWORKS[name](batch_norm=batch_norm), per_epoch=8)
+
+
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_networks_differ_in_batch_norm_alone(name):
+    plain, normalized = (initial_state(recipe_of(name, batch_norm, seed=7), (8, 8, 1)) for batch_norm in (False, True))
+    kernels = {layer: leaves["kernel"] for layer, leaves in plain.params.items()}
+    assert plain.batch_stats == {}
+    for layer, kernel in kernels.items():
+        np.testing.assert_array_equal(kernel, normalized.params[layer]["kernel"])
+    assert len(normalized.batch_stats) == len(kernels) - 1
+    assert sum("bias" in leaves for layer, leaves in normalized.params.items() if layer in kernels) == 1
+
+
+def test_a_step_is_plain_gradient_descent(data):
+    recipe, batch = recipe_of("dense", True), one_batch(data.validation)
+
+    def loss(params):
+        variables = {"params": params, "batch_stats": start.batch_stats}
+        logits, _ = recipe.network.apply(variables, batch.images, train=True, mutable=["batch_stats"])
+        return -jax.nn.log_softmax(logits)[np.arange(360), batch.labels].mean()
+
+    start = initial_state(recipe, (8, 8, 1))
+    expected = jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, start.params, jax.grad(loss)(start.params))
+    moved, measures = update(recipe, start, batch)
+    assert measures.learning_rate == np.float32(0.1)
+    assert moved.average is None
+    for path, leaf in jax.tree.leaves_with_path(expected):
+        arrived = dict(jax.tree.leaves_with_path(moved.params))[path]
+        np.testing.assert_allclose(arrived, leaf, rtol=0, atol=oracle.tolerance("float32", 360, np.abs(leaf).max()))
+
+
+def test_evaluation_uses_the_running_statistics(data):
+    recipe, batch = recipe_of("dense", True), one_batch(data.training)
+    state = initial_state(recipe, (8, 8, 1))
+    for _ in range(20):
+        before = state
+        state, _ = update(recipe, before, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # donated
+    few = data.validation._replace(images=data.validation.images[:4], labels=data.validation.labels[:4])
+    together = evaluate(recipe.network, state.variables, one_batch(few))[0]
+    single = [few._replace(images=few.images[i : i + 1], labels=few.labels[i : i + 1]) for i in range(4)]
+    alone = [evaluate(recipe.network, state.variables, one_batch(one))[0] for one in single]
+    np.testing.assert_allclose(together, np.sum(alone), rtol=1e-5)
+    moved = jax.tree.map(lambda statistic: statistic + 1, state.batch_stats)
+    other = evaluate(recipe.network, state._replace(batch_stats=moved).variables, one_batch(few))[0]
+    assert abs(other - together) > 4e-3
