@@ -12,7 +12,8 @@ normalization as a multiply-add), ``keep_statistics``, ``trainable_mask`` and ``
 ``remat_policy`` (what ``jax.checkpoint`` keeps), ``check`` (does it hold on these devices).
 """
 
-from jbn.checking import Report, check
+from jbn.checking.check import check
+from jbn.checking.report import Report
 from jbn.converting.convert import convert
 from jbn.converting.options import convert_options
 from jbn.core.forward import Params, State, batch_norm, bn_forward, bn_init, moments

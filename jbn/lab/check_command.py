@@ -5,7 +5,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from jbn.checking import Report, check
+from jbn.checking.check import check
+from jbn.checking.report import Report
 from jbn.lab.devices import mesh_of
 
 COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}

@@ -27,10 +27,9 @@ from jbn.lab.options import DiagnoseOptions, TrainOptions
 from jbn.lab.run.checkpoints import Checkpoints
 from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, read_options, write_atomically
 from jbn.lab.step import Recipe, augment, initial_state, recipe_of
+from jbn.observing.findings import FAR, LEAST_GAP
 
 EPSILON = 1e-5  # of the networks of ``jbn train``, as MOMENTUM is
-# Where ``jbn.observing.findings`` begins to speak of a gap, and of a mean far off; it keeps these numbers to itself.
-GAP, FAR = 0.25, 100
 
 
 class Diagnosed(NamedTuple):
@@ -195,7 +194,7 @@ def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -
         return np.concatenate([getattr(layer, name).ravel() for layer in layers])
 
     _draw(variance, places, of("running_var"), np.zeros_like(marked), "0.3", "running", dot="_")
-    for axis, name, limit in ((gap, "gap", GAP), (variance, "batch_var", epsilon), (ratio, "ratio", FAR)):
+    for axis, name, limit in ((gap, "gap", LEAST_GAP), (variance, "batch_var", epsilon), (ratio, "ratio", FAR)):
         _draw(axis, places, of(name), marked, COLOURS[True], "batch")
         axis.axhline(limit, color="0.3", linewidth=0.8, linestyle=":", label="where findings begin")
         axis.set_yscale("log")

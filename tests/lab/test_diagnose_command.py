@@ -161,7 +161,7 @@ def test_table_and_figure_of_what_is_broken(name, tmp_path):
 
 
 def test_channels_of_stacked_layers_are_marked():
-    finding = lab.diagnose(apply, PARAMS, STATE, rows(8)).findings[0]._replace(path="a", channels=((1, 2), (0, 3)))
+    finding = replace(lab.diagnose(apply, PARAMS, STATE, rows(8)).findings[0], path="a", channels=((1, 2), (0, 3)))
     marked = lab._marks(lab.Diagnosis((), (finding,)), "a", (2, 4))
     assert np.flatnonzero(marked).tolist() == [3, 6]
 

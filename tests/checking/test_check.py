@@ -9,8 +9,9 @@ import pytest
 from jax import lax
 
 import jbn
-from jbn import checking
-from jbn.checking import Report, Row, check
+from jbn.checking import check as checking
+from jbn.checking.check import check
+from jbn.checking.report import Report, Row
 from tests.support import oracle
 
 MEASURES = ("y", "mean and variance", "gradient of x", "gradients of scale, bias")

@@ -1,0 +1,1 @@
+"""A self-test of this library on the devices at hand."""
