@@ -30,6 +30,7 @@ import importlib
 import importlib.util
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -112,7 +113,10 @@ def compile(f: Callable[..., Any], *args: Any, on: str | Mesh) -> Program:
         return struct(leaf.shape, leaf.dtype, sharding=sharding)
 
     jitted = f if hasattr(f, "lower") else jax.jit(f)
-    compiled = jitted.lower(*jax.tree.map(place, args)).compile()
+    with warnings.catch_warnings():
+        # Where programs are cached on disk JAX writes those for devices that are not here too, and cannot read them.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+        compiled = jitted.lower(*jax.tree.map(place, args)).compile()
     memory = compiled.memory_analysis()
     return Program(
         text=compiled.as_text(),
