@@ -150,6 +150,37 @@ def broadcast_mask(mask: ArrayLike | None, x: Array) -> Array | None:
     return mask
 
 
+HELD_BY_RULE = (
+    "activation is, or calls, a function with a derivative rule of its own (jax.custom_jvp or jax.custom_vjp) that "
+    "reads a traced array from outside, by which such a rule is not differentiated. Expected it as an argument of that "
+    "function: activation=lambda z: f(z, slope), with a rule for both arguments of f."
+)
+HELD_BY_VJP = (
+    "activation is, or calls, a jax.custom_vjp whose backward pass reads arrays from outside, which jbn cannot follow. "
+    "Expected jax.custom_jvp, which JAX transposes, or the activation applied to y, outside of the normalization."
+)
+HELD_INSIDE = (
+    "activation has a compiled function inside a loop or a condition that reads arrays from outside. Expected them as "
+    "arguments of that function."
+)
+
+
+def check_activation(activation: object) -> None:
+    """Refuse what is no function."""
+    if not callable(activation):
+        raise TypeError(f"activation is {activation!r}; expected a function of one array, for instance jax.nn.relu.")
+
+
+def check_activation_output(found: Sequence[Any], z: jax.ShapeDtypeStruct) -> None:
+    """Refuse an activation that does not return one floating-point array of the shape of z."""
+    returned = [f"{y.dtype.name}{list(y.shape)}" for y in found]
+    if len(returned) != 1 or found[0].dtype.name not in FLOATS or found[0].shape != z.shape:
+        raise ValueError(
+            f"activation returns {', '.join(returned) or 'nothing'} for {z.dtype.name}{list(z.shape)}; expected one "
+            "floating-point array of the same shape."
+        )
+
+
 def check_residual(residual: Array | None, layout: Layout) -> Array | None:
     """Refuse a residual that cannot be added to x as it is."""
     if residual is None:

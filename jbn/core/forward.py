@@ -1,6 +1,6 @@
 """The rooms joined: ``bn_init``, ``bn_forward``, and the stateless ``batch_norm`` and ``moments``."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn.core import checks
 from jbn.core.activation import Activation
 from jbn.core.axes import name_mesh, place_as
-from jbn.core.normalize import Operands, Recipe, normalize
+from jbn.core.normalize import Operands, Recipe, normalize, normalize_by_batch
 from jbn.core.prepare import Axis, AxisName, Groups, read_operands, read_rows, read_sharing, read_state
 from jbn.core.saved import INPUT, name_arrays
 from jbn.core.state import Observation, move, replace_arrays
@@ -284,7 +284,13 @@ def _with_statistics(
     wide, operands = recipe.wide, _name_operands(operands)
     mean = held.mean if isinstance(held, Observation) else held
     pilot = choose_pilot(mean, wide)
-    batch = _statistics(rows, operands.x, operands.mask, pilot)
+    if uses.train:
+        y, batch = normalize_by_batch(rows, recipe, pilot, operands)
+    else:
+        y, batch = (
+            _normalize_by_running(recipe, operands, mean, var),
+            _statistics(rows, operands.x, operands.mask, pilot),
+        )
     new: dict[str, Any] = {}
     if uses.update:
         whole = merge_groups(rows, batch, pilot)
@@ -295,9 +301,7 @@ def _with_statistics(
             old = mean.astype(wide), place_as(var.astype(wide), mean)
             moved = move(*old, seen, jnp.asarray(weight, wide), uses.unbiased)
             new = {"mean": moved[0].astype(mean.dtype), "var": place_as(moved[1].astype(var.dtype), var)}
-    if uses.train:
-        return _normalize_by_batch(rows, recipe, batch, operands), new
-    return _normalize_by_running(recipe, operands, mean, var), new
+    return y, new
 
 
 @partial(jax.jit, static_argnums=0)
@@ -308,8 +312,8 @@ def _evaluate(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Ar
 @partial(jax.jit, static_argnums=(0, 1))
 def _normalize(rows: SharedRows, recipe: Recipe, operands: Operands) -> tuple[Array, Moments]:
     pilot, operands = jnp.zeros(rows.layout.features, recipe.wide), _name_operands(operands)
-    batch = _statistics(rows, operands.x, operands.mask, pilot)
-    return _normalize_by_batch(rows, recipe, batch, operands), merge_groups(rows, batch, pilot)
+    y, batch = normalize_by_batch(rows, recipe, pilot, operands)
+    return y, merge_groups(rows, batch, pilot)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -320,14 +324,6 @@ def _find_moments(rows: SharedRows, mask: Array | None, x: Array) -> Moments:
 def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) -> Moments:
     with name_mesh():  # The derivative then finds what was traced for the value.
         return statistics(rows, x, mask, pilot)
-
-
-def _normalize_by_batch(rows: SharedRows, recipe: Recipe, batch: Moments, operands: Operands) -> Array:
-    """Normalize by the statistics of the batch, or of each of its groups."""
-    layout = rows.layout
-    scale, bias = (None if v is None else layout.lift(v) for v in (operands.scale, operands.bias))
-    operands = operands._replace(scale=scale, bias=bias)
-    return normalize(replace(recipe, layout=layout), rows.sums_over.pick(batch), operands)
 
 
 def _normalize_by_running(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:

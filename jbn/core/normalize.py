@@ -1,6 +1,5 @@
 """Normalization by given moments, with scale, bias, residual and activation in one derivative rule."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jbn.core.axes import vary_as
+from jbn.core.activation import Program
+from jbn.core.axes import name_mesh, vary_as
 from jbn.core.layout import Layout
-from jbn.core.statistics import Moments
+from jbn.core.saved import MOMENTS, name_arrays
+from jbn.core.statistics import Moments, SharedRows, differentiate_statistics, statistics, tangent_moments
 from jbn.core.sums import read_apart, repeat_rows
 
 
@@ -22,7 +23,7 @@ class Recipe:
 
     layout: Layout
     epsilon: float
-    activation: Callable[..., Array] | None  # of z and of the slopes
+    activation: Program | None
     dtype: np.dtype[Any]
     wide: np.dtype[Any]
 
@@ -35,23 +36,14 @@ class Operands(NamedTuple):
     scale: Array | None  # (features,)
     bias: Array | None  # (features,)
     residual: Array | None  # the shape of x
-    slopes: tuple[Array, ...]  # the values that the activation closes over
+    held: tuple[Array, ...]  # the arrays that the activation holds
 
 
-# With c = x - μ, r = (σ² + ε)^-½ and a = γ r, per channel, and f the activation:
-#
-#     z = c a + β + residual                                 y = f(z)
-#     dz = a dx + c u + w + d(residual)                      dy = f'(z) dz
-#     u = da = r dγ - ½ a r² dσ²                             w = dβ - a dμ
-#
-# because dr = -½ r³ dσ². It holds for batch statistics, whose dμ and dσ² are those of ``statistics``, and for running
-# ones. The rule is linear in the tangents, and JAX transposes it: as u and w are vectors, the transpose is two sums,
-# Σ g c and Σ g, and one element-wise pass, with g the cotangent of z. dμ is that of the offset: a pilot has none.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize(recipe: Recipe, m: Moments, operands: Operands) -> Array:
     """Return f((x - μ)·γ/√(σ² + ε) + β + residual) in the recipe's dtype, and 0 where the mask is false."""
     z, _ = _affine(recipe, m, operands)
-    y = z if recipe.activation is None else recipe.activation(z, *operands.slopes)
+    y = z if recipe.activation is None else recipe.activation(z, operands.held)
     return _hide(operands.mask, y).astype(recipe.dtype)
 
 
@@ -71,31 +63,91 @@ def _hide(mask: Array | None, values: Array) -> Array:
     return values if mask is None else jnp.where(mask, values, 0)
 
 
+# With c = x - μ, r = (σ² + ε)^-½ and a = γ r, per channel, and f the activation:
+#
+#     z = c a + β + residual                                 y = f(z)
+#     dz = a dx + c u + w + d(residual)                      dy = f'(z) dz
+#     u = da = r dγ - ½ a r² dσ²                             w = dβ - a dμ
+#
+# because dr = -½ r³ dσ². It holds for batch statistics, whose dμ and dσ² are those of ``statistics``, and for running
+# ones. The rule is linear in the tangents, and JAX transposes it: as u and w are vectors, the transpose is two sums,
+# Σ g c and Σ g, and one element-wise pass, with g the cotangent of z. dμ is that of the offset: a pilot has none.
+# Where the moments are those of the batch, dμ and dσ² depend on dx too. Both ways of dx are added in the dtype of the
+# arithmetic, and what reaches x is rounded once: for cotangents that are nearly constant the two nearly cancel.
+def _differentiate(
+    recipe: Recipe, m: Moments, operands: Operands, dmean: Array, dvar: Array, dx: Array, d: Operands
+) -> Array:
+    """Return dy for dx in the dtype of the arithmetic, and for the tangents ``d`` of all else."""
+    dtype, layout = recipe.wide, recipe.layout
+    r = lax.rsqrt(m.var + recipe.epsilon)
+    a = r if operands.scale is None else r * operands.scale.astype(dtype)
+    u = -0.5 * a * r * r * dvar
+    u = u if d.scale is None else u + r * d.scale.astype(dtype)
+    w = -a * dmean
+    w = w if d.bias is None else w + d.bias.astype(dtype)
+    z, _ = _affine(recipe, m, operands)
+    # Of the three readers of x the first two are the sums of ``statistics``; Σ g c, the transpose of c u, is here.
+    own, pilot, offset = read_apart(3, operands.x, m.pilot, m.offset)[-1]
+    _, centred = _affine(recipe, replace(m, pilot=pilot, offset=offset), operands._replace(x=own))
+    u, w = (repeat_rows(layout, vary_as(vector, operands.x), operands.x) for vector in (u, w))
+    dz = layout.spread(a) * dx + centred * u + w
+    if d.residual is not None and _passes_numbers(recipe, operands):
+        # Added in the dtype of the arrays, so that the transpose is one array for x and the residual: written once, as
+        # the gradient of the residual, and read again for that of x, instead of computed twice.
+        dz = (dz.astype(recipe.dtype) + d.residual).astype(dtype)
+    elif d.residual is not None:
+        dz = dz + d.residual.astype(dtype)
+    if recipe.activation is not None:
+        z = vary_as(z, *jax.tree.leaves((m, operands)))
+        dz = recipe.activation.differentiate(z, operands.held, vary_as(dz, z), d.held)
+    return _hide(operands.mask, dz).astype(recipe.dtype)
+
+
+def _passes_numbers(recipe: Recipe, operands: Operands) -> bool:
+    """Say whether the cotangent of z has the numbers of that of y, or zeros: to round it to the same dtype is exact."""
+    one_dtype = operands.residual is not None and recipe.dtype == operands.x.dtype == operands.residual.dtype
+    return one_dtype and (recipe.activation is None or recipe.activation.selects)
+
+
 @normalize.defjvp
 def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, Array]:
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(m: Moments, operands: Operands, dm: Moments, d: Operands) -> Array:
-        dtype, layout = recipe.wide, recipe.layout
-        r = lax.rsqrt(m.var + recipe.epsilon)
-        a = r if operands.scale is None else r * operands.scale.astype(dtype)
-        u = -0.5 * a * r * r * dm.var
-        u = u if d.scale is None else u + r * d.scale.astype(dtype)
-        w = -a * dm.offset
-        w = w if d.bias is None else w + d.bias.astype(dtype)
-        z, _ = _affine(recipe, m, operands)
-        # Of the three readers of x the first two are the sums of ``statistics``; Σ g c, the transpose of c u, is here.
-        own, pilot, offset = read_apart(3, operands.x, m.pilot, m.offset)[-1]
-        _, centred = _affine(recipe, replace(m, pilot=pilot, offset=offset), operands._replace(x=own))
-        u, w = (repeat_rows(layout, vary_as(vector, operands.x), operands.x) for vector in (u, w))
-        dz = layout.spread(a) * d.x.astype(dtype) + centred * u + w
-        if d.residual is not None:
-            # Added in the dtype of the arrays, so that its transpose is one array for x and the residual: written once,
-            # as the gradient of the residual, and read again for that of x, instead of computed twice.
-            narrow = operands.x.dtype if d.residual.dtype == operands.x.dtype else dtype
-            dz = (dz.astype(narrow) + d.residual.astype(narrow)).astype(dtype)
-        if recipe.activation is not None:
-            z = vary_as(z, *jax.tree.leaves((m, operands)))
-            _, dz = jax.jvp(recipe.activation, (z, *operands.slopes), (vary_as(dz, z), *d.slopes))
-        return _hide(operands.mask, dz).astype(recipe.dtype)
+        return _differentiate(recipe, m, operands, dm.offset, dm.var, d.x.astype(recipe.wide), d)
 
     return normalize(recipe, *primals), tangent(*primals, *tangents)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def normalize_by_batch(rows: SharedRows, recipe: Recipe, pilot: Array, operands: Operands) -> tuple[Array, Moments]:
+    """Return y, normalized by the statistics of the batch or of each of its groups, and these statistics."""
+    with name_mesh():  # The derivative then finds what was traced for the value.
+        m = statistics(rows, operands.x, operands.mask, pilot)
+    m = name_arrays(MOMENTS, m)
+    return normalize(replace(recipe, layout=rows.layout), rows.sums_over.pick(m), _lift(rows.layout, operands)), m
+
+
+def _lift(layout: Layout, operands: Operands) -> Operands:
+    """Give scale and bias the rank of the statistics."""
+    scale, bias = (None if v is None else layout.lift(v) for v in (operands.scale, operands.bias))
+    return operands._replace(scale=scale, bias=bias)
+
+
+@normalize_by_batch.defjvp
+def _normalize_by_batch_jvp(rows: SharedRows, recipe: Recipe, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    pilot, operands = primals
+    with name_mesh():
+        m = name_arrays(MOMENTS, statistics(rows, operands.x, operands.mask, pilot))
+    recipe, pick = replace(recipe, layout=rows.layout), rows.sums_over.pick
+    y = normalize(recipe, pick(m), _lift(rows.layout, operands))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def tangent(m: Moments, operands: Operands, d: Operands) -> tuple[Array, Array, Array]:
+        dx = d.x.astype(recipe.wide)
+        dmean, dvar = differentiate_statistics(rows, operands.x, operands.mask, m, dx)
+        mine = pick((dmean, dvar))
+        lifted, d = _lift(rows.layout, operands), _lift(rows.layout, d)
+        return _differentiate(recipe, pick(m), lifted, *mine, dx, d), dmean, dvar
+
+    dy, dmean, dvar = tangent(m, operands, tangents[1])
+    return (y, m), (dy, tangent_moments(m, dmean, dvar))

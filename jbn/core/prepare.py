@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core import checks
-from jbn.core.activation import Activation, open_activation
+from jbn.core.activation import Activation, trace_activation
 from jbn.core.layout import Layout
 from jbn.core.normalize import Operands, Recipe
 from jbn.core.state import Observation
@@ -49,9 +49,9 @@ def read_operands(
     out = checks.read_dtype(dtype, values)
     wide = checks.arithmetic_dtype(values.dtype, out)
     arrays = [value for value in (values, scale, bias, added, *state) if value is not None]
-    opened, slopes = open_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide), *arrays)
-    recipe = Recipe(layout, checks.read_epsilon(epsilon), opened, out, wide)
-    return recipe, Operands(values, valid, scale, bias, added, slopes)
+    program, held = trace_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide), *arrays)
+    recipe = Recipe(layout, checks.read_epsilon(epsilon), program, out, wide)
+    return recipe, Operands(values, valid, scale, bias, added, held)
 
 
 def read_state(state: Any) -> tuple[Array | Observation, Array, Array]:

@@ -158,14 +158,7 @@ def choose_pilot(mean: Array, dtype: np.dtype[Any]) -> Array:
     return lax.select(lax.is_finite(mean), mean, jnp.zeros_like(mean))
 
 
-# The derivative of the moments, with E the average over the valid rows of all shards and c = x - μ:
-#
-#     μ = E[x]           dμ = E[dx]
-#     σ² = E[c²]         dσ² = 2 E[c (dx - dμ)] = 2 E[c dx]      because E[c] = 0
-#
-# It is linear in dx, so JAX transposes it; the pilot and the offset are two names for one number, μ, and the pilot is
-# held constant. What the transpose keeps is what the checkpointed function takes: x in its own dtype, and vectors.
-# The function is jitted only so that it is traced once, for its value and in the rule of its derivative, and inlined.
+# The function is jitted only so that it is traced once, for its value and in the rules of derivatives, and inlined.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 @partial(jax.jit, static_argnums=0, inline=True)
 def statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) -> Moments:
@@ -256,23 +249,42 @@ def _moments_of_sums(count: ArrayLike, pilot: Array, first: Array, second: Array
     return Moments(jnp.asarray(count), pilot, offset, jnp.maximum(second * share - offset * offset, 0))
 
 
+# The derivative of the moments, with E the average over the valid rows of all shards and c = x - μ:
+#
+#     μ = E[x]           dμ = E[dx]
+#     σ² = E[c²]         dσ² = 2 E[c (dx - dμ)] = 2 E[c dx]      because E[c] = 0
+#
+# It is linear in dx, so JAX transposes it; the pilot and the offset are two names for one number, μ, and the pilot is
+# held constant.
+def differentiate_statistics(
+    rows: SharedRows, x: Array, mask: Array | None, m: Moments, dx: Array
+) -> tuple[Array, Array]:
+    """Return dμ and dσ² for a dx in the dtype of the moments; with groups, those of all groups."""
+    layout, sync = rows.layout, rows.sums_over
+    mine = sync.pick(m)
+    centred = (x.astype(m.var.dtype) - layout.spread(mine.pilot)) - layout.spread(mine.offset)
+    if mask is not None:
+        centred, dx = jnp.where(mask, centred, 0), jnp.where(mask, dx, 0)
+    s1, s2 = sync.total(sum_rows(layout, dx), sum_rows(layout, centred * dx))
+    known = rows.count(mask, m.var.dtype)
+    share = divide(1, m.count if known is None else known)
+    return s1 * share, 2 * (s2 * share)
+
+
+def tangent_moments(m: Moments, dmean: Array, dvar: Array) -> Moments:
+    """Return the tangent of moments: the offset has that of the mean."""
+    zeros = jnp.zeros_like(m.count), jnp.zeros_like(m.pilot)
+    return Moments(*zeros, vary_as(dmean, m.offset), vary_as(dvar, m.var))
+
+
 @statistics.defjvp
 def _statistics_jvp(rows: SharedRows, primals: Any, tangents: Any) -> tuple[Moments, Moments]:
     x, mask, _ = primals
     m = name_arrays(MOMENTS, statistics(rows, *primals))
 
+    # What the transpose keeps is what the checkpointed function takes: x in its own dtype, and vectors.
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(x: Array, mask: Array | None, m: Moments, dx: Array) -> tuple[Array, Array]:
-        layout, sync, dx = rows.layout, rows.sums_over, dx.astype(m.var.dtype)
-        mine = sync.pick(m)
-        centred = (x.astype(m.var.dtype) - layout.spread(mine.pilot)) - layout.spread(mine.offset)
-        if mask is not None:
-            centred, dx = jnp.where(mask, centred, 0), jnp.where(mask, dx, 0)
-        s1, s2 = sync.total(sum_rows(layout, dx), sum_rows(layout, centred * dx))
-        known = rows.count(mask, m.var.dtype)
-        share = divide(1, m.count if known is None else known)
-        return s1 * share, s2 * share
+        return differentiate_statistics(rows, x, mask, m, dx.astype(m.var.dtype))
 
-    s1, s2 = tangent(x, mask, m, tangents[0])
-    count, pilot = jnp.zeros_like(m.count), jnp.zeros_like(m.pilot)
-    return m, Moments(count, pilot, vary_as(s1, m.offset), vary_as(2 * s2, m.var))
+    return m, tangent_moments(m, *tangent(x, mask, m, tangents[0]))
