@@ -124,7 +124,8 @@ def convert(
         try:
             place = None if wanted is None else wanted.get(new, {})
             arrays = {name: as_numpy(leaf) for name, leaf in layers[path].items()}
-            found[new] = translate(arrays, origin, goal, place, Said(kind.get(path), shape.get(path), number.get(path)))
+            said = Said(kind.get(path), shape.get(path), number.get(path))
+            found[new] = translate(arrays, origin, goal, place, said)
             came[new] = old
         except (ValueError, TypeError) as error:
             raise _kind_of(error)(f"{old} of tree {error}") from error

@@ -141,6 +141,9 @@ def translate(layer: Layer, origin: Dialect, goal: Dialect, like: Mapping[str, A
     layer = origin.decode(layer, said.kind)
     if ("mean" in layer) != ("var" in layer):
         raise ValueError("has one running statistic; expected mean and variance, or neither.")
+    _check_statistics(layer)
+    if like is None:  # which else says the dtype
+        layer |= {name: layer[name].astype(np.float32) for name in ("mean", "var") if _is_narrow(layer.get(name))}
     if said.values and "var" in layer and origin.unbiased != goal.unbiased:
         factor = said.values / (said.values - 1)
         layer["var"] = (layer["var"] * np.float64(factor if goal.unbiased else 1 / factor)).astype(layer["var"].dtype)
@@ -152,6 +155,23 @@ def translate(layer: Layer, origin: Dialect, goal: Dialect, like: Mapping[str, A
             raise ValueError("is a transposed convolution; expected like, which says in how many groups.")
         layer["kernel"] = adjoint(layer["kernel"], _find_groups(layer["kernel"], said.kind, goal, like))
     return goal.encode(layer, said.kind, like)
+
+
+def _check_statistics(layer: Layer) -> None:
+    """Refuse running statistics that no batch has: they evaluate to NaN, or to the bias whatever x is."""
+    wide = {name: layer[name].astype(np.float64) for name in ("mean", "var") if name in layer}
+    for name, value in wide.items():
+        bad = ~np.isfinite(value) | ((value < 0) if name == "var" else False)
+        if bad.any():
+            raise ValueError(
+                f"has a running {name} with {bad.sum()} of {bad.size} values that are NaN, infinite or negative, such as "
+                f"{value[bad].flat[0]:g}; expected finite ones, a variance of 0 or more. An older checkpoint may have "
+                "them; or leave the layer out, by names, and use jbn.recalibrate."
+            )
+
+
+def _is_narrow(array: Array | None) -> bool:
+    return array is not None and array.dtype.itemsize < 4
 
 
 def adjoint(kernel: Array, groups: int) -> Array:

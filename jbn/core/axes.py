@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
+from jax.interpreters.partial_eval import DynamicJaxprTracer
+from jax.numpy import arange, asarray, concatenate, split, where
 from jax.sharding import NamedSharding
 
 if jax.__version_info__ < (0, 8):
@@ -53,14 +55,14 @@ class Sync:
         """Sum every part over the shards, all of them in one collective."""
         if not self.names:
             return parts
-        flat = jnp.concatenate([part.ravel() for part in parts])
+        flat = concatenate([part.ravel() for part in parts])
         if self.groups is not None:
             # Chosen, not multiplied by 0 and 1, so that NaN stays in the row of its group.
-            flat = jnp.where(jnp.arange(len(self.groups))[:, None] == self._row(), flat[None], 0)
+            flat = where(arange(len(self.groups))[:, None] == self._row(), flat[None], 0)
         # A value that does not vary over an axis counts once for each shard, and jax from 0.10 on wants to be told so.
         marked = [name for name in self.names if name in varying_axes(lax.axis_index(name))]
         flat = lax.psum(_vary_over(flat, marked), self.names)
-        pieces = jnp.split(flat, np.cumsum([part.size for part in parts])[:-1], axis=-1)
+        pieces = split(flat, np.cumsum([part.size for part in parts])[:-1], axis=-1)
         return tuple(piece.reshape(*flat.shape[:-1], *part.shape) for piece, part in zip(pieces, parts, strict=True))
 
     def pick(self, table: Tree) -> Tree:
@@ -71,7 +73,7 @@ class Sync:
 
     def _row(self) -> Array:
         group_of = {shard: row for row, group in enumerate(self.groups or ()) for shard in group}
-        return jnp.asarray([group_of[shard] for shard in sorted(group_of)])[lax.axis_index(self.names)]
+        return asarray([group_of[shard] for shard in sorted(group_of)])[lax.axis_index(self.names)]
 
     def agree(self, value: Array) -> Array:
         """Return one value for all shards: their mean, where JAX knows that it differs between them."""
@@ -123,6 +125,11 @@ def _vary_over(value: Array, names: Collection[Hashable]) -> Array:
     if hasattr(lax, "pcast"):  # jax >= 0.8.2
         return lax.pcast(value, ordered, to="varying")
     return lax.pvary(value, ordered)  # type: ignore[attr-defined]
+
+
+def is_transformed(value: Any) -> bool:
+    """Say whether a value is mapped or differentiated here, and not only traced for ``jax.jit`` or for its shape."""
+    return isinstance(value, Tracer) and not isinstance(value, DynamicJaxprTracer)
 
 
 def place_as(value: Array, like: Array) -> Array:

@@ -4,7 +4,6 @@
 computed here, and everything here comes before anything is computed.
 """
 
-import math
 import operator
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -62,10 +61,10 @@ def read_fields(name: str, tree: Any, fields: tuple[str, ...], required: bool = 
 def read_features(num_features: Any) -> tuple[int, ...]:
     """Read ``num_features``, one size or several."""
     sizes = num_features if isinstance(num_features, tuple | list) else (num_features,)
-    if not sizes or not all(isinstance(n, int | np.integer) and not isinstance(n, bool) and n > 0 for n in sizes):
+    if not sizes or not all(isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0 for n in sizes):
         given = getattr(num_features, "shape", num_features)
         raise ValueError(
-            f"num_features is {given!r} of type {type(num_features).__name__}; expected a positive integer or a "
+            f"num_features is {given!r} of type {type(num_features).__name__}; expected an integer from 0 on or a "
             "tuple of them: the sizes of the feature axes, x.shape[-1] for features last."
         )
     return tuple(map(int, sizes))
@@ -140,14 +139,20 @@ def check_mask(mask: Array | None, layout: Layout) -> Array | None:
     return mask
 
 
-def broadcast_mask(mask: ArrayLike | None, x: Array) -> Array | None:
-    """Read a mask as Flax takes it: of any dtype and rank that broadcasts to x as in NumPy."""
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask, dtype=bool)
-    if all(m in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
-        mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
-    return mask
+def cast_mask(mask: ArrayLike | None) -> Array | None:
+    """Read a mask as Flax takes it, of any dtype."""
+    return None if mask is None else jnp.asarray(mask, dtype=bool)
+
+
+def check_moving(mean: Array, var: Array) -> None:
+    """Refuse to move statistics of 16 bits: an average of them stalls, and a variance of float16 soon overflows."""
+    for name, value in (("state.mean", mean), ("state.var", var)):
+        if value.dtype.itemsize < 4:
+            raise ValueError(
+                f"{name} has dtype {value.dtype.name}, in which running statistics stall: their steps are smaller than "
+                "its rounding. Expected float32; cast them once, before training: "
+                "state = jax.tree.map(lambda v: v.astype(jnp.float32), state)."
+            )
 
 
 HELD_BY_RULE = (
@@ -205,8 +210,9 @@ def check_rows(layout: Layout, shards: int) -> None:
         raise OneValue(
             f"x of shape {layout.shape} has one value per channel in training (features on axis {layout.axis}, "
             f"{'1 shard' if shards == 1 else f'{shards} shards'}{group}), so its variance is zero. "
-            "Expected at least two: use a larger batch or group, axis_name= to share statistics, or train=False, "
-            "without update=, for a single example (use_running_average=True in Flax)."
+            "Expected at least two: use a larger batch or group, axis_name= for one batch over shards, or train=False "
+            "for a single example (use_running_average=True in Flax). Batch norm has no gradients of single examples: "
+            "for these use GroupNorm, or train=False."
         )
 
 
@@ -248,37 +254,50 @@ def read_flag(name: str, value: object) -> bool:
     raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected True or False.")
 
 
-def read_epsilon(epsilon: object) -> float:
-    """Return epsilon as a number; refuse one that is not positive."""
-    if isinstance(epsilon, bool) or not (isinstance(epsilon, int | float | np.number) or _is_known_scalar(epsilon)):
-        raise TypeError(f"epsilon is {epsilon!r}; expected a Python number above 0, known when tracing.")
-    known = float(epsilon)  # type: ignore[arg-type]
-    if not 0 < known < math.inf:
-        raise ValueError(f"epsilon is {epsilon}; expected a number above 0, for instance 1e-5.")
+def read_epsilon(epsilon: object, dtype: DTypeLike = np.float32, *, by_batch: bool = False) -> float:
+    """Return epsilon as a number; refuse one that the arithmetic in ``dtype`` does not bear.
+
+    The variance of a batch may be 0, and its derivative divides by (σ² + ε)^1.5. Running variances are not, so that
+    epsilon may be 0 where these normalize.
+    """
+    if isinstance(epsilon, bool) or not _is_known(epsilon):
+        raise TypeError(f"epsilon is {epsilon!r}; expected a Python number, known when tracing.")
+    known, largest = float(epsilon), float(jnp.finfo(dtype).max)  # type: ignore[arg-type]
+    least = largest ** (-2 / 3) if by_batch else 0.0
+    if not least <= known <= largest:
+        why = (
+            f"{least:.1g} or more in {jnp.dtype(dtype).name}, for the variance of a batch may be 0"
+            if by_batch
+            else "0 or more"
+        )
+        raise ValueError(f"epsilon is {epsilon}; expected {why}: for instance 1e-5.")
     return known
 
 
-def _is_known_scalar(value: object) -> bool:
-    return isinstance(value, jax.Array | np.ndarray) and value.shape == () and not isinstance(value, jax.core.Tracer)
+def _is_known(value: object) -> bool:
+    """Say whether a value is one number that is known when tracing, whatever its type."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return value.shape == () and not isinstance(value, jax.core.Tracer)
+    return isinstance(value, int | float | np.number)
 
 
 def read_momentum(momentum: ArrayLike) -> ArrayLike:
     """Return 1 - momentum, the weight of the new value; refuse a momentum outside [0, 1] where it is known."""
     if not (hasattr(momentum, "dtype") or isinstance(momentum, int | float)) or isinstance(momentum, bool):
         raise TypeError(f"momentum is {momentum!r}; expected a number from 0 to 1, the weight of the old value.")
-    if isinstance(momentum, int | float | np.number):
-        if not 0 <= momentum <= 1:
-            raise ValueError(
-                f"momentum is {momentum}; expected 0 to 1, the weight of the old value (PyTorch's momentum is one "
-                "minus it)."
-            )
-        return 1.0 - float(momentum)
-    if jnp.shape(momentum) != () or jnp.result_type(momentum).name not in FLOATS:
+    if jnp.shape(momentum) != () or (hasattr(momentum, "dtype") and momentum.dtype.name not in FLOATS):
         raise ValueError(
             f"momentum has shape {jnp.shape(momentum)} and dtype {jnp.result_type(momentum).name}; expected one "
             "floating-point number from 0 to 1."
         )
-    return lax.sub(jnp.ones((), jnp.result_type(momentum)), momentum)
+    if not _is_known(momentum):
+        return lax.sub(lax.full((), 1, momentum.dtype), momentum)  # type: ignore[union-attr]
+    known = float(momentum)  # type: ignore[arg-type]
+    if not 0 <= known <= 1:
+        raise ValueError(
+            f"momentum is {momentum}; expected 0 to 1, the weight of the old value (PyTorch's is one minus it)."
+        )
+    return 1.0 - known
 
 
 def read_dtype(dtype: DTypeLike | None, x: Array) -> np.dtype[Any]:

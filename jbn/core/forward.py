@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.numpy import asarray, ones, zeros, zeros_like
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core import checks
@@ -61,10 +62,10 @@ def bn_init(
     (4,)
     """
     shape = checks.read_features(num_features)
-    kind = checks.read_dtype(dtype, jnp.zeros(()))
+    kind = checks.read_dtype(dtype, zeros(()))
     wide = checks.arithmetic_dtype(kind)
-    params = Params(jnp.ones(shape, kind) if use_scale else None, jnp.zeros(shape, kind) if use_bias else None)
-    return params, State(jnp.zeros(shape, wide), jnp.ones(shape, wide))
+    params = Params(ones(shape, kind) if use_scale else None, zeros(shape, kind) if use_bias else None)
+    return params, State(zeros(shape, wide), ones(shape, wide))
 
 
 def bn_forward(
@@ -151,22 +152,25 @@ def bn_forward(
     update = train if update is None else checks.read_flag("update", update)
     held, mean, var = read_state(state)
     scale, bias = checks.read_fields("params", params, ("scale", "bias"))
+    train = train and not (update and isinstance(held, Observation) and held.upstream == "recalibrated")
     recipe, operands = read_operands(
         x, scale, bias, mean, var,
-        axis=axis, epsilon=epsilon, mask=mask, activation=activation, residual=residual, dtype=dtype,
+        axis=axis, epsilon=epsilon, mask=mask, activation=activation, residual=residual, dtype=dtype, by_batch=train,
     )  # fmt: skip
     for name, value in (("state.mean", mean), ("state.var", var)):
         checks.check_vector(name, value, recipe.layout)
-    weight = checks.read_momentum(momentum)
     if not (train or update):
         return _evaluate(recipe, operands, mean, var), state
-    observed = update and isinstance(held, Observation)
-    train = train and not (update and isinstance(held, Observation) and held.upstream == "recalibrated")
     rows = read_sharing(recipe, operands.x, axis_name, axis_index_groups, group_size)
+    weight = checks.read_momentum(momentum) if update else 0.0
     if update:
         checks.check_replicas(rows.sync, operands.x, operands.mask, mean)
-    if train or not observed:
-        checks.check_rows(rows.layout, int(np.min(rows.sums_over.shards())))
+        checks.check_moving(mean, var)
+    shards = int(np.min(rows.sums_over.shards()))
+    if isinstance(held, Observation) and update:
+        train = train and rows.layout.group_row_count * shards != 1  # a last batch of one row
+    elif train:
+        checks.check_rows(rows.layout, shards)
     y, new = _with_statistics(rows, recipe, _Uses(train, update, unbiased), operands, held, var, weight)
     return y, replace_arrays(state, **new) if update else state
 
@@ -221,7 +225,7 @@ def batch_norm(
     """
     recipe, operands = read_operands(
         x, scale, bias,
-        axis=axis, epsilon=epsilon, mask=mask, activation=activation, residual=residual, dtype=dtype,
+        axis=axis, epsilon=epsilon, mask=mask, activation=activation, residual=residual, dtype=dtype, by_batch=True,
     )  # fmt: skip
     rows = read_sharing(recipe, operands.x, axis_name, axis_index_groups, group_size)
     return _normalize(rows, recipe, operands)
@@ -298,9 +302,8 @@ def _with_statistics(
             new = {"mean": held.add(whole)}
         else:
             seen = jax.tree.map(lambda value: place_as(value, mean) if value.ndim else value, whole)
-            old = mean.astype(wide), place_as(var.astype(wide), mean)
-            moved = move(*old, seen, jnp.asarray(weight, wide), uses.unbiased)
-            new = {"mean": moved[0].astype(mean.dtype), "var": place_as(moved[1].astype(var.dtype), var)}
+            moved = move(mean, place_as(var, mean), seen, asarray(weight, wide), uses.unbiased)
+            new = {"mean": moved[0], "var": place_as(moved[1], var)}
     return y, new
 
 
@@ -311,14 +314,14 @@ def _evaluate(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Ar
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _normalize(rows: SharedRows, recipe: Recipe, operands: Operands) -> tuple[Array, Moments]:
-    pilot, operands = jnp.zeros(rows.layout.features, recipe.wide), _name_operands(operands)
+    pilot, operands = zeros(rows.layout.features, recipe.wide), _name_operands(operands)
     y, batch = normalize_by_batch(rows, recipe, pilot, operands)
     return y, merge_groups(rows, batch, pilot)
 
 
 @partial(jax.jit, static_argnums=0)
 def _find_moments(rows: SharedRows, mask: Array | None, x: Array) -> Moments:
-    return _statistics(rows, x, mask, jnp.zeros(rows.layout.features, checks.arithmetic_dtype(x.dtype)))
+    return _statistics(rows, x, mask, zeros(rows.layout.features, checks.arithmetic_dtype(x.dtype)))
 
 
 def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) -> Moments:
@@ -329,7 +332,8 @@ def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) ->
 def _normalize_by_running(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:
     """Normalize by the statistics of the state."""
     mean = mean.astype(recipe.wide)
-    known = Moments(jnp.zeros((), recipe.wide), jnp.zeros_like(mean), mean, var.astype(recipe.wide))
+    none = zeros((), recipe.wide)
+    known = Moments(none, zeros_like(mean), mean, var.astype(recipe.wide), none)
     return normalize(recipe, known, operands)
 
 

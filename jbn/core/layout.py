@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 from jax import Array, lax
+from jax.numpy import expand_dims, moveaxis
 
 
 @dataclass(frozen=True)
@@ -56,4 +56,4 @@ class Layout:
             groups, *features = vector.shape
             vector = lax.broadcast_in_dim(vector, (groups, self.group, *features), (0, *range(2, vector.ndim + 1)))
             vector = vector.reshape(groups * self.group, *features)
-        return jnp.expand_dims(jnp.moveaxis(vector, 0, self.row_axes[0]), self.row_axes[1:])
+        return expand_dims(moveaxis(vector, 0, self.row_axes[0]), self.row_axes[1:])

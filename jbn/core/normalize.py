@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.numpy import where
 
 from jbn.core.activation import Program
 from jbn.core.axes import name_mesh, vary_as
@@ -60,7 +60,7 @@ def _affine(recipe: Recipe, m: Moments, operands: Operands) -> tuple[Array, Arra
 
 
 def _hide(mask: Array | None, values: Array) -> Array:
-    return values if mask is None else jnp.where(mask, values, 0)
+    return values if mask is None else where(mask, values, 0)
 
 
 # With c = x - μ, r = (σ² + ε)^-½ and a = γ r, per channel, and f the activation:

@@ -38,8 +38,9 @@ def read_operands(
     activation: Activation | None,
     residual: ArrayLike | None,
     dtype: DTypeLike | None,
+    by_batch: bool,
 ) -> tuple[Recipe, Operands]:
-    """Read x and what is applied to it; ``state`` are the other arrays of which z is made."""
+    """Read x and what is applied to it, ``by_batch`` or not; ``state`` are the other arrays of which z is made."""
     layout, values, valid = read_rows(x, axis, mask)
     scale, bias = (
         checks.check_vector(name, checks.read_array(name, value), layout)
@@ -50,7 +51,7 @@ def read_operands(
     wide = checks.arithmetic_dtype(values.dtype, out)
     arrays = [value for value in (values, scale, bias, added, *state) if value is not None]
     program, held = trace_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide), *arrays)
-    recipe = Recipe(layout, checks.read_epsilon(epsilon), program, out, wide)
+    recipe = Recipe(layout, checks.read_epsilon(epsilon, wide, by_batch=by_batch), program, out, wide)
     return recipe, Operands(values, valid, scale, bias, added, held)
 
 

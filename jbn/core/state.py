@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.numpy import broadcast_to, zeros_like
 from jax.tree_util import register_dataclass
 
 from jbn.core.axes import place_as
@@ -25,27 +25,33 @@ def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool)
 
     .. math:: \mu \leftarrow \mu + w (\mu_B - \mu), \quad \sigma^2 \leftarrow \sigma^2 + w (\sigma_B^2 - \sigma^2)
 
-    A channel keeps its statistics where those of the batch are not finite or come from fewer than two rows.
+    A channel keeps its statistics where those of the batch are not finite or come from fewer than two rows; and where
+    the running ones are not numbers that can be used, it takes those of the batch.
 
     Args:
-        mean: running mean, (features,), in the dtype of the arithmetic.
+        mean: running mean, (features,), float32 or float64.
         var: running variance, (features,).
         batch: the moments of the batch.
         weight: the weight w of the new value, a scalar from 0 to 1.
         unbiased: whether the running variance is that of a sample, n/(n - 1) times the biased one.
 
     Returns:
-        The new mean and variance, without gradients.
+        The new mean and variance, in their dtypes, without gradients.
     """
     mean, var, batch = jax.tree.map(lax.stop_gradient, (mean, var, batch))
-    target = batch.var
+    wide, target = batch.var.dtype, batch.var
+    old_mean, old_var = mean.astype(wide), var.astype(wide)
     if unbiased:
         target = target * divide(batch.count, batch.count - 1)
     # m·old + (1 - m)·new loses ten times more digits at a large mean; and where the pilot is the old mean, the
     # difference is the offset, exact.
-    new_mean = mean + weight * ((batch.pilot - mean) + batch.offset)
-    new_var = var + weight * (target - var)
-    usable = (batch.count > 1) & lax.is_finite(batch.offset) & lax.is_finite(batch.var)
+    new_mean = old_mean + weight * ((batch.pilot - old_mean) + batch.offset)
+    new_var = old_var + weight * (target - old_var)
+    known = lax.is_finite(old_mean) & lax.is_finite(old_var)
+    new_mean = lax.select(known, new_mean, batch.mean).astype(mean.dtype)
+    new_var = lax.select(known, new_var, target).astype(var.dtype)
+    # Judged after the cast: what fits into the dtype of the arithmetic need not fit into that of the state.
+    usable = (batch.count > 1) & lax.is_finite(new_mean) & lax.is_finite(new_var)
     return lax.select(usable, new_mean, mean), lax.select(usable, new_var, var)
 
 
@@ -86,8 +92,8 @@ class Observation:
     def add(self, batch: Moments) -> "Observation":
         """Return the observation with the rows of a batch."""
         shape, dtype = self.mean.shape, self.mean.dtype
-        new = jax.tree.map(lambda value: place_as(jnp.broadcast_to(value, shape).astype(dtype), self.mean), batch)
-        both = merge(Moments(self.count, self.pilot, self.offset, self.var), new)
+        new = jax.tree.map(lambda value: place_as(broadcast_to(value, shape).astype(dtype), self.mean), batch)
+        both = merge(Moments(self.count, self.pilot, self.offset, self.var, zeros_like(self.count)), new)
         found = {name: getattr(both, name) for name in ("count", "pilot", "offset", "var")}
         return replace(self, **found, updates=self.updates + 1)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.export import is_symbolic_dim
+from jax.numpy import asarray, broadcast_to, where, zeros, zeros_like
 from jax.tree_util import register_dataclass
 from jax.typing import ArrayLike
 
@@ -27,11 +28,14 @@ class Moments:
     The mean is the unevaluated sum ``pilot + offset``: ``pilot`` is a number near it and ``offset`` what is missing.
     A mean rounded to float32 would cost digits of the variance where small batches with a large mean are merged.
 
+    The count is such a sum too, ``count + rest``: a float32 alone would count no row more from 2²⁴ on.
+
     Attributes:
         count: the number of rows, () or, where a mask tells features apart, (features,); float32 or float64, ≥ 0.
         pilot: a number near the mean, (features,), of the same dtype; carries no gradient.
         offset: mean - pilot, (features,).
         var: the variance, divided by count, (features,), ≥ 0.
+        rest: the number of rows - count, of the shape of count.
 
     >>> import jbn
     >>> jbn.Moments.empty(3).mean.shape
@@ -42,6 +46,7 @@ class Moments:
     pilot: Array
     offset: Array
     var: Array
+    rest: Array
 
     def __iter__(self) -> Iterator[Array]:
         """Unpack as ``count, pilot, offset, var``."""
@@ -55,8 +60,8 @@ class Moments:
     @classmethod
     def empty(cls, features: int | tuple[int, ...], dtype: Any = jnp.float32) -> "Moments":
         """Return the moments of no rows, the neutral element of ``merge``."""
-        zeros = jnp.zeros(features, dtype)
-        return cls(jnp.zeros((), dtype), zeros, zeros, zeros)
+        none, number = zeros(features, dtype), zeros((), dtype)
+        return cls(number, none, none, none, number)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -98,17 +103,27 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 @jax.jit
 def _merge(a: Moments, b: Moments) -> Moments:
-    count = a.count + b.count
+    larger = a.count >= b.count
+    more, less = where(larger, a.count, b.count), where(larger, b.count, a.count)
+    count, lost = _add(more, less)
+    # What sums have lost is kept, and becomes a part of the count once it is large enough.
+    count, rest = _add(count, a.rest + b.rest + lost)
     share_a, share_b = (divide(part, count) for part in (a.count, b.count))
     # The difference of the pilots is exact where they are close, which is where it matters.
     delta = (b.pilot - a.pilot) + (b.offset - a.offset)
-    larger = a.count >= b.count
     return Moments(
         count,
-        jnp.where(larger, a.pilot, b.pilot),
-        jnp.where(larger, a.offset + share_b * delta, b.offset - share_a * delta),
+        where(larger, a.pilot, b.pilot),
+        where(larger, a.offset + share_b * delta, b.offset - share_a * delta),
         share_a * a.var + share_b * b.var + share_a * share_b * delta * delta,
+        rest,
     )
+
+
+def _add(large: Array, small: Array) -> tuple[Array, Array]:
+    """Return the sum of two numbers, rounded, and what was rounded off."""
+    total = keep_rounding(large + small)
+    return total, small - (total - large)
 
 
 # A pilot costs digits where d² is more than this many times σ²: the error of E[(x-k)²] - d² is a few ulps of σ² + d².
@@ -155,7 +170,7 @@ def choose_pilot(mean: Array, dtype: np.dtype[Any]) -> Array:
     best guess there is; until then ``statistics`` notices, and sweeps again.
     """
     mean = lax.stop_gradient(mean).astype(dtype)
-    return lax.select(lax.is_finite(mean), mean, jnp.zeros_like(mean))
+    return lax.select(lax.is_finite(mean), mean, zeros_like(mean))
 
 
 # The function is jitted only so that it is traced once, for its value and in the rules of derivatives, and inlined.
@@ -166,9 +181,9 @@ def statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) -> 
     sync, layout = rows.sums_over, rows.layout
     pilot = sync.agree(pilot)
     if rows.groups is not None:
-        pilot = jnp.broadcast_to(pilot, (rows.groups, *pilot.shape))
+        pilot = broadcast_to(pilot, (rows.groups, *pilot.shape))
     known = rows.count(mask, pilot.dtype)
-    count = count_rows(layout, mask) if known is None else known
+    count = count_rows(layout, mask, pilot.dtype) if known is None else known
 
     def sums(pilot: Array) -> tuple[Array, Array]:
         return _sum_around(layout, x, mask, sync.pick(pilot))
@@ -183,7 +198,7 @@ def merge_groups(rows: SharedRows, m: Moments, pilot: Array) -> Moments:
     if rows.groups is None:
         return m
     m = keep_rounding(jax.tree.map(lax.stop_gradient, m))
-    count = jnp.broadcast_to(m.count, m.var.shape)
+    count = broadcast_to(m.count, m.var.shape)
 
     def sums(pilot: Array) -> tuple[Array, Array]:
         d = (m.pilot - pilot[None]) + m.offset
@@ -199,10 +214,10 @@ def _sum_around(layout: Layout, x: Array, mask: Array | None, pilot: Array) -> t
 
     def centre(x: Array, pilot: Array) -> Array:
         c = x.astype(pilot.dtype) - layout.spread(pilot)
-        return c if mask is None else jnp.where(mask, c, 0)
+        return c if mask is None else where(mask, c, 0)
 
     first, second = read_apart(2, x, pilot)
-    return sum_rows(layout, centre(*first)), sum_rows(layout, jnp.square(centre(*second)))
+    return sum_rows(layout, centre(*first)), sum_rows(layout, lax.square(centre(*second)))
 
 
 def _find_moments(
@@ -231,8 +246,8 @@ def _find_moments(
         pilot = pilot + shift
         return _moments_of_sums(total, pilot, *sync.total(*sums(lax.optimization_barrier(pilot))))
     far = _is_far(once, epsilon)
-    pilot = pilot + lax.select(far, shift, jnp.zeros_like(shift))
-    found = sweep_again_if(jnp.any(far), lambda pilot: sync.total(*sums(pilot)), pilot, (first, second))
+    pilot = pilot + lax.select(far, shift, zeros_like(shift))
+    found = sweep_again_if(far.any(), lambda pilot: sync.total(*sums(pilot)), pilot, (first, second))
     return _moments_of_sums(total, pilot, *found)
 
 
@@ -246,7 +261,11 @@ def _is_far(m: Moments, epsilon: float) -> Array:
 def _moments_of_sums(count: ArrayLike, pilot: Array, first: Array, second: Array) -> Moments:
     share = divide(1, count)
     offset = first * share
-    return Moments(jnp.asarray(count), pilot, offset, jnp.maximum(second * share - offset * offset, 0))
+    var = lax.max(second * share - offset * offset, lax.full_like(second, 0))
+    # A sum of squares that has overflowed says nothing: NaN is seen, where y = 0 for an infinite variance would not be.
+    var = lax.select(var == jnp.inf, lax.full_like(var, jnp.nan), var)
+    total = asarray(count)
+    return Moments(total, pilot, offset, var, zeros_like(total))
 
 
 # The derivative of the moments, with E the average over the valid rows of all shards and c = x - μ:
@@ -264,7 +283,7 @@ def differentiate_statistics(
     mine = sync.pick(m)
     centred = (x.astype(m.var.dtype) - layout.spread(mine.pilot)) - layout.spread(mine.offset)
     if mask is not None:
-        centred, dx = jnp.where(mask, centred, 0), jnp.where(mask, dx, 0)
+        centred, dx = where(mask, centred, 0), where(mask, dx, 0)
     s1, s2 = sync.total(sum_rows(layout, dx), sum_rows(layout, centred * dx))
     known = rows.count(mask, m.var.dtype)
     share = divide(1, m.count if known is None else known)
@@ -273,8 +292,8 @@ def differentiate_statistics(
 
 def tangent_moments(m: Moments, dmean: Array, dvar: Array) -> Moments:
     """Return the tangent of moments: the offset has that of the mean."""
-    zeros = jnp.zeros_like(m.count), jnp.zeros_like(m.pilot)
-    return Moments(*zeros, vary_as(dmean, m.offset), vary_as(dvar, m.var))
+    none = zeros_like(m.count)
+    return Moments(none, zeros_like(m.pilot), vary_as(dmean, m.offset), vary_as(dvar, m.var), none)
 
 
 @statistics.defjvp

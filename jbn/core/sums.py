@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.export import is_symbolic_dim
-from jax.typing import ArrayLike
+from jax.numpy import asarray, broadcast_to, moveaxis
+from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core.axes import count_cuts, vary_as
 from jbn.core.layout import Layout
@@ -41,13 +42,16 @@ def sum_rows(layout: Layout, values: Array) -> Array:
     """
     if layout.group is not None:
         first, *rest = layout.row_axes
-        return _split_groups(layout, jnp.moveaxis(values.sum(tuple(rest)), first, 0)).sum(1)
+        return _split_groups(layout, moveaxis(values.sum(tuple(rest)), first, 0)).sum(1)
 
     def in_two_steps(parts: Layout, values: Array) -> Array:
         first = values.reshape(parts.shape).sum(parts.row_axes[1:], keepdims=True)
         return lax.optimization_barrier(first).sum(parts.row_axes)  # Without the barrier XLA makes one sum of the two.
 
-    at_once, parts = partial(jnp.sum, axis=layout.row_axes), split_few_rows(layout, values)
+    def at_once(values: Array) -> Array:
+        return values.sum(layout.row_axes)
+
+    parts = split_few_rows(layout, values)
     one_after_another = jax.__version_info__ < (0, 10) and len(layout.row_axes) > 1
     steps = {"cpu": partial(in_two_steps, layout)} if one_after_another else {}
     steps |= {} if parts is None else dict.fromkeys(GPUS, partial(in_two_steps, parts))
@@ -66,11 +70,11 @@ def repeat_rows(layout: Layout, vector: Array, like: Array) -> Array:
 
     def in_two_steps(vector: Array) -> Array:
         first = (parts.shape[0], *(1 for _ in parts.row_axes[1:]), *layout.features)
-        vector = lax.optimization_barrier(jnp.broadcast_to(parts.spread(vector), first))
-        return jnp.broadcast_to(vector, parts.shape).reshape(layout.shape)
+        vector = lax.optimization_barrier(broadcast_to(parts.spread(vector), first))
+        return broadcast_to(vector, parts.shape).reshape(layout.shape)
 
     def at_once(vector: Array) -> Array:
-        return jnp.broadcast_to(layout.spread(vector), layout.shape)
+        return broadcast_to(layout.spread(vector), layout.shape)
 
     return lax.platform_dependent(vector, default=at_once, **dict.fromkeys(GPUS, in_two_steps))
 
@@ -104,24 +108,29 @@ def _split_groups(layout: Layout, values: Array) -> Array:
     return values.reshape(layout.examples // size, size, *values.shape[1:])
 
 
-def count_rows(layout: Layout, mask: Array | None) -> Array:
+def count_rows(layout: Layout, mask: Array | None, dtype: DTypeLike) -> Array:
     """Count the valid rows, for all features together or, if the mask tells features apart, for each one.
 
-    The counts have the dtype of the sums of x where that is exact, up to 2²⁴ in float32: XLA then makes one collective
-    of both, on all targets (``test_sharding`` counts collectives).
+    The counts have the dtype of the sums of x: XLA then makes one collective of both, on all targets
+    (``test_passes`` counts collectives). A sum of ones in float32 stops at 2²⁴, and one in int32 at 2³¹. So the rows of
+    each example are counted in int32 and these counts added as floats, which is exact up to 2²⁴ and right to rounding
+    beyond.
     """
     if mask is None:
-        return jnp.asarray(layout.group_row_count)
-    known = not is_symbolic_dim(layout.row_count) and layout.row_count < 2**24
-    exact = jnp.float32 if known else jnp.int32
-    axes = layout.row_axes
+        return asarray(layout.group_row_count, dtype)
+    first, rest = layout.row_axes[:1], layout.row_axes[1:]
+    repeats = [layout.shape[i] for i in layout.row_axes if mask.shape[i] == 1]
     if layout.group is not None:
-        first, rest = axes[0], axes[1:]
-        mask = jnp.broadcast_to(mask, (*mask.shape[:first], layout.examples, *mask.shape[first + 1 :]))
-        repeats = math.prod(layout.shape[i] for i in rest if mask.shape[i] == 1)
-        return sum_rows(layout, mask.astype(exact)) * repeats
-    count = mask.sum(axes, dtype=exact) * math.prod(layout.shape[i] for i in axes if mask.shape[i] == 1)
-    return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, layout.features)
+        (axis,) = first
+        mask = broadcast_to(mask, (*mask.shape[:axis], layout.examples, *mask.shape[axis + 1 :]))
+        repeats = [layout.shape[i] for i in rest if mask.shape[i] == 1]
+    few = not is_symbolic_dim(layout.row_count) and layout.row_count < 2**24
+    of_examples = mask.sum(rest, dtype=dtype if few else jnp.int32, keepdims=True).astype(dtype)
+    factor = float(math.prod(repeats)) if not any(map(is_symbolic_dim, repeats)) else math.prod(repeats)
+    if layout.group is not None:
+        return sum_rows(layout, of_examples) * factor
+    count = of_examples.sum(layout.row_axes) * factor
+    return count.reshape(()) if count.size == 1 else broadcast_to(count, layout.features)
 
 
 def divide(part: Array | float, count: ArrayLike) -> Array:
@@ -131,8 +140,8 @@ def divide(part: Array | float, count: ArrayLike) -> Array:
     over is divided once more. ``jbn check`` shows in its row "arithmetic" how a device divides.
     """
     if not isinstance(count, Array):  # known when tracing
-        return jnp.asarray(part / np.maximum(count, 1))
-    count = jnp.maximum(count, 1)
+        return asarray(part / np.maximum(count, 1))
+    count = lax.max(count, lax.full_like(count, 1))
     rough = part / count
     return rough + (part - rough * count) / count
 

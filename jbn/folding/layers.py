@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jbn.core.checks import arithmetic_dtype, broadcast_mask
+from jbn.core.checks import arithmetic_dtype, cast_mask, check_mask
+from jbn.core.layout import Layout
 from jbn.folding.kernel import fold, pads_nothing
 from jbn.folding.links import mark, place_x_first
 
@@ -75,7 +76,7 @@ def do_the_rest(
     x: Array, *, activation: Callable[[Array], Array] | None, residual: Array | None, mask: ArrayLike | None, dtype: Any
 ) -> Array:
     """Return what a norm that is folded still does: the residual, the activation, the mask, the dtype of y."""
-    mask = broadcast_mask(mask, x)
+    mask = check_mask(cast_mask(mask), Layout(x.shape, (x.ndim - 1,)))
     wide = arithmetic_dtype(x.dtype, dtype)
     z = x if residual is None else x.astype(wide) + residual.astype(wide)
     y = z if activation is None else activation(z.astype(wide))

@@ -3,34 +3,31 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 from jbn.freezing import Frozen
+from jbn.linen.contexts import Scope
 from jbn.paths import Patterns, match, select
 from jbn.replacing import Found
-
-TRACED = "It acts on what is traced inside it: enter it before the first call, once, around the loop over the steps."
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """One ``freeze`` under way."""
+    """What one ``freeze`` asks for."""
 
-    patterns: Patterns
+    patterns: tuple[str, ...]
     frozen: Frozen
-    seen: Found
 
 
-_RULES: ContextVar[tuple[_Rule, ...]] = ContextVar("rules", default=())
+_SCOPE = Scope[_Rule]()
 
 
 def frozen_at(path: str) -> Frozen:
     """Return how the layer at a path is frozen; where several rules match, the innermost decides."""
     frozen = Frozen()
-    for rule in _RULES.get():
+    for rule, found in _SCOPE.active():
         acts = match(path, rule.patterns)
-        rule.seen.meet(path, acts)
+        found.meet(path, acts)
         frozen = rule.frozen if acts else frozen
     return frozen
 
@@ -42,8 +39,9 @@ def freeze(
     """Keep ``BatchNorm`` layers as they are inside a ``with`` block, while the model around them trains.
 
     It acts where the model trains: a call in evaluation stays one, and so does the initialization. It takes Flax's
-    layers too inside ``replace``, in either order. Tracing decides, as there. Of several around one another the
-    innermost that matches a layer decides.
+    layers too inside ``replace``, in either order. Of several around one another the innermost that matches a layer
+    decides. A compiled step is compiled once more inside, and is what it was before after the block: ``jax.jit`` knows
+    of this context. Only what was compiled ahead of time, or exported, stays as it was traced.
 
     Args:
         patterns: one or several for the paths of layers, see ``jbn.keep_statistics``; all unless given.
@@ -70,14 +68,11 @@ def freeze(
     (('layers_1',), 1.0)
     """
     match("", patterns)  # Patterns of another kind are refused here, before the block.
+    several = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     frozen = Frozen.read(use_running_average=use_running_average, update=update, affine=affine)
-    rule = _Rule(patterns, frozen, Found())
-    token = _RULES.set((*_RULES.get(), rule))
+    with _SCOPE.enter(_Rule(several, frozen)) as found:
+        yield found
     try:
-        yield rule.seen
-    finally:
-        _RULES.reset(token)
-    try:
-        select((*rule.seen.paths, *rule.seen.skipped), patterns, "layers")
+        select((*found.paths, *found.skipped), several, "layers")
     except ValueError as error:
-        warnings.warn(f"freeze(): {error} {TRACED}", stacklevel=3)
+        warnings.warn(f"freeze(): {error} It acts on what is called inside the block.", stacklevel=3)

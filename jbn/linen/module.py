@@ -9,7 +9,7 @@ from flax.linen import initializers
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.core.checks import broadcast_mask, read_flag, read_layout
+from jbn.core.checks import arithmetic_dtype, cast_mask, read_flag, read_layout
 from jbn.core.forward import batch_norm, bn_forward
 from jbn.linen.freezing import frozen_at
 
@@ -39,8 +39,8 @@ class BatchNorm(nn.Module):
         axis_name: name or names of the axes whose shards form one batch; not needed to initialize or to evaluate.
         axis_index_groups: groups of indices of that axis.
         use_fast_variance: accepted for Flax's sake, without effect: the statistics are always accurate.
-        force_float32_reductions: whether the statistics are stored in float32 or in ``param_dtype``; they are computed
-            in float32, or float64 for float64 x, in either case.
+        force_float32_reductions: whether the statistics are stored in float32 whatever ``param_dtype`` is; else in
+            float64 with parameters of float64. They are computed in float32, or float64 for float64 x, in either case.
         activation: f, a function such as ``nn.relu``, applied last and recomputed in the backward pass.
         group_size: number of examples that are a batch of their own, see ``jbn.bn_forward``.
         unbiased: let the running variance be that of a sample, as in PyTorch, see ``jbn.bn_forward``.
@@ -92,8 +92,8 @@ class BatchNorm(nn.Module):
         Args:
             x: float array with the features on ``axis``.
             use_running_average: whether to use the statistics in ``batch_stats``.
-            mask: bool, broadcast to x as NumPy does (a mask of examples is ``mask[:, None]``), True where x is valid;
-                elsewhere y is 0.
+            mask: bool, of the rank of x, each dimension 1 or that of x (a mask of examples is ``mask[:, None]``), True
+                where x is valid; elsewhere y is 0.
             residual: an array of the shape of x, added before the activation.
 
         Returns:
@@ -110,10 +110,11 @@ class BatchNorm(nn.Module):
                 "derivative rule cannot create variables: call the module on the output of BatchNorm instead."
             )
         x = jnp.asarray(x)
-        mask = broadcast_mask(mask, x)
+        mask = cast_mask(mask)
         shape = read_layout(x, self.axis).features
         _require_statistics(self)
-        stored = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        # Statistics of 16 bits would stall, whatever the dtype of the parameters.
+        stored = jnp.float32 if self.force_float32_reductions else arithmetic_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stored)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stored)
         params: dict[str, Any] = {

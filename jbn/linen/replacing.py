@@ -2,17 +2,20 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import flax.linen as nn
 
-from jbn.linen.freezing import TRACED
+from jbn.linen.contexts import Scope
 from jbn.linen.module import BatchNorm
 from jbn.replacing import Found, check_overrides
 
 OPTIONS = ("momentum", "epsilon", "dtype", "axis_name", "axis_index_groups", "activation", "group_size", "unbiased")
+
+
+_SCOPE = Scope[tuple[tuple[str, Hashable], ...]]()
 
 
 class _StandIn(BatchNorm):
@@ -28,9 +31,9 @@ def replace(**overrides: Any) -> Iterator[Found]:
     """Let every ``flax.linen.BatchNorm`` of any model compute with jbn inside a ``with`` block.
 
     The model and its variables stay what they are: names, shapes, dtypes, initial values, checkpoints. What differs in
-    the figures is what differs between the layers, see the README. Tracing decides: enter it before the first call, for
-    a function compiled before keeps Flax's arithmetic, and one compiled inside keeps jbn's afterwards; the same goes
-    for the parts of a model that are under ``nn.jit``.
+    the figures is what differs between the layers, see the README. A function that is compiled already is compiled once
+    more inside, and is what it was before after the block: ``jax.jit`` knows of this context. Only what was compiled
+    ahead of time, or exported, keeps the arithmetic with which it was traced.
 
     Args:
         overrides: fields to set on each layer, jbn's own included: ``momentum``, ``epsilon``, ``dtype``, ``axis_name``,
@@ -56,7 +59,7 @@ def replace(**overrides: Any) -> Iterator[Found]:
     Found(paths=('layers_1',), skipped=())
     """
     check_overrides(overrides, OPTIONS)
-    found, inside = Found(), False
+    inside = False
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal inside
@@ -76,8 +79,19 @@ def replace(**overrides: Any) -> Iterator[Found]:
         finally:
             inside = False
 
-    with nn.intercept_methods(intercept):
+    rule = tuple((name, _key(value)) for name, value in sorted(overrides.items()))
+    with _SCOPE.enter(rule) as found, nn.intercept_methods(intercept):
         yield found
     if not found.paths:
         others = f" Subclasses, which keep their own code, are {', '.join(found.skipped)}." if found.skipped else ""
-        warnings.warn(f"replace() met no flax.linen.BatchNorm.{others} {TRACED}", stacklevel=3)
+        acts = "It acts on what is called inside the block."
+        warnings.warn(f"replace() met no flax.linen.BatchNorm.{others} {acts}", stacklevel=3)
+
+
+def _key(value: Any) -> Hashable:
+    """Return what stands for a value in the key of a cache."""
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return value  # type: ignore[no-any-return]

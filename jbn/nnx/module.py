@@ -11,7 +11,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from jbn.core.checks import OneValue, broadcast_mask, read_flag
+from jbn.core.axes import is_transformed
+from jbn.core.checks import OneValue, cast_mask, read_flag
 from jbn.core.forward import batch_norm, bn_forward
 from jbn.freezing import Frozen
 from jbn.nnx.variables import read, write
@@ -85,8 +86,8 @@ class BatchNorm(nnx.BatchNorm):
         Args:
             x: float array with the features on ``axis``.
             use_running_average: whether to use ``mean`` and ``var``; instead of the attribute of this name.
-            mask: bool, broadcast to x as NumPy does (a mask of examples is ``mask[:, None]``), True where x is valid;
-                elsewhere y is 0.
+            mask: bool, of the rank of x, each dimension 1 or that of x (a mask of examples is ``mask[:, None]``), True
+                where x is valid; elsewhere y is 0.
             residual: an array of the shape of x, added before the activation.
 
         Returns:
@@ -94,7 +95,9 @@ class BatchNorm(nnx.BatchNorm):
 
         Warns:
             UserWarning: for one value per channel in training, where ``jbn.bn_forward`` raises, because an NNX model is
-                often tried on a single example first: y does not depend on x, and the statistics are kept.
+                often tried on a single example first: y does not depend on x, and the statistics are kept. It raises
+                where x or a parameter is mapped or differentiated, for then somebody trains, and it says nothing where
+                nothing may be computed, such as under ``nnx.eval_shape``.
 
         """
         evaluate = read_flag(
@@ -102,7 +105,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         train, update = self.frozen.flags(evaluate)
         x = jnp.asarray(x)
-        mask = broadcast_mask(mask, x)
+        mask = cast_mask(mask)
         params: dict[str, Any] = {
             "scale": None if self.scale is None else read(self.scale),
             "bias": None if self.bias is None else read(self.bias),
@@ -132,10 +135,11 @@ class BatchNorm(nnx.BatchNorm):
                 **options,
             )
         except OneValue as error:
-            kept = f"This {type(self).__name__} of {self.num_features} features goes on and keeps its statistics."
-            warnings.warn(f"{error} {kept}", stacklevel=2)
-            if not train:
-                return bn_forward(params, state, x, False, **options)[0]
+            if any(map(is_transformed, (x, *params.values()))):
+                raise
+            if not isinstance(x, jax.core.Tracer):
+                kept = f"This {type(self).__name__} of {self.num_features} features goes on and keeps its statistics."
+                warnings.warn(f"{error} {kept}", stacklevel=2)
             return batch_norm(x, **params, **options)[0]
         if update:
             write(self.mean, state["mean"])

@@ -61,6 +61,7 @@ def diagnose(
     =================  =============================================================================================
     kind               what was found
     =================  =============================================================================================
+    ``narrow``         running statistics of 16 bits
     ``non-finite``     a parameter, running statistics, or those of the batch in the first layer where they are
     ``few values``     fewer than 16 values per channel
     ``dead``           a channel that is constant in this batch
@@ -87,12 +88,12 @@ def diagnose(
 
     Returns:
         ``Diagnosis(layers, findings)``; ``print`` shows the messages of the findings. Of each layer, in the order of
-        the data, ``path`` and float64 arrays of the shape of its features: ``count`` and ``independent``, values per
-        channel; ``running_mean``, ``running_var``, ``batch_mean``, ``batch_var``; ``z_mean``, ``z_var``; ``gap``, and
-        what it is between the batch and a mixture of p prior and 1 - p batch, ``gap_by_prior``, and between this and
-        the running statistics, ``gap_beyond_prior``; ``ratio``, |mean|/std of the batch; and p, ``prior``, a number,
-        NaN where nothing tells. Of each finding ``path``, ``kind``, ``channels`` (indices, or index tuples) and
-        ``message``, which says what it means and what to do.
+        the data, ``path``; ``dtype``, that of its running statistics; and float64 arrays of the shape of its features:
+        ``count`` and ``independent``, values per channel; ``running_mean``, ``running_var``, ``batch_mean``,
+        ``batch_var``; ``z_mean``, ``z_var``; ``gap``, and what it is between the batch and a mixture of p prior and
+        1 - p batch, ``gap_by_prior``, and between this and the running statistics, ``gap_beyond_prior``; ``ratio``,
+        |mean|/std of the batch; and p, ``prior``, a number, NaN where nothing tells. Of each finding ``path``,
+        ``kind``, ``channels`` (indices, or index tuples) and ``message``, which says what it means and what to do.
 
     Raises:
         ValueError: for a state without statistics, and layers that are not jbn's or do not update, with their paths.
@@ -123,7 +124,9 @@ def diagnose(
     scales = {keys[:-1]: leaf for keys, leaf in zip(paths, leaves, strict=True) if keys[-1:] == ("scale",)}
     examples = _count_examples(batch)
     layers = [
-        _compare(layer, remembered[layer], seen[layer], scales.get(layer.keys), examples, epsilon, prior)
+        _compare(
+            layer, model.dtype(layer), remembered[layer], seen[layer], scales.get(layer.keys), examples, epsilon, prior
+        )
         for layer in sorted(model.layers, key=lambda layer: len(before[layer]))
     ]
     findings = [
@@ -135,6 +138,7 @@ def diagnose(
 
 def _compare(
     layer: Layer,
+    dtype: str,
     running: Statistics,
     seen: Seen,
     scale: Any,
@@ -155,6 +159,7 @@ def _compare(
         batch = Statistics(seen.mean, seen.var)
         return LayerStatistics(
             path=layer.path,
+            dtype=dtype,
             count=seen.count,
             independent=independent,
             running_mean=mean,

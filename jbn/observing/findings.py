@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jbn.observing.survey import Vector
@@ -43,6 +44,7 @@ class LayerStatistics:
 
     Attributes:
         path: keys joined by "/".
+        dtype: the dtype of the running statistics.
         count: valid values per channel.
         independent: as many of them as are independent; of one example there is no more than one.
         running_mean: what the layer remembers.
@@ -59,6 +61,7 @@ class LayerStatistics:
     """
 
     path: str
+    dtype: str
     count: Vector
     independent: Vector
     running_mean: Vector
@@ -103,6 +106,7 @@ class Examination:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what is found, kind by kind."""
+        yield from self._narrow_memory()
         yield from self._broken_memory()
         yield from self._few_values()
         yield from self._constant()
@@ -147,12 +151,23 @@ class Examination:
         if where.any():
             yield Finding(path, kind, indices(where), f"{path}: {what}: {in_words(where)}. {means}")
 
+    def _narrow_memory(self) -> Iterator[Finding]:
+        narrow = jnp.dtype(self.layer.dtype).itemsize < 4
+        return self._finding(
+            "narrow",
+            f"running statistics are {self.layer.dtype}",
+            np.full(self.layer.count.shape, narrow),
+            "They are known to two or three digits, and training would refuse to move them, for they would stall. Cast "
+            "them to float32, and take them anew: jbn.recalibrate.",
+        )
+
     def _broken_memory(self) -> Iterator[Finding]:
         return self._finding(
             "non-finite",
             "running mean or variance is not a number that can be used",
             ~self.usable,
-            "Evaluation is NaN there. Go back to an older checkpoint, or take the statistics anew: jbn.recalibrate.",
+            "Evaluation is NaN there, or the bias. Go back to an older checkpoint, or take the statistics anew: "
+            "jbn.recalibrate.",
         )
 
     def _few_values(self) -> Iterator[Finding]:

@@ -74,6 +74,12 @@ class Survey:
     leaves: list[Any]
     structure: Any
 
+    def dtype(self, layer: Layer) -> str:
+        """Return the narrower dtype of the running statistics of a layer."""
+        return min(
+            (jnp.dtype(self.leaves[i].dtype) for i in (layer.mean, layer.var)), key=lambda kind: kind.itemsize
+        ).name
+
     def remembered(self) -> dict[Layer, Statistics]:
         """Return the running statistics of every layer."""
         found = ((layer, self.leaves[layer.mean], self.leaves[layer.var]) for layer in self.layers)
@@ -151,8 +157,16 @@ class Survey:
         """Return the state with these statistics, each where and what its leaf is."""
         leaves = list(self.leaves)
         for layer, found in statistics.items():
-            for value, i in ((found.mean, layer.mean), (found.var, layer.var)):
-                leaves[i] = _put(value, leaves[i], leaves[i].dtype)
+            for name, value, i in (("mean", found.mean, layer.mean), ("var", found.var, layer.var)):
+                dtype = leaves[i].dtype
+                with np.errstate(over="ignore"):
+                    fits = np.isfinite(value.astype(dtype))
+                if (np.isfinite(value) & ~fits).any():
+                    raise ValueError(
+                        f"The {name} of {layer.path} is up to {np.abs(value).max():.2g}, more than the state holds, which "
+                        f"is {dtype.name}. Expected float32: cast the state first."
+                    )
+                leaves[i] = _put(value, leaves[i], dtype)
         return jax.tree.unflatten(self.structure, leaves)
 
 

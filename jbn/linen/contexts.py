@@ -1,0 +1,45 @@
+"""Contexts that ``jax.jit`` knows of: what is traced under one is not used outside of it, nor the other way round."""
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Generic, TypeVar
+
+import jax
+
+from jbn.replacing import Found
+
+RuleT = TypeVar("RuleT", bound=Hashable)
+
+
+class Scope(Generic[RuleT]):
+    """The rules of the contexts of one kind that are entered, the innermost last.
+
+    The rules are a part of the keys of JAX's caches, so that a function is traced anew where others hold. The layers
+    that a context meets it meets while tracing; where a function was traced under the same rules before, the layers of
+    that time are told.
+    """
+
+    def __init__(self) -> None:
+        self._rules = jax.make_user_context(())
+        self._found: ContextVar[tuple[Found, ...]] = ContextVar("found", default=())
+        self._met: dict[tuple[RuleT, ...], Found] = {}
+
+    def active(self) -> Iterator[tuple[RuleT, Found]]:
+        """Yield the rules that hold, each with the layers that its context has met so far."""
+        return zip(self._rules.value, self._found.get(), strict=False)
+
+    @contextmanager
+    def enter(self, rule: RuleT) -> Iterator[Found]:
+        """Let a rule hold inside a ``with`` block; yields the layers that it meets."""
+        rules, found = (*self._rules.value, rule), Found()
+        token = self._found.set((*self._found.get(), found))
+        try:
+            with self._rules(rules):
+                yield found
+        finally:
+            self._found.reset(token)
+            if found.paths or found.skipped:
+                self._met[rules] = found
+            elif rules in self._met:
+                found.paths, found.skipped = self._met[rules]
