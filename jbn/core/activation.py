@@ -70,8 +70,15 @@ def trace_activation(
     if activation is None:
         return None, ()
     checks.check_activation(activation)
-    typed = jax.eval_shape(lambda x, *more: vary_as(x.astype(z.dtype), *more), *others)
+    typed = _find_type(z.dtype, *map(jax.typeof, others))
     return (_trace_once if _is_of_jax(activation) else _trace)(activation, typed)
+
+
+# An eager call that has nothing new must trace nothing.
+@lru_cache(maxsize=1024)
+def _find_type(dtype: np.dtype[Any], *others: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of z, which varies over the mesh axes over which one of the others does."""
+    return jax.eval_shape(lambda x, *more: vary_as(x.astype(dtype), *more), *others)
 
 
 def _is_of_jax(activation: Any) -> bool:
@@ -100,7 +107,7 @@ def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tu
     tangents = [array for array, has in zip(f.consts, inexact, strict=True) if has]
     rough = jax.make_jaxpr(differentiate)(z, *f.consts, z, *tangents)
     slope = jax.make_jaxpr(lambda *args: _evaluate(rough.jaxpr, rough.consts, *args))(z, *f.consts, z, *tangents)
-    text = "\n".join([str(value), str(slope), _check_rules(f, slope, z)])
+    text = "\n".join([str(value), str(slope), _check_rules(traced, f, slope, z)])
     selects = _selects(slope.jaxpr, len(f.consts) + 1)
     return Program(text, inexact, selects, value.jaxpr, slope.jaxpr), (*f.consts, *slope.consts)
 
@@ -128,16 +135,20 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], *args: Any, also: Sequence[str]
     return list(map(read, jaxpr.outvars))
 
 
-def _check_rules(f: Any, slope: Any, z: jax.ShapeDtypeStruct) -> str:
+def _check_rules(traced: Any, f: Any, slope: Any, z: jax.ShapeDtypeStruct) -> str:
     """Refuse rules of derivatives whose arrays cannot be arguments; return what else decides the derivative."""
-    traced = any(isinstance(array, Tracer) for array in f.consts)
-    if traced and any(eqn.params.get("num_consts") for eqn in _equations(f.jaxpr) if eqn.primitive.name in _WITH_RULE):
+    rules = (eqn for eqn in _equations(traced.jaxpr) if eqn.primitive.name in _WITH_RULE)
+    if any(isinstance(array, Tracer) for array in f.consts) and any(rule.params.get("num_consts") for rule in rules):
         raise TypeError(checks.HELD_BY_RULE)
     if any(body.consts for program in (f, slope) for eqn in _equations(program.jaxpr) for body in _bodies(eqn)):
         raise TypeError(checks.HELD_INSIDE)
     if not any(eqn.primitive.name == "custom_lin" for eqn in _equations(slope.jaxpr)):
         return ""
-    back = jax.make_jaxpr(lambda z, g: jax.vjp(lambda z: eval_jaxpr(f.jaxpr, f.consts, z)[0], z)[1](g))(z, z)
+
+    def transpose(z: Array, g: Array, *held: Array) -> Any:
+        return jax.vjp(lambda z: eval_jaxpr(f.jaxpr, held, z)[0], z)[1](g)
+
+    back = jax.make_jaxpr(transpose)(z, z, *f.consts)
     if back.consts:
         raise TypeError(checks.HELD_BY_VJP)
     return str(back)
@@ -165,12 +176,12 @@ def _selects(jaxpr: Any, tangent: int) -> bool:
         return bool(np.all(atom.val == 0)) if hasattr(atom, "val") else atom in zero
 
     for eqn in jaxpr.eqns:
-        (out, *_), name = eqn.outvars, eqn.primitive.name
+        name = eqn.primitive.name
         data = eqn.invars[1:] if name == "select_n" else eqn.invars
         known = [is_zero(atom) or (not hasattr(atom, "val") and atom in passed) for atom in data]
         if name in ("broadcast_in_dim", "convert_element_type") and is_zero(data[0]):
-            zero.add(out)
+            zero.update(eqn.outvars)
         elif name == "select_n" and all(known):
-            (zero if all(map(is_zero, data)) else passed).add(out)
+            (zero if all(map(is_zero, data)) else passed).update(eqn.outvars)
     (returned,) = jaxpr.outvars
     return not hasattr(returned, "val") and returned in passed

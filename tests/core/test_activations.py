@@ -1,6 +1,8 @@
 """What an activation may hold: everything it holds is seen at every call, and differentiated."""
 
-from functools import partial
+import gc
+import weakref
+from functools import partial, wraps
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,6 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jbn
-from jbn.core.activation import _is_plain
 
 pytestmark = pytest.mark.core
 
@@ -66,16 +67,190 @@ def test_a_callable_that_cannot_be_hashed():
     np.testing.assert_allclose(jbn.batch_norm(X, activation=Unhashable(0.3))[0], leaky(PLAIN, 0.3), atol=1e-6)
 
 
-def test_partials_and_closures_over_numbers_are_plain():
-    slope, weight = 0.2, jnp.float32(0.2)
-    assert _is_plain(partial(leaky, slope=0.2))
-    assert _is_plain(lambda z: leaky(z, slope))
-    assert all(
-        map(_is_plain, (jax.nn.relu, jax.nn.silu, jax.nn.gelu, jnp.tanh, partial(jax.nn.gelu, approximate=False)))
-    )
-    assert not _is_plain(partial(leaky, slope=weight))
-    assert not _is_plain(lambda z: leaky(z, weight))
-    assert not _is_plain(Learned(0.2))
+def _default(slope):
+    return lambda z, slope=slope: leaky(z, slope)
+
+
+def _keyword(slope):
+    return lambda z, *, slope=slope: leaky(z, slope)
+
+
+def _wraps(slope):
+    return wraps(jax.nn.relu)(lambda z: leaky(z, slope))
+
+
+def _global(slope):
+    room = {"slope": slope, "leaky": leaky}
+    exec("def act(z): return leaky(z, slope)", room)  # a function with globals of its own
+    return room["act"]
+
+
+def _rule(slope):
+    @jax.custom_jvp
+    def act(z, slope):
+        return leaky(z, slope)
+
+    def rule(primals, tangents):
+        (z, slope), (dz, dslope) = primals, tangents
+        return leaky(z, slope), jnp.where(z > 0, dz, slope * dz + z * dslope)
+
+    act.defjvp(rule)
+    return lambda z: act(z, slope)
+
+
+def _backward(slope):
+    act = jax.custom_vjp(leaky)
+    act.defvjp(lambda z, s: (leaky(z, s), (z, s)), lambda kept, g: jax.vjp(leaky, *kept)[1](g))
+    return lambda z: act(z, slope)
+
+
+HOLDERS = {
+    "closure": lambda slope: lambda z: leaky(z, slope),
+    "default": _default,
+    "keyword default": _keyword,
+    "functools.wraps": _wraps,
+    "global": _global,
+    "partial": lambda slope: partial(leaky, slope=slope),
+    "partial method": lambda slope: partial(Learned.method, Learned(slope)),
+    "attribute": Learned,
+    "method": lambda slope: Learned(slope).method,
+    "inner jit": lambda slope: jax.jit(lambda z: leaky(z, slope)),
+    "checkpoint": lambda slope: jax.checkpoint(lambda z: leaky(z, slope)),
+    "rule forward": _rule,
+    "rule backward": _backward,
+    "condition": lambda slope: lambda z: jax.lax.cond(z.sum() < 1e9, lambda: leaky(z, slope), lambda: z),
+    "scan": lambda slope: lambda z: jax.lax.scan(lambda c, _: (c, None), leaky(z, slope), None, length=2)[0],
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
+@pytest.mark.parametrize("train", [True, False])
+def test_a_learned_slope_is_differentiated_wherever_it_is_held(holder, train):
+    params, state = jbn.Params(jnp.ones(4), jnp.zeros(4)), jbn.State(jnp.ones(4), jnp.ones(4) * 2)
+
+    def loss(slope, x, inside):
+        y = jbn.bn_forward(params, state, x, train, activation=holder(slope) if inside else None)[0]
+        return ((y if inside else leaky(y, slope)) ** 2).sum()
+
+    want, want_x = jax.grad(loss, (0, 1))(0.3, X, False)
+    for f in (jax.grad(loss, (0, 1)), jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)):
+        got, got_x = f(0.3, X, True)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        np.testing.assert_allclose(got_x, want_x, atol=1e-4)
+
+
+@pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
+def test_an_eager_call_sees_the_number_of_now(holder):
+    for slope in (0.1, 0.5, jnp.float32(0.7), np.float32(0.9)):
+        got = jbn.batch_norm(X, activation=holder(slope))[0]
+        np.testing.assert_allclose(got, leaky(PLAIN, slope), atol=1e-6)
+
+
+def test_a_number_that_changes_in_a_closure():
+    slope = 0.1
+
+    def act(z):
+        return leaky(z, slope)
+
+    np.testing.assert_allclose(jbn.batch_norm(X, activation=act)[0], leaky(PLAIN, 0.1), atol=1e-6)
+    slope = 0.5
+    np.testing.assert_allclose(jbn.batch_norm(X, activation=act)[0], leaky(PLAIN, 0.5), atol=1e-6)
+
+
+def test_a_rule_that_changes_decides_the_derivative():
+    """Two functions with one value and two rules are two activations."""
+    for slope in (1.0, 3.0):
+        act = jax.custom_jvp(lambda z: z)
+        act.defjvp(lambda primals, tangents, slope=slope: (primals[0], slope * tangents[0]))
+        _, vjp = jax.vjp(lambda bias: jbn.batch_norm(X, None, bias, activation=act)[0], jnp.zeros(4))
+        np.testing.assert_allclose(vjp(jnp.ones((16, 4)))[0], 16 * slope, rtol=1e-6)
+    for slope in (1.0, 3.0):
+        act = jax.custom_vjp(lambda z: z)
+        act.defvjp(lambda z: (z, ()), lambda _, g, slope=slope: (slope * g,))
+        _, vjp = jax.vjp(lambda bias: jbn.batch_norm(X, None, bias, activation=act)[0], jnp.zeros(4))
+        np.testing.assert_allclose(vjp(jnp.ones((16, 4)))[0], 16 * slope, rtol=1e-6)
+
+
+def _rule_over(slope):
+    act = jax.custom_jvp(jnp.sign)
+    act.defjvp(lambda primals, tangents: (jnp.sign(primals[0]), slope * tangents[0]))
+    return act
+
+
+def test_an_array_that_a_rule_alone_holds_is_seen():
+    def gradient(slope):
+        return jax.grad(lambda bias: jbn.batch_norm(X, None, bias, activation=_rule_over(slope))[0].sum())(jnp.zeros(4))
+
+    for slope in (0.3, 2.0):
+        np.testing.assert_allclose(jax.jit(gradient)(slope), 16 * slope, rtol=1e-6)
+        np.testing.assert_allclose(gradient(jnp.float32(slope)), 16 * slope, rtol=1e-6)
+
+
+def _backward_over(slope):
+    act = jax.custom_vjp(jnp.sign)
+    act.defvjp(lambda z: (jnp.sign(z), ()), lambda _, g: (slope * g,))
+    return act
+
+
+def _value_over(slope):
+    act = jax.custom_jvp(lambda z: slope * z)
+    act.defjvp(lambda primals, tangents: (slope * primals[0], slope * tangents[0]))
+    return act
+
+
+def _loop_over(slope):
+    scale = jax.jit(lambda z: z * slope)
+    return lambda z: jax.lax.fori_loop(0, 2, lambda _, z: scale(z), z)
+
+
+@pytest.mark.parametrize(
+    "holder, message",
+    [(_value_over, "derivative rule of its own"), (_backward_over, "jax.custom_vjp whose backward pass reads arrays")],
+)
+def test_what_cannot_be_followed_is_refused_with_the_way_out(holder, message):
+    def loss(slope):
+        return jbn.batch_norm(X, activation=holder(slope))[0].sum()
+
+    with pytest.raises(TypeError, match=message):
+        jax.grad(loss)(0.3)
+
+
+def test_a_loop_over_a_compiled_function_is_right_or_refused():
+    def loss(slope):
+        return (jbn.batch_norm(X, activation=_loop_over(slope))[0] ** 2).sum()
+
+    try:
+        got = jax.grad(loss)(jnp.float32(0.3))
+    except TypeError as error:
+        assert "compiled function inside a loop" in str(error)
+    else:
+        np.testing.assert_allclose(got, 4 * 0.3**3 * (PLAIN**2).sum(), rtol=1e-5)
+
+
+def test_equal_programs_are_one():
+    """A new function that does what one before did compiles nothing, whatever arrays it holds."""
+    events: list[str] = []
+    one, other = jnp.full((1, 4), 0.2), jnp.full((1, 4), 0.4)
+    jbn.batch_norm(X, activation=lambda z: leaky(z, one))
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _seconds, **_: events.append(name))
+    try:
+        y, _ = jbn.batch_norm(X, activation=lambda z: leaky(z, other))
+        assert not [name for name in events if "backend_compile" in name]
+        jbn.batch_norm(X, activation=lambda z: leaky(z, other) * 2)
+        assert [name for name in events if "backend_compile" in name]
+    finally:
+        jax.monitoring.clear_event_listeners()
+    np.testing.assert_allclose(y, leaky(PLAIN, other), atol=1e-6)
+
+
+def test_arrays_are_not_kept_alive():
+    slope = jnp.full((1, 4), 0.3) + 0
+    for train in (True, False):
+        jbn.bn_forward(None, jbn.bn_init(4)[1], X, train, activation=lambda z, slope=slope: leaky(z, slope))
+    kept = weakref.ref(slope)
+    del slope
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
