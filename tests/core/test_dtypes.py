@@ -18,12 +18,14 @@ ALL = ["float16", "bfloat16", "float32", "float64"]
 def test_every_pair_under_strict_promotion(dtype, state_dtype, shift):
     param_dtype = ALL[(ALL.index(dtype) + ALL.index(state_dtype) + shift) % 4]
     out, train = [None, "bfloat16", "float64"][shift % 3], (ALL.index(dtype) + shift) % 2 == 0
+    update = train and state_dtype in ("float32", "float64")  # narrow statistics are refused
     x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 3)) + 2, dtype)
     params = {"scale": jnp.ones(3, param_dtype), "bias": jnp.zeros(3, param_dtype)}
     state = {"mean": jnp.zeros(3, state_dtype), "var": jnp.ones(3, state_dtype)}
 
     def loss(params, x):
-        y, new = jbn.bn_forward(params, state, x, train, dtype=out, residual=x, activation=jax.nn.relu)
+        options = {"dtype": out, "residual": x, "activation": jax.nn.relu, "update": update}
+        y, new = jbn.bn_forward(params, state, x, train, **options)
         return y.sum().astype(jnp.float32), (y, new)
 
     with jax.numpy_dtype_promotion("strict"):
@@ -55,12 +57,44 @@ def test_low_precision_x_has_float32_statistics(dtype):
     np.testing.assert_allclose(m.var, var, rtol=1e-5)
 
 
-def test_a_low_precision_state_is_computed_in_float32():
-    x = jnp.full((8, 2), 5.0).at[0].set(5.5)
-    state = {"mean": jnp.full(2, 3.0, jnp.bfloat16), "var": jnp.ones(2, jnp.bfloat16)}
-    _, new = jbn.bn_forward(None, state, x, True, momentum=0.9)
-    want = jnp.float32(3 + 0.1 * (5.0625 - 3)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(new["mean"], np.full(2, want))
+@pytest.mark.parametrize("field", ["mean", "var"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("train", [True, False])
+def test_narrow_statistics_normalize_and_do_not_move(dtype, field, train):
+    """An average of 16 bits stalls: in bfloat16 a mean that should be 5 stays at 4."""
+    x = np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32) + 5
+    state = {"mean": jnp.full(2, 3.0), "var": jnp.full(2, 2.0)}
+    state[field] = state[field].astype(dtype)
+    y, same = jbn.bn_forward(None, state, x, train, update=False)
+    stats = None if train else (np.full(2, 3), np.full(2, 2))
+    np.testing.assert_allclose(y, oracle.forward(x, stats=stats).y, atol=oracle.tolerance("float32", 64, 4))
+    assert same is state
+    with pytest.raises(ValueError, match=rf"state.{field} has dtype {dtype}, in which running statistics stall.*float32"):
+        jbn.bn_forward(None, state, x, train, update=True)
+
+
+@pytest.mark.usefixtures("x64")
+def test_finiteness_is_judged_in_the_dtype_of_the_state():
+    """A variance of float64 x that float32 does not hold would be inf, and then NaN for ever."""
+    x = np.random.default_rng(0).standard_normal((64, 2)) * [1, 1e25]
+    _, new = jbn.bn_forward(None, jbn.State(jnp.zeros(2, jnp.float32), jnp.ones(2, jnp.float32)), x, True, momentum=0.0)
+    _, mean, var = oracle.moments(x)
+    np.testing.assert_allclose(new.mean, [mean[0], 0], rtol=1e-5)
+    np.testing.assert_allclose(new.var, [var[0], 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e20, 1e30])
+def test_squares_that_overflow_are_not_silent(size):
+    """The variance does not fit into float32: y is right or NaN, never 0, and the statistics stay."""
+    x = np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32) * np.float32([1, size])
+    y, m = jbn.batch_norm(x)
+    want = oracle.forward(x)
+    right = np.abs(np.asarray(y)[:, 1] - want.y[:, 1]).max() < 1e-4
+    assert right or np.isnan(np.asarray(y)[:, 1]).all()
+    np.testing.assert_allclose(y[:, 0], want.y[:, 0], atol=oracle.tolerance("float32", 64, 4))
+    assert right or np.isnan(m.var[1])
+    _, new = jbn.bn_forward(None, jbn.State(jnp.zeros(2), jnp.ones(2)), x, True, momentum=0.0)
+    np.testing.assert_allclose(new.var, [want.var[0], want.var[1] if right else 1], rtol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")

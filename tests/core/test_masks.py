@@ -96,8 +96,33 @@ def test_counts_beyond_the_integers_of_float32():
     m = jax.eval_shape(lambda: jbn.moments(jnp.zeros((1, 1)), mask=jnp.ones((1, 1), bool)))
     assert m.count.dtype == jnp.float32
     layout = Layout((rows, 1), (1,))
-    assert count_rows(layout, np.broadcast_to(np.ones((), bool), (rows, 1))) == rows
-    assert count_rows(layout, np.ones((1, 1), bool)) == rows
+    dtype = np.dtype(np.float32)
+    assert count_rows(layout, np.broadcast_to(np.ones((), bool), (rows, 1)), dtype) == rows
+    assert count_rows(layout, np.ones((1, 1), bool), dtype) == rows
+
+
+@pytest.mark.parametrize("shape", [(2**16, 2**15, 1), (2**20, 2**14, 1), (2**31 + 2**8, 1)])
+def test_counts_of_masks_beyond_32_bits(shape):
+    """Masks that cover more positions than int32 counts, as a mask of examples over large images does."""
+    mask = np.ones((1,) * len(shape), bool)
+    count = count_rows(Layout(shape, (len(shape) - 1,)), mask, np.dtype(np.float32))
+    np.testing.assert_allclose(count, float(np.prod(shape, dtype=object)), rtol=2**-23)
+    if len(shape) > 2:
+        half = np.arange(shape[0])[:, None, None] % 2 == 0
+        np.testing.assert_allclose(
+            count_rows(Layout(shape, (2,)), half, np.dtype(np.float32)), np.prod(shape, dtype=object) / 2, rtol=2**-23
+        )
+
+
+def test_merges_beyond_the_integers_of_float32_lose_no_row():
+    """2²⁴ + 1 is no float32: what one addition loses is kept, and counts once it is large enough."""
+    many = jbn.Moments(*(np.float32(v) for v in (2**24, 0, 1, 1, 0)))
+    total, one = many, jbn.Moments(*(np.float32(v) for v in (1, 0, 3, 0, 0)))
+    for _ in range(64):
+        total = jbn.merge(total, one)
+    assert float(total.count) + float(total.rest) == 2**24 + 64
+    mean = (2**24 + 3 * 64) / (2**24 + 64)
+    np.testing.assert_allclose(total.mean, mean, rtol=1e-6)
 
 
 def test_an_all_true_mask_changes_nothing():

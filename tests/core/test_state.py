@@ -74,17 +74,42 @@ def test_a_feature_that_is_not_finite_keeps_its_statistics(bad):
         assert a[1] == o[1]
 
 
-def test_a_broken_state_breaks_no_output_and_stays_visible():
-    broken = jbn.State(jnp.full(3, jnp.nan), jnp.full(3, jnp.inf))
-    y, new = jbn.bn_forward(None, broken, X, True, momentum=0.0)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["mean", "var"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_broken_state_recovers(bad, field, momentum):
+    """A channel whose running statistics are not finite takes those of the first batch that has some."""
+    state = jbn.State(jnp.full(3, 2.0), jnp.full(3, 0.5))
+    broken = state._replace(**{field: state._asdict()[field].at[1].set(bad)})
+    y, new = jbn.bn_forward(None, broken, X, True, momentum=momentum)
     np.testing.assert_allclose(y, jbn.batch_norm(X)[0], atol=1e-6)
-    assert not np.isfinite(new.mean).any()  # an average with NaN is NaN: better seen than hidden
+    _, clean = jbn.bn_forward(None, state, X, True, momentum=momentum)
+    _, *batch = oracle.moments(X)
+    for got, other, whole in zip(new, clean, batch, strict=True):
+        np.testing.assert_allclose(got[::2], other[::2], rtol=1e-6)
+        np.testing.assert_allclose(got[1], whole[1], rtol=1e-6)
+    _, still = jbn.bn_forward(None, broken, X * np.float32([1, np.nan, 1]), True)
+    assert not np.isfinite(still._asdict()[field][1])  # nothing to recover by: seen, and not hidden
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_no_features_and_no_rows_are_shapes_like_others(train):
+    params, state = jbn.bn_init(0)
+    y, new = jbn.bn_forward(params, state, np.zeros((8, 0), np.float32), train)
+    assert y.shape == (8, 0)
+    assert new.mean.shape == (0,)
+    assert jax.grad(lambda x: jbn.bn_forward(params, state, x, train)[0].sum())(jnp.zeros((8, 0))).shape == (8, 0)
+    state = jbn.State(jnp.full(3, 2.0), jnp.full(3, 0.5))
+    y, new = jbn.bn_forward(None, state, np.zeros((0, 3), np.float32), train)
+    assert y.shape == (0, 3)
+    jax.tree.map(np.testing.assert_array_equal, new, state)
 
 
 def test_the_state_is_a_carry_of_scan():
-    state = jbn.bn_init(3)[1]._replace(mean=jnp.zeros(3, jnp.bfloat16))
+    state = jbn.bn_init(3)[1]
     final, _ = jax.lax.scan(lambda s, x: jbn.bn_forward(None, s, x, True)[::-1], state, np.stack([X, X + 1]))
-    assert final.mean.dtype == jnp.bfloat16
+    assert final.mean.dtype == jnp.float32
+    np.testing.assert_allclose(final.mean, (0.99 * 0.01 + 0.01) * X.mean(0) + 0.01, rtol=1e-4)
 
 
 def test_a_donated_state_is_reused():

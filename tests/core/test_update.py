@@ -141,10 +141,16 @@ def test_without_a_new_state_shards_may_differ():
         step(s.x, True)
 
 
-@mixed
-def test_one_value_per_feature(train, update):
+@pytest.mark.parametrize("update", [True, False])
+def test_one_value_per_feature_is_no_batch_to_train_on(update):
     with pytest.raises(ValueError, match="one value per channel"):
-        jbn.bn_forward(None, STATE, X[:1], train, update=update)
+        jbn.bn_forward(None, STATE, X[:1], True, update=update)
+
+
+def test_one_row_is_evaluated_and_moves_nothing():
+    y, new = jbn.bn_forward(None, STATE, X[:1], False, update=True)
+    np.testing.assert_array_equal(y, jbn.bn_forward(None, STATE, X[:1], False)[0])
+    jax.tree.map(np.testing.assert_array_equal, new, STATE)
 
 
 @pytest.mark.parametrize("update", [1, "yes", np.float32(1)])
