@@ -8,8 +8,8 @@ and ``fold`` for whole models.
 
 Tools: ``recalibrate`` (exact statistics after training), ``diagnose`` (what is wrong with a model), ``convert``,
 ``convert_options``, ``load_arrays`` and ``save_arrays`` (from and to other libraries), ``affine`` and ``fold`` (a
-normalization as a multiply-add), ``keep_statistics``, ``trainable_mask`` and ``decay_mask`` (what moves in training),
-``remat_policy`` (what ``jax.checkpoint`` keeps), ``check`` (does it hold on these devices).
+normalization as a multiply-add), ``keep_statistics``, ``trainable_mask``, ``norm_mask`` and ``decay_mask`` (what moves
+in training), ``remat_policy`` (what ``jax.checkpoint`` keeps), ``check`` (does it hold on these devices).
 """
 
 from jbn.checking.check import check
@@ -22,7 +22,7 @@ from jbn.core.statistics import Moments, merge
 from jbn.files import load_arrays, save_arrays
 from jbn.folding.kernel import affine, fold
 from jbn.folding.links import Folds
-from jbn.freezing import decay_mask, freeze, keep_statistics, trainable_mask
+from jbn.freezing import decay_mask, freeze, keep_statistics, norm_mask, trainable_mask
 from jbn.observing.diagnose import Diagnosis, diagnose
 from jbn.observing.findings import Finding, LayerStatistics
 from jbn.observing.recalibrate import recalibrate
@@ -31,6 +31,6 @@ from jbn.version import __version__
 __all__ = [
     "Diagnosis", "Finding", "Folds", "LayerStatistics", "Moments", "Params", "Report", "State", "__version__", "affine",
     "batch_norm", "bn_forward", "bn_init", "check", "convert", "convert_options", "decay_mask", "diagnose", "fold",
-    "freeze", "keep_statistics", "load_arrays", "merge", "moments", "recalibrate", "remat_policy", "save_arrays",
-    "trainable_mask",
+    "freeze", "keep_statistics", "load_arrays", "merge", "moments", "norm_mask", "recalibrate", "remat_policy",
+    "save_arrays", "trainable_mask",
 ]  # fmt: skip

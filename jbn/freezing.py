@@ -13,6 +13,7 @@ Tree = TypeVar("Tree")
 
 # What scales and shifts by feature is not decayed: pulling a scale towards zero regularizes nothing.
 _NOT_DECAYED = (("scale",), ("bias",))
+_STATISTICS = (("mean",), ("var",))
 
 
 def keep_statistics(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
@@ -125,6 +126,43 @@ def decay_mask(params: Tree) -> Tree:
     """
     paths, _, structure = flatten(params)
     return jax.tree.unflatten(structure, [keys[-1:] not in _NOT_DECAYED for keys in paths])
+
+
+def norm_mask(params: Tree, state: Any) -> Tree:
+    """Return a tree of bools for optax: True for the scale and bias of normalizations with statistics, else False.
+
+    With it the normalizations alone are trained, as in adaptation to data of another kind at test time.
+
+    Args:
+        params: a tree of arrays, as in ``trainable_mask``.
+        state: the statistics of the same model, such as ``batch_stats`` of Flax Linen or
+            ``nnx.state(model, nnx.BatchStat)``: a normalization is where a mean and a var are.
+
+    Returns:
+        A tree of the structure of ``params``, as labels of ``optax.multi_transform``; ``nnx.Optimizer`` needs a function,
+        ``functools.partial(jbn.norm_mask, state=state)``.
+
+    Raises:
+        ValueError: where no parameter is beside statistics.
+
+    >>> import jbn, jax.numpy as jnp
+    >>> params = {"conv": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "bn": {"scale": jnp.ones(2)}}
+    >>> jbn.norm_mask(params, {"bn": jbn.bn_init(2)[1]})
+    {'bn': {'scale': True}, 'conv': {'bias': False, 'kernel': False}}
+
+    Source: D. Wang, E. Shelhamer, S. Liu, B. Olshausen, T. Darrell, "Tent: Fully Test-Time Adaptation by Entropy
+    Minimization", 2021: statistics of the batch, and gradients for scale and bias alone.
+    """
+    paths, _, structure = flatten(params)
+    places = {keys[:-1] for keys in flatten(state)[0] if keys[-1:] in _STATISTICS}
+    hits = [keys[:-1] in places and keys[-1:] in _NOT_DECAYED for keys in paths]
+    if not any(hits):
+        raise ValueError(
+            f"params has {name_few(map(join, paths))}, and state statistics at {name_few(map(join, places))}; expected a "
+            "scale or a bias beside a mean and a var: the two trees of one model, such as variables['params'] and "
+            "variables['batch_stats']."
+        )
+    return jax.tree.unflatten(structure, hits)
 
 
 @dataclass(frozen=True)
