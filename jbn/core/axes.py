@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
-from jax.interpreters.partial_eval import DynamicJaxprTracer
 from jax.numpy import arange, asarray, concatenate, split, where
 from jax.sharding import NamedSharding
 
@@ -127,9 +125,20 @@ def _vary_over(value: Array, names: Collection[Hashable]) -> Array:
     return lax.pvary(value, ordered)  # type: ignore[attr-defined]
 
 
-def is_transformed(value: Any) -> bool:
-    """Say whether a value is mapped or differentiated here, and not only traced for ``jax.jit`` or for its shape."""
-    return isinstance(value, Tracer) and not isinstance(value, DynamicJaxprTracer)
+def forbid_transformations(value: Array, error: Exception) -> Array:
+    """Return a value that raises an error where it is mapped or differentiated, here or after it was traced."""
+
+    def fail(*_: object) -> Any:
+        raise error
+
+    @jax.custom_batching.custom_vmap
+    def mapped(value: Array) -> Array:
+        return value
+
+    mapped.def_vmap(fail)
+    differentiated = jax.custom_jvp(lambda value: mapped(value))
+    differentiated.defjvp(fail)
+    return differentiated(value)  # type: ignore[no-any-return]
 
 
 def place_as(value: Array, like: Array) -> Array:

@@ -15,15 +15,14 @@ RuleT = TypeVar("RuleT", bound=Hashable)
 class Scope(Generic[RuleT]):
     """The rules of the contexts of one kind that are entered, the innermost last.
 
-    The rules are a part of the keys of JAX's caches, so that a function is traced anew where others hold. The layers
-    that a context meets it meets while tracing; where a function was traced under the same rules before, the layers of
-    that time are told.
+    The rules are a part of the keys of JAX's caches, so that a function is traced anew where others hold. A context
+    meets layers while they are traced, and so none where all was compiled under the same rules before.
     """
 
     def __init__(self) -> None:
         self._rules = jax.make_user_context(())
         self._found: ContextVar[tuple[Found, ...]] = ContextVar("found", default=())
-        self._met: dict[tuple[RuleT, ...], Found] = {}
+        self._met: set[tuple[RuleT, ...]] = set()
 
     def active(self) -> Iterator[tuple[RuleT, Found]]:
         """Yield the rules that hold, each with the layers that its context has met so far."""
@@ -40,6 +39,8 @@ class Scope(Generic[RuleT]):
         finally:
             self._found.reset(token)
             if found.paths or found.skipped:
-                self._met[rules] = found
-            elif rules in self._met:
-                found.paths, found.skipped = self._met[rules]
+                self._met.add(rules)
+
+    def has_met(self, rule: RuleT) -> bool:
+        """Say whether a rule has met layers here, now or before: then there may be compiled functions that hold them."""
+        return (*self._rules.value, rule) in self._met

@@ -50,7 +50,8 @@ def freeze(
         affine: whether scale and bias are constants, in evaluation too. Weight decay needs ``jbn.trainable_mask``.
 
     Yields:
-        ``Found(paths, skipped)``, which fills up as layers are called: those that match, and those that do not.
+        ``Found(paths, skipped)``, which fills up as layers are traced or called: those that match, and those that do
+        not. Where all was compiled under the same context before, no layer is met again.
 
     Raises:
         TypeError: for patterns that are not strings, and flags that are not bools.
@@ -70,8 +71,11 @@ def freeze(
     match("", patterns)  # Patterns of another kind are refused here, before the block.
     several = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     frozen = Frozen.read(use_running_average=use_running_average, update=update, affine=affine)
-    with _SCOPE.enter(_Rule(several, frozen)) as found:
+    rule = _Rule(several, frozen)
+    with _SCOPE.enter(rule) as found:
         yield found
+    if _SCOPE.has_met(rule) and not (found.paths or found.skipped):
+        return
     try:
         select((*found.paths, *found.skipped), several, "layers")
     except ValueError as error:

@@ -40,7 +40,7 @@ def replace(**overrides: Any) -> Iterator[Found]:
             ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``. The others keep their values.
 
     Yields:
-        ``Found(paths, skipped)``, which fills up as layers are called: those that compute with jbn, and those that
+        ``Found(paths, skipped)``, which fills up as layers are traced or called: those that compute with jbn, and those that
         keep their own code, because their class overrides ``__call__``.
 
     Raises:
@@ -82,7 +82,7 @@ def replace(**overrides: Any) -> Iterator[Found]:
     rule = tuple((name, _key(value)) for name, value in sorted(overrides.items()))
     with _SCOPE.enter(rule) as found, nn.intercept_methods(intercept):
         yield found
-    if not found.paths:
+    if not found.paths and (found.skipped or not _SCOPE.has_met(rule)):
         others = f" Subclasses, which keep their own code, are {', '.join(found.skipped)}." if found.skipped else ""
         acts = "It acts on what is called inside the block."
         warnings.warn(f"replace() met no flax.linen.BatchNorm.{others} {acts}", stacklevel=3)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from jbn.core.axes import is_transformed
+from jbn.core.axes import forbid_transformations
 from jbn.core.checks import OneValue, cast_mask, read_flag
 from jbn.core.forward import batch_norm, bn_forward
 from jbn.freezing import Frozen
@@ -96,8 +96,8 @@ class BatchNorm(nnx.BatchNorm):
         Warns:
             UserWarning: for one value per channel in training, where ``jbn.bn_forward`` raises, because an NNX model is
                 often tried on a single example first: y does not depend on x, and the statistics are kept. It raises
-                where x or a parameter is mapped or differentiated, for then somebody trains, and it says nothing where
-                nothing may be computed, such as under ``nnx.eval_shape``.
+                where y is mapped or differentiated, for then somebody trains, also if that is a compiled call; one that
+                is not is silent, as ``nnx.eval_shape`` and ``nnx.tabulate`` are.
 
         """
         evaluate = read_flag(
@@ -135,12 +135,11 @@ class BatchNorm(nnx.BatchNorm):
                 **options,
             )
         except OneValue as error:
-            if any(map(is_transformed, (x, *params.values()))):
-                raise
+            y = forbid_transformations(batch_norm(x, **params, **options)[0], error)
             if not isinstance(x, jax.core.Tracer):
                 kept = f"This {type(self).__name__} of {self.num_features} features goes on and keeps its statistics."
                 warnings.warn(f"{error} {kept}", stacklevel=2)
-            return batch_norm(x, **params, **options)[0]
+            return y
         if update:
             write(self.mean, state["mean"])
             write(self.var, state["var"])

@@ -47,7 +47,8 @@ def recalibrate(
         state: a tree with the ``mean`` and ``var`` of every layer; other leaves come back as they are.
         batches: what ``apply`` takes, one after the other; any tree of arrays each, sharded or not.
         upstream: what layers normalize by meanwhile. "batch": as ``apply`` says, in training by the batch, which is
-            what the parameters were trained with and takes one pass over the data. "recalibrated": by the statistics
+            what the parameters were trained with and takes one pass over the data; a last batch of one row is
+            normalized by the running statistics. "recalibrated": by the statistics
             that are returned, as evaluation will, for batches too small to normalize by; it repeats the pass until no
             statistics move, by more than 1e-5 of the deviation or the variance. After pass k
             the first k layers are exact, and one more pass confirms it; starting near the answer, such as after
@@ -60,8 +61,9 @@ def recalibrate(
         keeps its statistics.
 
     Raises:
-        ValueError: for no batches, a state without statistics, a layer without two valid rows, statistics that are not
-            finite, and layers that are not jbn's or do not update, with their paths.
+        ValueError: for no batches, a state without statistics, a layer without two valid rows or, with upstream
+            "batch", with one row a batch, statistics that are not finite, and layers that are not jbn's or do not
+            update, with their paths.
         TypeError: for arguments of other kinds, such as one batch instead of several.
 
     >>> import jax, jbn
@@ -90,6 +92,11 @@ def recalibrate(
         seen = model.merge(_look_ahead(answers, number, progress))
         if empty := [layer.path for layer in model.layers if not (seen[layer].count > 1).any()]:
             raise ValueError(f"Fewer than two valid rows reached {name_few(empty)}; expected some batch to have them.")
+        if upstream == "batch" and (alone := [layer.path for layer in model.layers if seen[layer].is_alone]):
+            raise ValueError(
+                f"{name_few(alone)} saw no more rows than batches, one value per channel: no batch to normalize by. "
+                "Expected larger batches, a last one of one row excepted, or upstream='recalibrated'."
+            )
         new = {layer: _take(seen[layer], statistics[layer], unbiased) for layer in model.layers}
         settled = all(_agree(statistics[layer], new[layer]) for layer in model.layers)
         statistics = new

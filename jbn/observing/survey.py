@@ -51,11 +51,17 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Seen:
-    """The moments of the rows that a layer has seen, in float64."""
+    """The moments of the rows that a layer has seen, in float64, and in how many calls."""
 
     count: Vector
     mean: Vector
     var: Vector
+    updates: Vector
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there was, on average, no second row beside any."""
+        return bool((self.count <= self.updates).all())
 
     def merge(self, other: "Seen") -> "Seen":
         """Return the moments of both, as ``jbn.merge`` does in float32: counts of a whole data set need more."""
@@ -63,7 +69,7 @@ class Seen:
         share = other.count / np.maximum(total, 1)
         delta = other.mean - self.mean
         spread = self.var + share * (other.var - self.var) + share * (1 - share) * delta * delta
-        return Seen(total, self.mean + share * delta, spread)
+        return Seen(total, self.mean + share * delta, spread, self.updates + other.updates)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class Survey:
                     count, pilot, offset, var = (
                         np.asarray(value, np.float64) for value in (found.count, found.pilot, found.offset, found.var)
                     )
-                    new = Seen(count, pilot + offset, var)
+                    new = Seen(count, pilot + offset, var, np.asarray(found.updates, np.float64))
                     seen[layer] = seen[layer].merge(new) if layer in seen else new
         return seen
 

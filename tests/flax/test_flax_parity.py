@@ -57,7 +57,6 @@ def test_the_call_is_flax_s_with_new_arguments_last():
         {"axis": (1, 2)},
         {"axis": 0},
         {"param_dtype": jnp.bfloat16},
-        {"param_dtype": jnp.bfloat16, "force_float32_reductions": False},
         {"scale_init": nn.initializers.normal(), "bias_init": nn.initializers.uniform()},
         {"use_fast_variance": False, "dtype": jnp.bfloat16},
     ],
@@ -71,6 +70,28 @@ def test_the_variables_are_flax_s(options):
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_statistics_are_never_narrow(dtype):
+    """Flax makes them of 16 bits where ``force_float32_reductions`` is off, and they stall."""
+    layer, x = MINE(False, param_dtype=dtype, force_float32_reductions=False), jnp.full((8, 3), 5.0).at[0].set(6.0)
+    variables = layer.init(jax.random.key(0), x)
+    assert variables["params"]["scale"].dtype == dtype
+    assert variables["batch_stats"]["mean"].dtype == variables["batch_stats"]["var"].dtype == jnp.float32
+    narrow = {**variables, "batch_stats": jax.tree.map(lambda v: v.astype(dtype), variables["batch_stats"])}
+    with pytest.raises(ValueError, match="state.mean has dtype .* in which running statistics stall"):
+        layer.apply(narrow, x, mutable=["batch_stats"])
+    MINE(True).apply(narrow, x)
+
+
+@pytest.mark.parametrize("shape", [(3,), (6,), (5, 3), (6, 5), (5, 1)])
+def test_a_mask_of_lower_rank_is_refused(shape):
+    """It would be broadcast from the right, where the features are: with as many examples as features, silently."""
+    x = jax.random.normal(jax.random.key(0), (6, 5, 3))
+    with pytest.raises(ValueError, match=r"mask has shape .* x has shape \(6, 5, 3\); expected the same rank") as error:
+        MINE(False).init(jax.random.key(0), x, mask=np.ones(shape))
+    assert ("mask[..., None" in str(error.value)) == (shape in [(6,), (6, 5)])
 
 
 def test_the_output_of_initialization_is_flax_s():
@@ -161,10 +182,10 @@ def test_a_flax_checkpoint_goes_on_unchanged():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, stats)
 
 
-def test_a_mask_may_be_of_any_form_that_flax_takes():
-    """Flax broadcasts masks of lower rank and takes numbers; the migration must not break there."""
+def test_a_mask_may_be_of_any_dtype_that_flax_takes():
+    """Flax takes numbers; the migration must not break there."""
     x = jax.random.normal(jax.random.key(0), (6, 5, 3))
-    masks = [np.array([1, 1, 0, 1, 0])[:, None], np.ones((6, 5, 1)), [[[True]], [[False]]] * 3]
+    masks = [np.array([1, 1, 0, 1, 0])[None, :, None], np.ones((6, 5, 1)), [[[True]], [[False]]] * 3]
     for mask in masks:
         mine, theirs = (
             cls(False).apply(cls(False).init(jax.random.key(0), x), x, mask=mask, mutable=["batch_stats"])

@@ -149,9 +149,15 @@ def test_names_and_groups_of_axes_reach_bn_forward():
     np.testing.assert_array_equal(y, jax.vmap(function, axis_name="batch")(x))
 
 
-def test_a_mask_may_be_of_any_form_that_flax_linen_takes():
+def test_a_mask_of_lower_rank_is_refused():
+    for shape in [(4,), (8,), (8, 4), (4, 1)]:
+        with pytest.raises(ValueError, match=r"mask has shape .* x has shape \(8, 4, 4\); expected the same rank"):
+            make()(X.reshape(8, 4, 4), mask=np.ones(shape))
+
+
+def test_a_mask_may_be_of_any_dtype_that_flax_linen_takes():
     x = X.reshape(8, 4, 4)
-    for mask in [np.array([1, 1, 0, 1])[:, None], np.ones((8, 4, 1)), [[[True]], [[False]]] * 4]:
+    for mask in [np.array([1, 1, 0, 1])[None, :, None], np.ones((8, 4, 1)), [[[True]], [[False]]] * 4]:
         mine, theirs = make(), make(THEIRS, use_fast_variance=False)
         valid = np.broadcast_to(np.asarray(mask, bool), x.shape)
         with jax.numpy_rank_promotion("allow"):
@@ -172,17 +178,51 @@ def test_an_activation_may_be_a_module_with_parameters():
 
 @pytest.mark.parametrize("options", [{}, {"activation": nnx.relu}, {"group_size": 1}], ids=", ".join)
 @pytest.mark.parametrize("jit", [False, True])
-def test_one_value_per_channel_warns_and_keeps_the_statistics(options, jit):
+def test_one_value_per_channel_keeps_the_statistics_and_warns_where_python_runs(options, jit):
     x = X if "group_size" in options else X[:1]
     layer = make(bias_init=nnx.initializers.constant(0.5), **options)
     layer(X[:8], use_running_average=True)
     call = nnx.jit(lambda layer, x: layer(x)) if jit else lambda layer, x: layer(x)
-    with pytest.warns(UserWarning, match=r"one value per channel.*This BatchNorm of 4 features") as caught:
+    if jit:
         y = call(layer, x)
-    assert caught[0].filename == __file__
+    else:
+        with pytest.warns(UserWarning, match=r"one value per channel.*This BatchNorm of 4 features") as caught:
+            y = call(layer, x)
+        assert caught[0].filename == __file__
     np.testing.assert_array_equal(y, np.full(x.shape, 0.5))
     np.testing.assert_array_equal(layer.mean[...], np.zeros(4))
     np.testing.assert_array_equal(layer.var[...], np.ones(4))
+
+
+@pytest.mark.parametrize(
+    "transform", [jax.vmap, nnx.vmap, lambda f, **axes: nnx.jit(nnx.vmap(f, **axes)), "of jit"],
+    ids=["jax.vmap", "nnx.vmap", "in jit", "of jit"],
+)
+def test_one_value_per_channel_raises_where_examples_are_mapped(transform):
+    """A model that is mapped over single examples would train a dead layer."""
+    layer = make()
+    with pytest.raises(ValueError, match="one value per channel.*no gradients of single examples.*GroupNorm"):
+        if transform is jax.vmap:
+            jax.vmap(lambda x: layer(x[None]))(X)
+        elif transform == "of jit":
+            jax.vmap(jax.jit(lambda x: layer(x[None])))(X)
+        else:
+            transform(lambda layer, x: layer(x[None]), in_axes=(nnx.StateAxes({...: None}), 0))(layer, X)
+    np.testing.assert_array_equal(layer.var[...], np.ones(4))
+
+
+@pytest.mark.parametrize("grad", [nnx.grad, nnx.value_and_grad, lambda f: nnx.jit(nnx.grad(f)), lambda f: nnx.grad(nnx.jit(f))])
+def test_one_value_per_channel_raises_where_it_is_differentiated(grad):
+    with pytest.raises(ValueError, match="one value per channel"):
+        grad(lambda layer: (layer(X[:1]) ** 2).sum())(make())
+
+
+def test_one_value_per_channel_is_silent_where_nothing_is_computed():
+    layer = make()
+    y = nnx.eval_shape(lambda layer: layer(jnp.zeros((1, 4))), layer)
+    assert y.shape == (1, 4)
+    nnx.tabulate(layer, X[:1])
+    jax.make_jaxpr(lambda x: layer(x))(X[:1])
 
 
 def test_one_value_per_channel_warns_only_where_it_matters():

@@ -97,8 +97,60 @@ def test_batches_of_one_row_with_recalibrated_statistics():
     batches = cut(rows(), *range(1, ROWS))
     got = jbn.recalibrate(apply, PARAMS, FRESH, batches, upstream="recalibrated")
     check(got, wanted(batches, "recalibrated"))
-    with pytest.raises(ValueError, match="one value per channel"):
+    with pytest.raises(ValueError, match="no more rows than batches, one value per channel.*upstream='recalibrated'"):
         jbn.recalibrate(apply, PARAMS, FRESH, batches)
+
+
+@pytest.mark.parametrize("upstream", ["batch", "recalibrated"])
+def test_a_last_batch_of_one_row(upstream):
+    """It counts like the others; what comes after the first layer is normalized by the running statistics."""
+    x = rows()
+    got = jbn.recalibrate(apply, PARAMS, FRESH, cut(x, ROWS - 1), upstream=upstream)
+    _, mean, var = oracle.moments(x)
+    np.testing.assert_allclose(got["a"].mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(got["a"].var, var, rtol=1e-5)
+    assert np.isfinite(got["b"].var).all()
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float16, 300), (jnp.float16, 1e5)])
+def test_statistics_that_the_state_does_not_hold_are_refused(dtype, size):
+    x = np.random.default_rng(0).standard_normal((64, C)).astype(np.float32) * size
+    state = {"a": jbn.State(jnp.zeros(C, dtype), jnp.ones(C, dtype))}
+
+    def one(params, state, x):
+        return {"a": jbn.bn_forward(None, state["a"], x, True)[1]}
+
+    with pytest.raises(ValueError, match=r"The var of a is up to .* more than the state holds, which is float16.*float32"):
+        jbn.recalibrate(one, None, state, [x])
+    wide = jax.tree.map(lambda v: v.astype(jnp.float32), state)
+    np.testing.assert_allclose(jbn.recalibrate(one, None, wide, [x])["a"].var, oracle.moments(x)[2], rtol=1e-5)
+
+
+def test_a_narrow_state_is_filled_and_keeps_its_dtype():
+    x = np.random.default_rng(0).standard_normal((64, C)).astype(np.float32) + 5
+    state = {"a": jbn.State(jnp.zeros(C, jnp.bfloat16), jnp.ones(C, jnp.bfloat16))}
+    got = jbn.recalibrate(lambda _, s, x: {"a": jbn.bn_forward(None, s["a"], x, True)[1]}, None, state, [x])
+    _, mean, var = oracle.moments(x)
+    assert got["a"].mean.dtype == jnp.bfloat16
+    np.testing.assert_allclose(oracle.wide(got["a"].mean), mean, rtol=2**-8)
+    np.testing.assert_allclose(oracle.wide(got["a"].var), var, rtol=2**-8)
+
+
+def test_boxed_statistics_stay_boxed():
+    """Leaves of ``nn.Partitioned``, as large models have them."""
+    nn = pytest.importorskip("flax.linen")
+    state = {"a": {name: nn.Partitioned(v, ("features",)) for name, v in FRESH["a"]._asdict().items()}}
+    x = rows()
+
+    def one(params, state, x):
+        raw = nn.unbox(state)["a"]
+        new = jbn.bn_forward(None, raw, x, True)[1]
+        return {"a": {name: state["a"][name].replace(value=v) for name, v in new.items()}}
+
+    got = jbn.recalibrate(one, None, state, [x[:4], x[4:]])
+    assert jax.tree.structure(got) == jax.tree.structure(state)
+    assert got["a"]["mean"].names == ("features",)
+    np.testing.assert_allclose(got["a"]["mean"].value, oracle.moments(x)[1], rtol=1e-5)
 
 
 def test_the_start_and_the_momentum_do_not_matter():
