@@ -139,8 +139,8 @@ def norm_mask(params: Tree, state: Any) -> Tree:
             ``nnx.state(model, nnx.BatchStat)``: a normalization is where a mean and a var are.
 
     Returns:
-        A tree of the structure of ``params``, as labels of ``optax.multi_transform``; ``nnx.Optimizer`` needs a function,
-        ``functools.partial(jbn.norm_mask, state=state)``.
+        A tree of the structure of ``params``, as labels of ``optax.multi_transform``. ``nnx.Optimizer`` needs a
+        function: ``functools.partial(jbn.norm_mask, state=state)``.
 
     Raises:
         ValueError: where no parameter is beside statistics.
@@ -158,8 +158,8 @@ def norm_mask(params: Tree, state: Any) -> Tree:
     hits = [keys[:-1] in places and keys[-1:] in _NOT_DECAYED for keys in paths]
     if not any(hits):
         raise ValueError(
-            f"params has {name_few(map(join, paths))}, and state statistics at {name_few(map(join, places))}; expected a "
-            "scale or a bias beside a mean and a var: the two trees of one model, such as variables['params'] and "
+            f"params has {name_few(map(join, paths))}, and state statistics at {name_few(map(join, places))}; expected "
+            "a scale or a bias beside a mean and a var: the two trees of one model, such as variables['params'] and "
             "variables['batch_stats']."
         )
     return jax.tree.unflatten(structure, hits)

@@ -42,5 +42,5 @@ class Scope(Generic[RuleT]):
                 self._met.add(rules)
 
     def has_met(self, rule: RuleT) -> bool:
-        """Say whether a rule has met layers here, now or before: then there may be compiled functions that hold them."""
+        """Say whether a rule has met layers here, now or before, so that compiled functions may hold them."""
         return (*self._rules.value, rule) in self._met

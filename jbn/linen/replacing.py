@@ -40,8 +40,8 @@ def replace(**overrides: Any) -> Iterator[Found]:
             ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``. The others keep their values.
 
     Yields:
-        ``Found(paths, skipped)``, which fills up as layers are traced or called: those that compute with jbn, and those that
-        keep their own code, because their class overrides ``__call__``.
+        ``Found(paths, skipped)``, which fills up as layers are traced or called: those that compute with jbn, and
+        those that keep their own code, because their class overrides ``__call__``.
 
     Raises:
         TypeError: for overrides of other names.

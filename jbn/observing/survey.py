@@ -169,8 +169,8 @@ class Survey:
                     fits = np.isfinite(value.astype(dtype))
                 if (np.isfinite(value) & ~fits).any():
                     raise ValueError(
-                        f"The {name} of {layer.path} is up to {np.abs(value).max():.2g}, more than the state holds, which "
-                        f"is {dtype.name}. Expected float32: cast the state first."
+                        f"The {name} of {layer.path} is up to {np.abs(value).max():.2g}, more than the state holds, "
+                        f"which is {dtype.name}. Expected float32: cast the state first."
                     )
                 leaves[i] = _put(value, leaves[i], dtype)
         return jax.tree.unflatten(self.structure, leaves)

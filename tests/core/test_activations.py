@@ -157,18 +157,20 @@ def test_a_number_that_changes_in_a_closure():
     np.testing.assert_allclose(jbn.batch_norm(X, activation=act)[0], leaky(PLAIN, 0.5), atol=1e-6)
 
 
+def gradient_of_bias(act):
+    return jax.grad(lambda bias: jbn.batch_norm(X, None, bias, activation=act)[0].sum())(jnp.zeros(4))
+
+
 def test_a_rule_that_changes_decides_the_derivative():
     """Two functions with one value and two rules are two activations."""
     for slope in (1.0, 3.0):
         act = jax.custom_jvp(lambda z: z)
         act.defjvp(lambda primals, tangents, slope=slope: (primals[0], slope * tangents[0]))
-        _, vjp = jax.vjp(lambda bias: jbn.batch_norm(X, None, bias, activation=act)[0], jnp.zeros(4))
-        np.testing.assert_allclose(vjp(jnp.ones((16, 4)))[0], 16 * slope, rtol=1e-6)
+        np.testing.assert_allclose(gradient_of_bias(act), 16 * slope, rtol=1e-6)
     for slope in (1.0, 3.0):
         act = jax.custom_vjp(lambda z: z)
         act.defvjp(lambda z: (z, ()), lambda _, g, slope=slope: (slope * g,))
-        _, vjp = jax.vjp(lambda bias: jbn.batch_norm(X, None, bias, activation=act)[0], jnp.zeros(4))
-        np.testing.assert_allclose(vjp(jnp.ones((16, 4)))[0], 16 * slope, rtol=1e-6)
+        np.testing.assert_allclose(gradient_of_bias(act), 16 * slope, rtol=1e-6)
 
 
 def _rule_over(slope):
@@ -179,7 +181,7 @@ def _rule_over(slope):
 
 def test_an_array_that_a_rule_alone_holds_is_seen():
     def gradient(slope):
-        return jax.grad(lambda bias: jbn.batch_norm(X, None, bias, activation=_rule_over(slope))[0].sum())(jnp.zeros(4))
+        return gradient_of_bias(_rule_over(slope))
 
     for slope in (0.3, 2.0):
         np.testing.assert_allclose(jax.jit(gradient)(slope), 16 * slope, rtol=1e-6)
@@ -204,7 +206,7 @@ def _loop_over(slope):
 
 
 @pytest.mark.parametrize(
-    "holder, message",
+    ("holder", "message"),
     [(_value_over, "derivative rule of its own"), (_backward_over, "jax.custom_vjp whose backward pass reads arrays")],
 )
 def test_what_cannot_be_followed_is_refused_with_the_way_out(holder, message):
@@ -215,16 +217,11 @@ def test_what_cannot_be_followed_is_refused_with_the_way_out(holder, message):
         jax.grad(loss)(0.3)
 
 
-def test_a_loop_over_a_compiled_function_is_right_or_refused():
+def test_a_loop_over_a_compiled_function():
     def loss(slope):
         return (jbn.batch_norm(X, activation=_loop_over(slope))[0] ** 2).sum()
 
-    try:
-        got = jax.grad(loss)(jnp.float32(0.3))
-    except TypeError as error:
-        assert "compiled function inside a loop" in str(error)
-    else:
-        np.testing.assert_allclose(got, 4 * 0.3**3 * (PLAIN**2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(jax.jvp(loss, (0.3,), (1.0,))[1], 4 * 0.3**3 * (PLAIN**2).sum(), rtol=1e-5)
 
 
 def test_equal_programs_are_one():

@@ -69,7 +69,9 @@ def test_narrow_statistics_normalize_and_do_not_move(dtype, field, train):
     stats = None if train else (np.full(2, 3), np.full(2, 2))
     np.testing.assert_allclose(y, oracle.forward(x, stats=stats).y, atol=oracle.tolerance("float32", 64, 4))
     assert same is state
-    with pytest.raises(ValueError, match=rf"state.{field} has dtype {dtype}, in which running statistics stall.*float32"):
+    with pytest.raises(
+        ValueError, match=rf"state.{field} has dtype {dtype}, in which running statistics stall.*float32"
+    ):
         jbn.bn_forward(None, state, x, train, update=True)
 
 

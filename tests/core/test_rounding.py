@@ -21,7 +21,7 @@ COTANGENTS = {
 
 
 def bound(want, g, a, dtype):
-    """Bound the L2 error: half again that of one rounding, and the float32 roundings of what dx is the difference of."""
+    """Bound the L2 error: half again that of one rounding, and the float32 roundings of what dx is made of."""
     once = oracle.wide(jnp.asarray(want, dtype))
     return 1.5 * np.linalg.norm(once - want) + 8 * 2.0**-24 * np.linalg.norm(a * g)
 

@@ -80,7 +80,7 @@ def test_statistics_are_never_narrow(dtype):
     assert variables["params"]["scale"].dtype == dtype
     assert variables["batch_stats"]["mean"].dtype == variables["batch_stats"]["var"].dtype == jnp.float32
     narrow = {**variables, "batch_stats": jax.tree.map(lambda v: v.astype(dtype), variables["batch_stats"])}
-    with pytest.raises(ValueError, match="state.mean has dtype .* in which running statistics stall"):
+    with pytest.raises(ValueError, match=r"state.mean has dtype .* in which running statistics stall"):
         layer.apply(narrow, x, mutable=["batch_stats"])
     MINE(True).apply(narrow, x)
 

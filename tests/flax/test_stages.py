@@ -84,7 +84,9 @@ def test_two_stages_in_linen(norm, compiled_again):
         second = jax.jit(step) if compiled_again else first
         state = tx.init(now["params"]) if compiled_again else opt_state
         after, _ = second(now, state, X, LABELS)
-        want, _ = step(now, state, X, LABELS) if compiled_again else make_step(model, frozen_tx, [])(now, state, X, LABELS)
+        want, _ = (
+            step(now, state, X, LABELS) if compiled_again else make_step(model, frozen_tx, [])(now, state, X, LABELS)
+        )
     assert not same(after["batch_stats"]["backbone"], now["batch_stats"]["backbone"])
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after["batch_stats"], want["batch_stats"])
 
@@ -218,6 +220,8 @@ def test_normalizations_alone_in_nnx():
 
 
 def test_norm_mask_of_other_trees():
-    with pytest.raises(ValueError, match=r"params has head/kernel, and state statistics at bn; expected a scale or a bias"):
+    with pytest.raises(
+        ValueError, match=r"params has head/kernel, and state statistics at bn; expected a scale or a bias"
+    ):
         jbn.norm_mask({"head": {"kernel": jnp.ones(2)}}, {"bn": jbn.bn_init(2)[1]})
     assert jbn.norm_mask(jbn.bn_init(2)[0], jbn.bn_init(2)[1]) == jbn.Params(True, True)

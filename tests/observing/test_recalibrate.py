@@ -97,7 +97,7 @@ def test_batches_of_one_row_with_recalibrated_statistics():
     batches = cut(rows(), *range(1, ROWS))
     got = jbn.recalibrate(apply, PARAMS, FRESH, batches, upstream="recalibrated")
     check(got, wanted(batches, "recalibrated"))
-    with pytest.raises(ValueError, match="no more rows than batches, one value per channel.*upstream='recalibrated'"):
+    with pytest.raises(ValueError, match=r"no more rows than batches, one value per channel.*upstream='recalibrated'"):
         jbn.recalibrate(apply, PARAMS, FRESH, batches)
 
 
@@ -120,7 +120,9 @@ def test_statistics_that_the_state_does_not_hold_are_refused(dtype, size):
     def one(params, state, x):
         return {"a": jbn.bn_forward(None, state["a"], x, True)[1]}
 
-    with pytest.raises(ValueError, match=r"The var of a is up to .* more than the state holds, which is float16.*float32"):
+    with pytest.raises(
+        ValueError, match=r"The var of a is up to .* more than the state holds, which is float16.*float32"
+    ):
         jbn.recalibrate(one, None, state, [x])
     wide = jax.tree.map(lambda v: v.astype(jnp.float32), state)
     np.testing.assert_allclose(jbn.recalibrate(one, None, wide, [x])["a"].var, oracle.moments(x)[2], rtol=1e-5)
