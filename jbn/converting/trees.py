@@ -160,22 +160,32 @@ def fill(like: Any, addresses: Addresses, layers: Mapping[Path, Layer], numpy: b
 
 
 def as_numpy(leaf: Any) -> Array:
-    """Copy an array of any library; NumPy does not read bfloat16 of PyTorch."""
+    """Copy an array of any library; NumPy does not read bfloat16 and float8 of PyTorch."""
     if not hasattr(leaf, "dtype"):
         raise TypeError(f"has a leaf of type {type(leaf).__name__}; expected an array.")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise TypeError("is a key of random numbers; expected nnx.state(model, (nnx.Param, nnx.BatchStat)).")
     if isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "is_meta", False):
         raise TypeError(f"has a {type(leaf).__name__} without values; expected an array: shapes alone are for like.")
+    dtype = dtype_of(leaf)
+    if not (jnp.issubdtype(dtype, np.number) or dtype == np.bool_):
+        raise TypeError(f"has an array of {dtype}; expected numbers: leave it out.")
     if not hasattr(leaf, "detach"):
         return np.array(leaf)
-    dtype, leaf = dtype_of(leaf), leaf.detach().cpu()
-    return np.array((leaf.float() if dtype == jnp.bfloat16 else leaf).numpy()).astype(dtype)
+    if getattr(leaf, "layout", None) is not None and "strided" not in str(leaf.layout):
+        raise TypeError(f"has a tensor of layout {leaf.layout}; expected a dense one, such as tensor.to_dense().")
+    leaf = leaf.detach().cpu().resolve_conj().resolve_neg()
+    return np.array((leaf if dtype.isbuiltin == 1 else leaf.float()).numpy()).astype(dtype)
 
 
 def dtype_of(leaf: Any) -> np.dtype[Any]:
     """Return the dtype of an array of any library."""
-    return jnp.dtype(str(leaf.dtype).removeprefix("torch."))
+    try:
+        return jnp.dtype(str(leaf.dtype).removeprefix("torch."))
+    except TypeError as error:
+        raise TypeError(
+            f"has an array of {leaf.dtype}, which NumPy and JAX lack; expected a float, such as tensor.dequantize()."
+        ) from error
 
 
 def _as_leaf(value: Array, leaf: Any, address: Address, numpy: bool) -> Any:
