@@ -17,7 +17,9 @@ Layer = dict[str, Array]
 Address = tuple[Path, str]  # a layer, and the name of an array in it
 Addresses = list[Address | None]  # of the leaves of a tree, in jax's order; None for what is no array
 
-VECTORS = ("scale", "bias", "mean", "var")
+STATISTICS = ("mean", "var")
+VECTORS = ("scale", "bias", *STATISTICS)
+OTHER = "="  # before the name of an array that has no meaning here; twice where it is not trained
 
 
 def index(addresses: Addresses, tree: Any) -> dict[Address, Any]:
@@ -48,7 +50,7 @@ def address_variables(tree: Any) -> Addresses:
             f"holds {', '.join(sorted(strange))}; expected the variables of Flax Linen, a mapping with 'params' and, "
             "where there are normalizations, 'batch_stats', and nothing else."
         )
-    return [_address(path[1:]) for path in paths]
+    return [_address_part(path[1:], path[0] == "params") for path in paths]
 
 
 def address_model(tree: Any) -> Addresses:
@@ -64,7 +66,7 @@ def address_pair(tree: Any) -> Addresses:
     paths = flatten(_read_pair(tree, "(params, state)"))[0]
     if any(len(path) < 2 for path in paths):
         raise TypeError("has arrays without names; expected (params, state), such as those of jbn.bn_init.")
-    return [_address(path[1:]) for path in paths]
+    return [_address_part(path[1:], path[0] == "0") for path in paths]
 
 
 def address_modules(tree: Any) -> Addresses:
@@ -89,10 +91,10 @@ def address_equinox(tree: Any) -> Addresses:
     where: dict[int, Address] = {}
     for path, norm in _norms(model):
         for index, *names in (
-            (norm.batch_state_index, "mean", "var"),
-            (norm.ema_state_index, "mean", "var"),
-            (norm.batch_counter, "counter"),
-            (norm.ema_first_time_index, "first_time"),
+            (norm.batch_state_index, "state/mean", "state/var"),
+            (norm.ema_state_index, "state/mean", "state/var"),
+            (norm.batch_counter, "state/counter"),
+            (norm.ema_first_time_index, "state/first_time"),
         ):
             if index is not None:
                 where |= {at: (path, name) for at, name in zip(_position(positions, index), names, strict=True)}
@@ -114,9 +116,9 @@ def read_evaluation(tree: Any) -> dict[Address, Any]:
     found = index(address_equinox(tree), tree)
     for path, norm in _norms(tree[0]):
         if norm.mode == "batch":
-            count = jnp.asarray(found[path, "counter"])
+            count = jnp.asarray(found[path, "state/counter"])
             left = jnp.where(count == 0, 1, 1 - norm.momentum**count)
-            found |= {(path, name): found[path, name] / left for name in ("mean", "var")}
+            found |= {(path, name): found[path, name] / left for name in ("state/mean", "state/var")}
     return found
 
 
@@ -188,6 +190,11 @@ def dtype_of(leaf: Any) -> np.dtype[Any]:
         ) from error
 
 
+def is_float(dtype: Any) -> bool:
+    """Say whether numbers of a dtype, bfloat16 and float8 too, can be trained."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
 def _as_leaf(value: Array, leaf: Any, address: Address, numpy: bool) -> Any:
     with np.errstate(over="ignore"):
         cast = value.astype(dtype_of(leaf), order="C")
@@ -210,6 +217,12 @@ def _address(path: Path) -> Address:
     return path[:-1], path[-1]
 
 
+def _address_part(path: Path, trained: bool) -> Address:
+    """Return the address of an array of which the tree says whether it is trained; statistics are not."""
+    *keys, name = path
+    return tuple(keys), name if trained != (name in STATISTICS) else f"{OTHER if trained else OTHER * 2}{name}"
+
+
 def _norms(model: Any) -> Iterator[tuple[Path, Any]]:
     """Find the batch norms of an Equinox model."""
 
@@ -228,7 +241,7 @@ def _flatten_layers(layers: Mapping[Path, Layer]) -> dict[Path, Array]:
 def _split(layers: Mapping[Path, Layer]) -> tuple[dict[Path, Any], dict[Path, Any]]:
     """Return parameters and statistics."""
     flat = _flatten_layers(layers)
-    stats = {path: value for path, value in flat.items() if path[-1] in ("mean", "var")}
+    stats = {path: value for path, value in flat.items() if path[-1] in STATISTICS}
     return {path: value for path, value in flat.items() if path not in stats}, stats
 
 
