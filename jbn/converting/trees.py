@@ -195,10 +195,16 @@ def is_float(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
+def narrow(value: Array, dtype: np.dtype[Any]) -> tuple[Array, bool]:
+    """Cast an array, and say whether what was finite stayed so."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = value.astype(dtype, order="C")
+    return cast, not (np.isfinite(value) & ~np.isfinite(cast)).any()
+
+
 def _as_leaf(value: Array, leaf: Any, address: Address, numpy: bool) -> Any:
-    with np.errstate(over="ignore"):
-        cast = value.astype(dtype_of(leaf), order="C")
-    if (np.isfinite(value) & ~np.isfinite(cast)).any():
+    cast, fits = narrow(value, dtype_of(leaf))
+    if not fits:
         raise ValueError(f"{'/'.join((*address[0], address[1]))!r} does not fit into {cast.dtype}, the dtype in like.")
     if hasattr(leaf, "new_tensor") and not leaf.is_meta:
         return leaf.new_tensor(cast.astype(np.float32) if cast.dtype == jnp.bfloat16 else cast)
