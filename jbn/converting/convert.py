@@ -9,7 +9,6 @@ from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
@@ -137,7 +136,8 @@ def convert(
         _check_complete(goal, found, came, wanted)
         return fill(like, goal.addresses(like), found, goal.numpy)
     assert goal.make is not None
-    return jax.tree.map(partial(np.array, order="C") if goal.numpy else jnp.asarray, goal.make(found))
+    # Not jnp.asarray, which compiles a program for each shape.
+    return jax.tree.map(partial(np.array, order="C") if goal.numpy else jax.device_put, goal.make(found))
 
 
 def _kind_of(error: Exception) -> type[Exception]:

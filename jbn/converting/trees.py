@@ -210,7 +210,7 @@ def _as_leaf(value: Array, leaf: Any, address: Address, numpy: bool) -> Any:
         return leaf.new_tensor(cast.astype(np.float32) if cast.dtype == jnp.bfloat16 else cast)
     if numpy:
         return cast
-    return jax.device_put(cast, leaf.sharding) if getattr(leaf, "committed", False) else jnp.asarray(cast)
+    return jax.device_put(cast, leaf.sharding if getattr(leaf, "committed", False) else None)
 
 
 def _read_pair(tree: Any, expected: str) -> tuple[Any, Any]:

@@ -524,3 +524,18 @@ def test_what_is_left_out_is_not_read():
     state = nnx.state(model)
     tree = jbn.convert(state, "nnx", "torch", names={"layers/1/rngs": None, "layers": ""})
     assert "0.running_var" in tree
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_nothing_is_compiled(filled):
+    """A model has as many shapes as layers, and each would be a program of its own."""
+    tree = {"a.weight": np.ones((3, 4, 1, 2), np.float32), **torch_norm("b.", 11)}
+    like = jbn.convert(tree, "torch", "linen") if filled else None
+    jax.clear_caches()
+    names = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: names.append(name))
+    try:
+        jbn.convert(tree, "torch", "linen", like=like)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in names if "compile" in name]
