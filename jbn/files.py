@@ -1,23 +1,71 @@
 """Arrays in files: ``.safetensors``, which needs the package of that name, and ``.npz``."""
 
+import io
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jbn.converting.trees import as_numpy
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# What every file keeps; .safetensors keeps bfloat16 too, which .npz would give back as bytes without a meaning.
-_DTYPES = {np.dtype(code).name for code in "?bBhHiIqQefd"}
+# What every file keeps: NumPy's own, of whose kind .npz keeps all, and of others the bytes alone.
+_OWN = {np.dtype(code).name for code in "?bBhHiIqQefd"}
+_CODES = {
+    "BOOL": "bool",
+    **{f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "C64": "complex64",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+
+# How the files of others are read.
+_TORCH = (
+    'state_dict = torch.load({!r}, map_location="cpu", weights_only=True), then jbn.convert(state_dict, "torch", ...)'
+)
+_KERAS = (
+    "model = keras.models.load_model({!r}), or model.load_weights where the file has weights alone, then "
+    'jbn.convert({{v.path: v.numpy() for v in model.weights}}, "keras", ...)'
+)
+_WAYS = {
+    **dict.fromkeys((".pt", ".pth", ".bin"), _TORCH),
+    ".ckpt": (
+        'of PyTorch Lightning it is torch.load({!r}, map_location="cpu", weights_only=True)["state_dict"], '
+        "of TensorFlow tf.train.load_checkpoint"
+    ),
+    **dict.fromkeys((".pkl", ".pickle"), "a pickle can run any code; open it where you trust it, and save its arrays"),
+    **dict.fromkeys((".h5", ".hdf5", ".keras"), _KERAS),
+    ".msgpack": 'flax.serialization.msgpack_restore(open({!r}, "rb").read()), and jbn.convert(variables, "linen", ...)',
+    ".eqx": 'eqx.tree_deserialise_leaves({!r}, (model, state)), then jbn.convert((model, state), "equinox", ...)',
+    ".onnx": "{{t.name: onnx.numpy_helper.to_array(t) for t in onnx.load({!r}).graph.initializer}}",
+    ".gguf": "{{t.name: t.data for t in gguf.GGUFReader({!r}).tensors}}",
+    ".tflite": "take the model that it was made from, for its norms are folded and gone",
+    ".npy": "np.load({!r}), which is one array",
+    "/": (
+        "of Orbax it is orbax.checkpoint.StandardCheckpointer().restore(os.path.abspath({!r})), of TensorFlow "
+        'tf.saved_model.load; then jbn.convert(variables, "linen", ...)'
+    ),
+}
+# Where a file has another one's name: its first bytes.
+_STARTS = {b"\x93NUMPY": ".npy", b"\x89HDF\r\n": ".h5", b"GGUF": ".gguf", b"\x80\x02": ".pkl", b"\x80\x04": ".pkl"}
+
+
+class _Unfit(ValueError):
+    """What is wrong with a file that is whole, with the fix."""
 
 
 def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
-    """Write arrays by name into a file, aside first and then in one move.
+    """Write arrays by name into a file, aside first and then in one move; ``load_arrays`` gives back the same.
 
     Args:
         path: a file that ends in ``.safetensors`` or ``.npz``.
@@ -25,8 +73,9 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None
             "torch" and "keras".
 
     Raises:
-        ValueError: for another suffix, and for dtypes that the file would not give back: ``.npz`` has no bfloat16, and
-            neither has complex numbers or eight bits.
+        ValueError: for another suffix, and before anything is written for what the file would not give back: names such
+            as "a" beside "a.npy" in ``.npz`` and "__metadata__" in ``.safetensors``; dtypes, of which ``.npz`` has no
+            bfloat16 and no float8, and neither has complex numbers.
         TypeError: for what is not a mapping of strings to arrays.
         OSError: where the file cannot be written.
         ImportError: where ``safetensors`` is needed and not installed.
@@ -41,26 +90,20 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None
     run any code where they are read: in PyTorch use ``safetensors.torch.save_file(model.state_dict(), path)``.
     """
     path = Path(path)
-    suffix = _suffix(path)
-    kept = _DTYPES | ({"bfloat16"} if suffix == ".safetensors" else set())
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"path is {str(path)!r}; expected a file that ends in {_known()}.")
     if not isinstance(arrays, Mapping):
         raise TypeError(f"arrays is of type {type(arrays).__name__}; expected a mapping of names to arrays.")
-    found: dict[str, Array] = {}
-    for name, value in arrays.items():
-        if not isinstance(name, str):
-            raise TypeError(f"arrays: {name!r} is of type {type(name).__name__}; expected a string.")
-        try:
-            found[name] = np.array(as_numpy(value), order="C")
-        except TypeError as error:
-            raise TypeError(f"arrays: {name!r} {error}") from error
-        if found[name].dtype.name not in kept:
-            raise ValueError(
-                f"arrays: {name!r} is of {found[name].dtype}, which {suffix} lacks; expected another dtype, such as "
-                "float32. For bfloat16 there is .safetensors."
-            )
+    found = {name: _read_array(name, value, path.suffix) for name, value in arrays.items()}
+    form = _FORMATS[path.suffix]
+    if lost := _find_lost(form, list(found)):
+        raise ValueError(
+            f"arrays: {path.suffix} does not give back the name {lost[0]!r}: {form.names}. Expected another name."
+        )
     partial = path.with_name(f".{path.name}.partial")
     try:
-        _FORMATS[suffix][1](partial, found)
+        with partial.open("wb") as file:
+            form.write(file, found)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -73,10 +116,12 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
         path: a file that ends in ``.safetensors`` or ``.npz``, of any writer.
 
     Returns:
-        Names to NumPy arrays, of bfloat16 too. A flipped bit is noticed in ``.npz`` alone, which has checksums.
+        Names to NumPy arrays, of bfloat16 and float8 too. A flipped bit is noticed in ``.npz`` alone, which has
+        checksums.
 
     Raises:
-        ValueError: for another suffix, and for a file that is damaged or holds other things than arrays.
+        ValueError: for another suffix, with how such files are read; and for a file that is damaged or holds other
+            things than arrays.
         OSError: where there is no such file, or it cannot be read.
         ImportError: where ``safetensors`` is needed and not installed.
 
@@ -87,40 +132,116 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
     Source: see ``jbn.save_arrays``.
     """
     path = Path(path)
-    read = _FORMATS[_suffix(path)][0]
+    kind = "/" if path.is_dir() else path.suffix
+    if kind not in _FORMATS:
+        what = "a folder" if kind == "/" else "a file"
+        raise ValueError(f"path is {str(path)!r}, {what}; expected a file that ends in {_known()}.{_way(kind, path)}")
     try:
-        return read(path)
+        with path.open("rb") as file:
+            return _FORMATS[kind].read(file)
     except (OSError, ImportError):
         raise
+    except _Unfit as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # each format has its own, and they have no common base
-        raise ValueError(
-            f"{path} cannot be read: {error}. Expected a whole {path.suffix} file of arrays; copy or save it again."
-        ) from error
-
-
-def _suffix(path: Path) -> str:
-    if path.suffix not in _FORMATS:
-        raise ValueError(
-            f"path is {str(path)!r}; expected a file that ends in {' or '.join(_FORMATS)}. Of .pt and .pth PyTorch "
-            "makes one: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
+        other = _recognize(path)
+        fix = (
+            f"Expected a whole {kind} file of arrays; copy or save it again."
+            if other in (None, kind)
+            else f"It begins as {other} does.{_way(other, path)}"
         )
-    return path.suffix
+        raise ValueError(f"{path} cannot be read: {error}. {fix}") from error
 
 
-def _read_npz(path: Path) -> dict[str, Array]:
-    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        arrays = dict(file)
-    if lost := [name for name, array in arrays.items() if array.dtype.kind == "V"]:
-        raise ValueError(f"{lost[0]!r} is bytes without a meaning, as .npz keeps bfloat16")
+def _known() -> str:
+    return " or ".join(_FORMATS)
+
+
+def _way(kind: str, path: Path) -> str:
+    """Say how the file of another library is read."""
+    return f" To read it: {_WAYS[kind].format(str(path))}." if kind in _WAYS else ""
+
+
+def _recognize(path: Path) -> str | None:
+    """Return the suffix that a file should have, from its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if not zipfile.is_zipfile(path):
+        return next((suffix for first, suffix in _STARTS.items() if start.startswith(first)), None)
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    theirs = {"data.pkl": ".pt", "config.json": ".keras"}
+    return next((suffix for name in names for last, suffix in theirs.items() if Path(name).name == last), ".npz")
+
+
+def _read_array(name: object, value: Any, suffix: str) -> Array:
+    """Return an array as it is written, contiguous and in the order of bytes of this machine."""
+    if not isinstance(name, str):
+        raise TypeError(f"arrays: {name!r} is of type {type(name).__name__}; expected a string.")
+    try:
+        array = as_numpy(value)
+    except TypeError as error:
+        raise TypeError(f"arrays: {name!r} {error}") from error
+    if array.dtype.name not in _FORMATS[suffix].dtypes:
+        elsewhere = [other for other, form in _FORMATS.items() if array.dtype.name in form.dtypes]
+        raise ValueError(
+            f"arrays: {name!r} is of {array.dtype}, which {suffix} lacks; expected another dtype, such as float32."
+            + "".join(f" There is {other} for it." for other in elsewhere)
+        )
+    return np.array(array, array.dtype.newbyteorder("="), order="C")
+
+
+def _find_lost(form: "_Format", names: list[str]) -> list[str]:
+    """Write names on trial, with a number each, and return those that do not come back with it."""
+    file = io.BytesIO()
+    try:
+        form.write(file, {name: np.asarray(i) for i, name in enumerate(names)})
+        file.seek(0)
+        found = form.read_elsewhere(file)
+    except ImportError:
+        raise
+    except Exception:  # as many kinds as writers
+        return names if len(names) < 2 else [lost for name in names for lost in _find_lost(form, [name])]
+    return [name for i, name in enumerate(names) if name not in found or found[name] != i]
+
+
+def _read_npz(file: IO[bytes]) -> dict[str, Array]:
+    arrays = {}
+    # Not np.load: beside "a.npy.npy" it takes "a.npy" for another array than it is.
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.namelist():
+            if not member.endswith(".npy"):
+                raise ValueError(f"it holds {member!r}, which is no array")
+            name = member.removesuffix(".npy")
+            with archive.open(member) as opened:
+                arrays[name] = _read_member(name, opened)
     return arrays
 
 
-def _write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
+def _read_member(name: str, file: IO[bytes]) -> Array:
+    try:
+        array: Array = np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        if "Object arrays" not in str(error):
+            raise ValueError(f"{name!r}: {error}") from error
+        raise _Unfit(
+            f"{name!r} holds Python objects, as a pickle, which can run any code. Expected numbers: open it with "
+            "np.load(..., allow_pickle=True) where you trust it, and save its arrays."
+        ) from error
+    if array.dtype.kind == "V" and not array.dtype.names:
+        raise _Unfit(
+            f"{name!r} is bytes without a meaning, as .npz keeps bfloat16 and float8. Expected another dtype, or "
+            ".safetensors, from where it was made."
+        )
+    return array
+
+
+def _write_npz(file: IO[bytes], arrays: Mapping[str, Array]) -> None:
     # Not np.savez: its own arguments are names that arrays cannot have.
-    with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
+    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _safetensors() -> Any:
@@ -128,15 +249,47 @@ def _safetensors() -> Any:
         import safetensors.numpy
     except ImportError as error:
         raise ImportError("Files that end in .safetensors need a package: pip install safetensors.") from error
-    return safetensors.numpy
+    return safetensors
 
 
-def _read_safetensors(path: Path) -> dict[str, Array]:
-    return {name: np.array(array) for name, array in _safetensors().load_file(path).items()}
+def _read_safetensors(file: IO[bytes]) -> dict[str, Array]:
+    # Not its load_file: it looks for the dtypes of ml_dtypes in NumPy.
+    library, arrays = _safetensors(), {}
+    for name, found in library.deserialize(file.read()):
+        if found["dtype"] not in _CODES:
+            raise _Unfit(f"{name!r} is of {found['dtype']}, which NumPy lacks. Expected one of {', '.join(_CODES)}.")
+        dtype = jnp.dtype(_CODES[found["dtype"]])
+        arrays[name] = np.array(np.frombuffer(found["data"], dtype).reshape(found["shape"]))
+    return arrays
 
 
-def _write_safetensors(path: Path, arrays: Mapping[str, Array]) -> None:
-    path.write_bytes(_safetensors().save(dict(arrays)))  # its own writer hides what the system says
+def _write_safetensors(file: IO[bytes], arrays: Mapping[str, Array]) -> None:
+    file.write(_safetensors().numpy.save(dict(arrays)))  # its own writer hides what the system says
 
 
-_FORMATS = {".safetensors": (_read_safetensors, _write_safetensors), ".npz": (_read_npz, _write_npz)}
+class _Format(NamedTuple):
+    """How files of a suffix are read and written."""
+
+    read: Callable[[IO[bytes]], dict[str, Array]]
+    write: Callable[[IO[bytes], Mapping[str, Array]], None]
+    read_elsewhere: Callable[[IO[bytes]], Mapping[str, Array]]  # as those read it who do not have jbn
+    dtypes: Iterable[str]
+    names: str  # why a name is lost
+
+
+_FORMATS = {
+    ".safetensors": _Format(
+        _read_safetensors,
+        _write_safetensors,
+        _read_safetensors,
+        _OWN | {"bfloat16", "float8_e4m3fn", "float8_e5m2"},
+        "it must be text, other than its own '__metadata__'",
+    ),
+    ".npz": _Format(
+        _read_npz,
+        _write_npz,
+        lambda file: dict(np.load(file)),
+        _OWN,
+        "it must be text without NUL, and 'a.npy' beside 'a' is taken for it",
+    ),
+}

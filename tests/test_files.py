@@ -1,10 +1,15 @@
 """save_arrays and load_arrays: what goes in comes out, nothing is half written, nothing is run."""
 
+import io
+import re
 import sys
+import zipfile
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import jbn
 
@@ -43,7 +48,7 @@ def test_bfloat16(tmp_path):
     array = jnp.arange(5, dtype=jnp.bfloat16)
     jbn.save_arrays(tmp_path / "m.safetensors", {"a": array})
     assert (jbn.load_arrays(tmp_path / "m.safetensors")["a"] == array).all()
-    with pytest.raises(ValueError, match=r"arrays: 'a' is of bfloat16, which .npz lacks; .* there is .safetensors"):
+    with pytest.raises(ValueError, match=r"arrays: 'a' is of bfloat16, which .npz lacks; .* is .safetensors"):
         jbn.save_arrays(tmp_path / "m.npz", {"b": np.ones(2), "a": array})
     np.savez(tmp_path / "m.npz", a=array)
     with pytest.raises(ValueError, match=r"m.npz cannot be read: 'a' is bytes without a meaning, as .npz keeps bfl"):
@@ -51,10 +56,104 @@ def test_bfloat16(tmp_path):
 
 
 @each_suffix
-@pytest.mark.parametrize("dtype", ["complex64", "float8_e4m3fn", "longdouble"])
+@pytest.mark.parametrize("dtype", ["complex64", "int4", "longdouble"])
 def test_other_dtypes(tmp_path, suffix, dtype):
-    with pytest.raises(ValueError, match=rf"arrays: 'a' is of .*, which {suffix} lacks"):
-        jbn.save_arrays(tmp_path / f"m{suffix}", {"a": np.ones(3, jnp.dtype(dtype))})
+    with pytest.raises(ValueError, match=rf"arrays: 'a' is of .*, which {suffix} lacks; .* such as float32"):
+        jbn.save_arrays(tmp_path / f"m{suffix}", {"b": np.ones(2), "a": np.ones(3, jnp.dtype(dtype))})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_dtypes_that_npz_lacks(tmp_path, dtype):
+    pytest.importorskip("safetensors")
+    array = np.arange(5).astype(jnp.dtype(dtype))
+    with pytest.raises(ValueError, match=f"'a' is of {dtype}, which .npz lacks; .* There is .safetensors for it"):
+        jbn.save_arrays(tmp_path / "m.npz", {"a": array})
+    torch = pytest.importorskip("torch")
+    tensor = torch.arange(5).to(getattr(torch, dtype))
+    jbn.save_arrays(tmp_path / "m.safetensors", {"a": array, "b": tensor})
+    for found in jbn.load_arrays(tmp_path / "m.safetensors").values():
+        assert found.dtype == array.dtype
+        assert found.tobytes() == array.tobytes()
+        assert found.flags.writeable
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"])
+def test_dtypes_that_others_write(tmp_path, dtype):
+    library = pytest.importorskip("safetensors.numpy")
+    array = np.ones(5, jnp.dtype(dtype))
+    (tmp_path / "m.safetensors").write_bytes(library.save({"a": array}))
+    found = jbn.load_arrays(tmp_path / "m.safetensors")["a"]
+    assert found.dtype == array.dtype
+    assert found.tobytes() == array.tobytes()
+
+
+NAMES = st.text(st.sampled_from("aA./\\~é \0\n\ud800"), max_size=4) | st.sampled_from(
+    ["a", "a.npy", "a.npy.npy", ".npy", "__metadata__", "a/", "/a", "file", "arr_0", "a" * 300, "a" * 70000]
+)
+KINDS = st.sampled_from(
+    ["bool", "int8", "uint64", ">i4", "float16", ">f8", "float32", "bfloat16", "float8_e5m2", "int4", "complex64", "U2"]
+)
+
+
+@each_suffix
+@given(
+    st.dictionaries(NAMES, st.tuples(KINDS, st.sampled_from([(), (0,), (3,), (2, 3), (2, 0, 1)])), max_size=4),
+    st.booleans(),
+)
+def test_what_is_accepted_comes_back(tmp_path_factory, suffix, drawn, transposed):
+    """Names and bits; what is refused is named, and leaves no file."""
+    folder = tmp_path_factory.mktemp("files")
+    arrays = {
+        name: np.arange(int(np.prod(shape))).reshape(shape).astype(jnp.dtype(dtype))
+        for name, (dtype, shape) in drawn.items()
+    }
+    arrays = {name: array.T if transposed else array for name, array in arrays.items()}
+    try:
+        jbn.save_arrays(folder / f"m{suffix}", arrays)
+    except (ValueError, TypeError) as error:
+        assert any(repr(name) in str(error) for name in arrays)  # noqa: PT017
+        assert not list(folder.iterdir())
+        return
+    found = jbn.load_arrays(folder / f"m{suffix}")
+    assert list(map(repr, sorted(found))) == list(map(repr, sorted(arrays)))
+    for name, array in found.items():
+        want = arrays[name].astype(arrays[name].dtype.newbyteorder("="))
+        assert (array.dtype, array.shape) == (want.dtype, want.shape)
+        assert array.tobytes() == want.tobytes()
+    if suffix == ".npz":
+        elsewhere = np.load(folder / "m.npz")
+        assert all(elsewhere[name].tobytes() == found[name].tobytes() for name in found)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "names", "lost"),
+    [
+        (".npz", ["a.npy", "a"], "'a.npy'"),
+        (".npz", ["a", "b\0c"], r"'b\\x00c'"),
+        (".npz", ["\ud800"], r"'\\ud800'"),
+        (".npz", ["a" * 70000], "'aaa"),
+        (".safetensors", ["a", "__metadata__"], "'__metadata__'"),
+        (".safetensors", ["\ud800"], r"'\\ud800'"),
+    ],
+)
+def test_names_that_a_file_would_not_give_back(tmp_path, suffix, names, lost):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    file = tmp_path / f"m{suffix}"
+    jbn.save_arrays(file, {"old": np.ones(3)})
+    with pytest.raises(ValueError, match=rf"arrays: {suffix} does not give back the name {lost}.* Expected another"):
+        jbn.save_arrays(file, {name: np.zeros(2) for name in names})
+    assert jbn.load_arrays(file)["old"].tolist() == [1, 1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_names_that_numpy_would_confuse_are_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive:
+        for i, member in enumerate(["a.npy", "a.npy.npy"]):
+            with archive.open(member, "w") as file:
+                np.lib.format.write_array(file, np.asarray(i))
+    assert {name: int(array) for name, array in jbn.load_arrays(tmp_path / "m.npz").items()} == {"a": 0, "a.npy": 1}
 
 
 @each_suffix
@@ -99,7 +198,7 @@ def test_nothing_is_unpickled(tmp_path):
 
     file = tmp_path / "m.npz"
     np.savez(file, a=np.array([Trap()], dtype=object))
-    with pytest.raises(ValueError, match="cannot be read: Object arrays cannot be loaded"):
+    with pytest.raises(ValueError, match="cannot be read: 'a' holds Python objects, as a pickle"):
         jbn.load_arrays(file)
 
 
@@ -111,13 +210,102 @@ def test_no_file(tmp_path, suffix):
         jbn.save_arrays(tmp_path / "nowhere" / f"m{suffix}", {"a": np.ones(3)})
 
 
-@pytest.mark.parametrize("name", ["m.pt", "m", "m.npy"])
+WAYS = {
+    "m.pt": r"""torch.load\('.*m.pt', map_location="cpu", weights_only=True\), then jbn.convert\(state_dict,""",
+    "m.pth": "torch.load",
+    "m.bin": "torch.load",
+    "m.ckpt": r"""Lightning it is torch.load\(.*m.ckpt.*\["state_dict"\], of TensorFlow tf.train.load_checkpoint""",
+    "m.pkl": "a pickle can run any code",
+    "m.h5": r"keras.models.load_model\(.*jbn.convert\(\{v.path: v.numpy\(\) for v in model.weights\}, .keras.",
+    "m.weights.h5": "model.load_weights",
+    "m.keras": "keras.models.load_model",
+    "m.msgpack": r"flax.serialization.msgpack_restore.*jbn.convert\(variables, .linen.",
+    "m.eqx": "eqx.tree_deserialise_leaves",
+    "m.onnx": r"onnx.load\('.*m.onnx'\).graph.initializer",
+    "m.gguf": "gguf.GGUFReader",
+    "m.tflite": "its norms are folded and gone",
+    "m.npy": r"np.load\('.*m.npy'\)",
+    "m": r"\.npz\.$",
+    "m.txt": r"\.npz\.$",
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
 def test_other_suffixes(tmp_path, name):
-    message = rf"path is '.*{name}'; expected a file that ends in .safetensors or .npz. Of .pt and .pth"
-    with pytest.raises(ValueError, match=message):
+    message = rf"path is '.*{name}'(, a file)?; expected a file that ends in .safetensors or .npz\."
+    with pytest.raises(ValueError, match=message + "$"):
         jbn.save_arrays(tmp_path / name, {})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         jbn.load_arrays(tmp_path / name)
+    assert re.search(WAYS[name], str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint.npz"])
+def test_a_folder(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(
+        ValueError, match=r"a folder; expected .* of Orbax it is orbax.checkpoint.*restore\(os.path.abs"
+    ):
+        jbn.load_arrays(tmp_path / name)
+
+
+def zipped(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("__", "/"), content)
+    return file.getvalue()
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def header(text):
+    return len(text).to_bytes(8, "little") + text
+
+
+MISNAMED = {
+    "an array": (".npz", npy(np.ones(3)), r"It begins as .npy does. To read it: np.load\("),
+    "PyTorch's": (".npz", zipped(**{"m__data.pkl": b""}), r"holds 'm/data.pkl', which is no array. .* torch.load\("),
+    "Keras'": (".npz", zipped(**{"config.json": b""}), r"as .keras does. To read it: model = keras"),
+    "a zip": (".npz", zipped(**{"a.txt": b"x"}), r"holds 'a.txt', which is no array. Expected a whole .npz"),
+    "an empty member": (".npz", zipped(**{"a.npy": b""}), r"'a': EOF.* Expected a whole .npz"),
+    "a pickle": (".npz", b"\x80\x04K\x01.", r"It begins as .pkl does"),
+    "HDF5": (".npz", b"\x89HDF\r\n\x1a\n", r"It begins as .h5 does"),
+    "text": (".npz", b"hello", r"File is not a zip file. Expected a whole .npz"),
+    "a pickle in safetensors": (".safetensors", b"\x80\x04K\x01." * 9, r"It begins as .pkl does"),
+    "npz in safetensors": (".safetensors", zipped(**{"a.npy": npy(np.ones(3))}), r"It begins as .npz does"),
+    "no header": (".safetensors", header(b"not JSON"), r"JSON in header.* Expected a whole .safetensors"),
+    "a header of other things": (".safetensors", header(b'{"a": 1}'), r"Expected a whole .safetensors"),
+    "a dtype of no library": (
+        ".safetensors",
+        header(b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}') + b"0",
+        r"'a' is of F4, which NumPy lacks. Expected one of BOOL,",
+    ),
+    "float8 of NumPy": (".npz", zipped(**{"a.npy": npy(np.ones(3, jnp.float8_e5m2))}), r"'a': .*'<f1'"),
+}
+
+
+@pytest.mark.parametrize("case", MISNAMED)
+def test_what_is_not_what_its_name_says(tmp_path, case):
+    suffix, content, message = MISNAMED[case]
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    (tmp_path / f"m{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"m{suffix} cannot be read: .*{message}"):
+        jbn.load_arrays(tmp_path / f"m{suffix}")
+
+
+@pytest.mark.parametrize("value", ["text", b"bytes", np.datetime64("2020-01-01")])
+def test_other_arrays_of_numpy_are_read(tmp_path, value):
+    np.savez(tmp_path / "m.npz", a=value, b=np.ones(3))
+    found = jbn.load_arrays(tmp_path / "m.npz")
+    assert found["a"] == np.asarray(value)
+    with pytest.raises(TypeError, match=r"^the layer of tree has an array of .*; expected numbers: leave it out"):
+        jbn.convert(found, "torch", "linen")
 
 
 @pytest.mark.parametrize(
@@ -125,6 +313,7 @@ def test_other_suffixes(tmp_path, name):
     [
         ([np.ones(3)], "arrays is of type list; expected a mapping of names"),
         ({"a": 1.0}, "arrays: 'a' has a leaf of type float; expected an array"),
+        ({"a": np.array(["b"])}, "arrays: 'a' has an array of <U1; expected numbers"),
         ({1: np.ones(3)}, "arrays: 1 is of type int; expected a string"),
     ],
 )
@@ -137,6 +326,7 @@ def test_other_kinds(tmp_path, arrays, message):
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    for act in (jbn.load_arrays, lambda path: jbn.save_arrays(path, {})):
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    for act in (jbn.load_arrays, lambda path: jbn.save_arrays(path, {"a": np.ones(3)})):
         with pytest.raises(ImportError, match="pip install safetensors"):
             act(tmp_path / "m.safetensors")

@@ -9,11 +9,10 @@ from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
-from jbn.converting.trees import Address, Layer, Path, as_numpy, dtype_of, fill, index
+from jbn.converting.trees import Address, Layer, Path, as_numpy, dtype_of, fill, index, is_float
 from jbn.paths import name_few, select
 
 Value = TypeVar("Value")
@@ -59,8 +58,11 @@ def convert(
         target: the library that it is for.
         like: a tree of the target, of arrays or their shapes such as those of ``jax.eval_shape``. The result has its
             structure, shapes, dtypes and, where it is committed, sharding; and all of it is fill. Haiku and Equinox
-            need it. Without it nothing says what is lacking, and arrays of no known name go along as they are.
-        names: paths in the source to paths in the target, the first that matches counts. What lies under a path goes
+            need it. Without it nothing says what is lacking, and arrays of no known name go along as they are, in jbn
+            and Linen as parameters; those that may be none are refused: integers, what lies beside running statistics,
+            and what the target would take for such.
+        names: paths in the source to paths in the target; the first that matches counts, so that the most special ones
+            come first, and each must decide about a layer. What lies under a path goes
             with it, ``*`` is any part of a key, the same on both sides, ``""`` is the root, and None leaves out:
             ``{"fc": None, "layer*.*.bn*": "layer*/block*/norm*", "module": ""}``. Or a function of a path of a layer.
             Without it paths are the same, but for the separator, which is a point in PyTorch and a slash elsewhere.
@@ -80,12 +82,13 @@ def convert(
 
     Returns:
         A tree of the target, of jax arrays; for PyTorch and Keras of NumPy's, and of tensors where ``like`` has some.
-        Without ``like`` dtypes are those of the source, as far as jax has them. ``num_batches_tracked`` is that of
-        ``like``, or 0.
+        Without ``like`` dtypes are those of the source, as far as jax has them, but statistics are at least float32.
+        ``num_batches_tracked`` is that of ``like``, or 0.
 
     Raises:
         ValueError: for what cannot be mapped, with the paths: arrays that are left over or lacking, of another shape,
-            layers at the same path, patterns that match nothing.
+            layers at the same path, patterns that match nothing, running statistics that are not finite or variances
+            that are negative.
         TypeError: for trees of another kind.
 
     >>> import numpy as np, jbn
@@ -133,7 +136,8 @@ def convert(
         _check_complete(goal, found, came, wanted)
         return fill(like, goal.addresses(like), found, goal.numpy)
     assert goal.make is not None
-    return jax.tree.map(partial(np.array, order="C") if goal.numpy else jnp.asarray, goal.make(found))
+    # Not jnp.asarray, which compiles a program for each shape.
+    return jax.tree.map(partial(np.array, order="C") if goal.numpy else jax.device_put, goal.make(found))
 
 
 def _kind_of(error: Exception) -> type[Exception]:
@@ -202,6 +206,7 @@ def _rename(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Pat
     if not isinstance(names, Mapping):
         raise TypeError(f"names is of type {type(names).__name__}; expected a mapping or a function of paths.")
     found: dict[Path, Path | None] = {}
+    rules: dict[Path, str] = {}  # that have decided
     for old, value in names.items():
         new = _check_name(old, value)
         if new is not None and new.count("*") != old.count("*"):
@@ -212,7 +217,14 @@ def _rename(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Pat
         if not hits:
             near = name_few(get_close_matches(old, list(map(origin.spell, paths)), n=4, cutoff=0.0), len(paths))
             raise ValueError(f"names: {old!r} matches none of the {len(paths)} layers of tree: {near}.")
+        if not any(path not in found for path in hits):
+            before = name_few(map(repr, dict.fromkeys(rules[path] for path in hits)))
+            raise ValueError(
+                f"names: {old!r} comes after {before}, which decided about every layer that it matches. The first that "
+                "matches counts; expected the most special one first."
+            )
         for path, match in hits.items():
+            rules.setdefault(path, old)
             found.setdefault(path, None if new is None else _rewrite(goal.split(new), match.groups()))
     return {path: way for path in paths if (way := found.get(path, path)) is not None}
 
@@ -258,14 +270,10 @@ def _check_complete(
     other = [
         f"{at!r} is {v.dtype} {v.shape}, in like {dtype_of(leaf)} {tuple(leaf.shape)}"
         for at, (v, leaf) in pairs.items()
-        if v.shape != tuple(leaf.shape) or _is_float(v.dtype) != _is_float(dtype_of(leaf))
+        if v.shape != tuple(leaf.shape) or is_float(v.dtype) != is_float(dtype_of(leaf))
     ]
     if other:
         raise ValueError(
             f"{len(other)} arrays of tree differ from like: {name_few(other)}. Expected the same sizes; transposed and "
             "depthwise convolutions are to be named in kinds."
         )
-
-
-def _is_float(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.inexact))

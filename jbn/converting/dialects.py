@@ -8,7 +8,9 @@ Between them stands one form, in Flax's names and layouts: some of
                                a convolution over a dilated x, (*window, in/groups, out): see ``adjoint``
     embedding                  (entries, features)
 
-and whatever else a layer has, as it is.
+and whatever else a layer has, as it is. Its name begins with "=" then, for it may be one of those above and mean
+another thing: a buffer "mean" in PyTorch, whose norms have "running_mean", is no running mean. It begins with "=="
+where the source says that it is not trained.
 """
 
 import math
@@ -19,12 +21,14 @@ from typing import Any
 import numpy as np
 
 from jbn.converting import trees as trees
-from jbn.converting.trees import VECTORS, Address, Addresses, Array, Layer, Path
+from jbn.converting.trees import OTHER, STATISTICS, VECTORS, Address, Addresses, Array, Layer, Path
+from jbn.paths import name_few
 
 Shape = tuple[int, ...]
 
 TRANSPOSED = ("transposed", "transpose_kernel")
 KINDS = (*TRANSPOSED, "depthwise", "embedding")
+KNOWN = (*VECTORS, "kernel", "embedding")
 
 # As after so many updates that nothing of the first value is left: in float32, 1 - momentum**SETTLED is 1.
 SETTLED = 2**30
@@ -60,6 +64,8 @@ class Dialect:
     features_first: bool = False
     # Whether the running variance is that of a sample; None where the layer has a say.
     unbiased: bool | None = False
+    # Whether what is trained and what is not are trees of their own.
+    apart: bool = False
     # Whether arrays are NumPy's.
     numpy: bool = False
     separator: str = "/"
@@ -70,7 +76,7 @@ class Dialect:
 
     def spell(self, path: Path) -> str:
         """Write a path."""
-        return self.separator.join(path)
+        return self.separator.join((*path[:-1], path[-1].lstrip(OTHER))) if path else ""
 
     def read(self, tree: Any) -> dict[Address, Any]:
         """Return the arrays of a tree by their addresses."""
@@ -78,11 +84,12 @@ class Dialect:
 
     def decode(self, layer: Layer, kind: str | None) -> Layer:
         """Bring a layer into the form above."""
-        plain = {own: name for name, own in self.names.items()} | {self.shift: "bias"}
+        plain = {self.names.get(name, name): name for name in KNOWN} | {self.shift: "bias"}
         if "weight" in plain and "weight" in layer:
             plain["weight"] = _meaning(layer["weight"], layer.get("bias"), kind)
         memory = self.memory if self.names.get("mean", "mean") in layer else ()
-        found = _rename(layer, {own: plain.get(own, own) for own in layer if own not in memory})
+        others = {own: own if own.startswith(OTHER) else OTHER + own for own in layer if own not in plain}
+        found = _rename(layer, {own: {**plain, **others}[own] for own in layer if own not in memory})
         if "kernel" in found:
             found["kernel"] = self.inward(found["kernel"], kind)
         if self.padded:
@@ -93,6 +100,7 @@ class Dialect:
         """Bring a layer out of the form above; ``like`` holds its arrays as they are wanted."""
         norm = "kernel" not in layer and ("scale" in layer or "mean" in layer)
         own = {name: self.shift if norm and name == "bias" else self.names.get(name, name) for name in layer}
+        own |= {name: _find_other(name, like or {}) for name in layer if name.startswith(OTHER)}
         found = _rename(layer, own)
         for name, value in layer.items():
             shape = value.shape if like is None else tuple(like.get(own[name], value).shape)
@@ -113,12 +121,18 @@ def _meaning(weight: Array, bias: Array | None, kind: str | None) -> str:
     return "scale" if weight.ndim < 2 or (bias is not None and bias.shape == weight.shape) else "kernel"
 
 
+def _find_other(name: str, like: Mapping[str, Any]) -> str:
+    """Return the name in ``like`` of an array of no meaning here, else its own."""
+    bare = name.lstrip(OTHER)
+    return next((same for same in (name, bare, OTHER + bare, OTHER * 2 + bare) if same in like), bare)
+
+
 def _rename(layer: Layer, names: Mapping[str, str]) -> Layer:
     """Give the arrays of a layer other names; those without one are left out."""
     found = {new: layer[old] for old, new in names.items()}
     if len(found) < len(names):
         new = next(new for new in found if [*names.values()].count(new) > 1)
-        same = " and ".join(old for old in names if names[old] == new)
+        same = " and ".join(old.replace(OTHER, "its own ", 1) for old in names if names[old] == new)
         raise ValueError(f"has {same}, which all become {new}; expected one of them.")
     return found
 
@@ -140,9 +154,12 @@ def translate(layer: Layer, origin: Dialect, goal: Dialect, like: Mapping[str, A
     """Bring a layer from one dialect into another."""
     layer = origin.decode(layer, said.kind)
     if ("mean" in layer) != ("var" in layer):
-        raise ValueError("has one running statistic; expected mean and variance, or neither.")
+        raise ValueError(
+            "has one running statistic; expected mean and variance, or neither: leave the layer out, by names."
+        )
     _check_statistics(layer)
-    if like is None:  # which else says the dtype
+    if like is None:  # which else says the place and the dtype
+        _check_others(layer, goal)
         layer |= {name: layer[name].astype(np.float32) for name in ("mean", "var") if _is_narrow(layer.get(name))}
     if said.values and "var" in layer and origin.unbiased != goal.unbiased:
         factor = said.values / (said.values - 1)
@@ -164,10 +181,26 @@ def _check_statistics(layer: Layer) -> None:
         bad = ~np.isfinite(value) | ((value < 0) if name == "var" else False)
         if bad.any():
             raise ValueError(
-                f"has a running {name} with {bad.sum()} of {bad.size} values that are NaN, infinite or negative, such as "
-                f"{value[bad].flat[0]:g}; expected finite ones, a variance of 0 or more. An older checkpoint may have "
-                "them; or leave the layer out, by names, and use jbn.recalibrate."
+                f"has a running {name} with {bad.sum()} of {bad.size} values that are NaN, infinite or negative, such "
+                f"as {value[bad].flat[0]:g}; expected finite ones, a variance of 0 or more. An older checkpoint may "
+                "have them; or leave the layer out, by names, and use jbn.recalibrate."
             )
+
+
+def _check_others(layer: Layer, goal: Dialect) -> None:
+    """Refuse arrays of no meaning here that would be taken for statistics, or be trained although they were not."""
+    others = {name: name.lstrip(OTHER) for name in layer if name.startswith(OTHER)}
+    statistics = {goal.names.get(name, name) for name in STATISTICS}
+    untrained = {
+        bare
+        for name, bare in others.items()
+        if "mean" in layer or name.startswith(OTHER * 2) or not trees.is_float(layer[name].dtype)
+    }
+    if lost := (statistics & {*others.values()}) | (untrained if goal.apart else set()):
+        raise ValueError(
+            f"has {name_few(sorted(lost))}, which may be no parameter, and nothing says what it is; expected like, "
+            "which says where it belongs; or leave the layer out, by names."
+        )
 
 
 def _is_narrow(array: Array | None) -> bool:
@@ -250,8 +283,8 @@ _FLAX = Dialect(trees.address_model, trees.make_model, gradient=("transpose_kern
 _WEIGHT = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 DIALECTS = {
-    "jbn": replace(_FLAX, addresses=trees.address_pair, make=trees.make_pair),
-    "linen": replace(_FLAX, addresses=trees.address_variables, make=trees.make_variables),
+    "jbn": replace(_FLAX, addresses=trees.address_pair, make=trees.make_pair, apart=True),
+    "linen": replace(_FLAX, addresses=trees.address_variables, make=trees.make_variables, apart=True),
     "nnx": _FLAX,
     "torch": Dialect(
         trees.address_mapping(".", "a state_dict"),
@@ -299,8 +332,8 @@ DIALECTS = {
     "equinox": Dialect(
         trees.address_equinox,
         None,
-        names=_WEIGHT,
-        memory={"counter": _settled_count, "first_time": lambda written, leaf: np.asarray(False)},
+        names={**_WEIGHT, "mean": "state/mean", "var": "state/var"},
+        memory={"state/counter": _settled_count, "state/first_time": lambda written, leaf: np.asarray(False)},
         evaluated=trees.read_evaluation,
         inward=_move_inward,
         outward=_move_outward,

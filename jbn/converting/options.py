@@ -1,5 +1,6 @@
 """``convert_options``: what a batch norm is made with, in the words and conventions of another library."""
 
+import math
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ def convert_options(options: Mapping[str, Any], source: str, target: str) -> dic
     "equinox"            ``eps``, 1e-5            ``momentum``, as in jbn, 0.99        ``channelwise_affine``
     ===================  =======================  ===================================  ========================
 
+    An epsilon of 0, such as that of torchvision's detectors, goes along; with it jbn evaluates and does not train.
     jbn and its modules have ``unbiased`` too: True from PyTorch, whose running variance is that of a sample, and left
     out where a library has one convention; see ``count`` of ``jbn.convert``.
 
@@ -94,10 +96,10 @@ def _is_number(value: Any) -> bool:
 
 _Check = tuple[Callable[[Any], bool], str]
 _FLAG: _Check = (lambda value: isinstance(value, bool), "True or False")
-_ABOVE_ZERO: _Check = (lambda value: _is_number(value) and value > 0, "a number above 0")
+_ADDEND: _Check = (lambda value: _is_number(value) and 0 <= value < math.inf, "a number, 0 or more")
 _WEIGHT: _Check = (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
 _CHECKS: dict[str, _Check] = {
-    **dict.fromkeys(("eps", "epsilon"), _ABOVE_ZERO),
+    **dict.fromkeys(("eps", "epsilon"), _ADDEND),
     **dict.fromkeys(("momentum", "decay_rate"), _WEIGHT),
     "mode": (lambda value: isinstance(value, str), "'batch'"),
 }

@@ -17,7 +17,9 @@ Layer = dict[str, Array]
 Address = tuple[Path, str]  # a layer, and the name of an array in it
 Addresses = list[Address | None]  # of the leaves of a tree, in jax's order; None for what is no array
 
-VECTORS = ("scale", "bias", "mean", "var")
+STATISTICS = ("mean", "var")
+VECTORS = ("scale", "bias", *STATISTICS)
+OTHER = "="  # before the name of an array that has no meaning here; twice where it is not trained
 
 
 def index(addresses: Addresses, tree: Any) -> dict[Address, Any]:
@@ -48,7 +50,7 @@ def address_variables(tree: Any) -> Addresses:
             f"holds {', '.join(sorted(strange))}; expected the variables of Flax Linen, a mapping with 'params' and, "
             "where there are normalizations, 'batch_stats', and nothing else."
         )
-    return [_address(path[1:]) for path in paths]
+    return [_address_part(path[1:], path[0] == "params") for path in paths]
 
 
 def address_model(tree: Any) -> Addresses:
@@ -64,7 +66,7 @@ def address_pair(tree: Any) -> Addresses:
     paths = flatten(_read_pair(tree, "(params, state)"))[0]
     if any(len(path) < 2 for path in paths):
         raise TypeError("has arrays without names; expected (params, state), such as those of jbn.bn_init.")
-    return [_address(path[1:]) for path in paths]
+    return [_address_part(path[1:], path[0] == "0") for path in paths]
 
 
 def address_modules(tree: Any) -> Addresses:
@@ -89,10 +91,10 @@ def address_equinox(tree: Any) -> Addresses:
     where: dict[int, Address] = {}
     for path, norm in _norms(model):
         for index, *names in (
-            (norm.batch_state_index, "mean", "var"),
-            (norm.ema_state_index, "mean", "var"),
-            (norm.batch_counter, "counter"),
-            (norm.ema_first_time_index, "first_time"),
+            (norm.batch_state_index, "state/mean", "state/var"),
+            (norm.ema_state_index, "state/mean", "state/var"),
+            (norm.batch_counter, "state/counter"),
+            (norm.ema_first_time_index, "state/first_time"),
         ):
             if index is not None:
                 where |= {at: (path, name) for at, name in zip(_position(positions, index), names, strict=True)}
@@ -114,9 +116,9 @@ def read_evaluation(tree: Any) -> dict[Address, Any]:
     found = index(address_equinox(tree), tree)
     for path, norm in _norms(tree[0]):
         if norm.mode == "batch":
-            count = jnp.asarray(found[path, "counter"])
+            count = jnp.asarray(found[path, "state/counter"])
             left = jnp.where(count == 0, 1, 1 - norm.momentum**count)
-            found |= {(path, name): found[path, name] / left for name in ("mean", "var")}
+            found |= {(path, name): found[path, name] / left for name in ("state/mean", "state/var")}
     return found
 
 
@@ -160,34 +162,55 @@ def fill(like: Any, addresses: Addresses, layers: Mapping[Path, Layer], numpy: b
 
 
 def as_numpy(leaf: Any) -> Array:
-    """Copy an array of any library; NumPy does not read bfloat16 of PyTorch."""
+    """Copy an array of any library; NumPy does not read bfloat16 and float8 of PyTorch."""
     if not hasattr(leaf, "dtype"):
         raise TypeError(f"has a leaf of type {type(leaf).__name__}; expected an array.")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise TypeError("is a key of random numbers; expected nnx.state(model, (nnx.Param, nnx.BatchStat)).")
     if isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "is_meta", False):
         raise TypeError(f"has a {type(leaf).__name__} without values; expected an array: shapes alone are for like.")
+    dtype = dtype_of(leaf)
+    if not (jnp.issubdtype(dtype, np.number) or dtype == np.bool_):
+        raise TypeError(f"has an array of {dtype}; expected numbers: leave it out.")
     if not hasattr(leaf, "detach"):
         return np.array(leaf)
-    dtype, leaf = dtype_of(leaf), leaf.detach().cpu()
-    return np.array((leaf.float() if dtype == jnp.bfloat16 else leaf).numpy()).astype(dtype)
+    if getattr(leaf, "layout", None) is not None and "strided" not in str(leaf.layout):
+        raise TypeError(f"has a tensor of layout {leaf.layout}; expected a dense one, such as tensor.to_dense().")
+    leaf = leaf.detach().cpu().resolve_conj().resolve_neg()
+    return np.array((leaf if dtype.isbuiltin == 1 else leaf.float()).numpy()).astype(dtype)
 
 
 def dtype_of(leaf: Any) -> np.dtype[Any]:
     """Return the dtype of an array of any library."""
-    return jnp.dtype(str(leaf.dtype).removeprefix("torch."))
+    try:
+        return jnp.dtype(str(leaf.dtype).removeprefix("torch."))
+    except TypeError as error:
+        raise TypeError(
+            f"has an array of {leaf.dtype}, which NumPy and JAX lack; expected a float, such as tensor.dequantize()."
+        ) from error
+
+
+def is_float(dtype: Any) -> bool:
+    """Say whether numbers of a dtype, bfloat16 and float8 too, can be trained."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def narrow(value: Array, dtype: np.dtype[Any]) -> tuple[Array, bool]:
+    """Cast an array, and say whether what was finite stayed so."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = value.astype(dtype, order="C")
+    return cast, not (np.isfinite(value) & ~np.isfinite(cast)).any()
 
 
 def _as_leaf(value: Array, leaf: Any, address: Address, numpy: bool) -> Any:
-    with np.errstate(over="ignore"):
-        cast = value.astype(dtype_of(leaf), order="C")
-    if (np.isfinite(value) & ~np.isfinite(cast)).any():
+    cast, fits = narrow(value, dtype_of(leaf))
+    if not fits:
         raise ValueError(f"{'/'.join((*address[0], address[1]))!r} does not fit into {cast.dtype}, the dtype in like.")
     if hasattr(leaf, "new_tensor") and not leaf.is_meta:
         return leaf.new_tensor(cast.astype(np.float32) if cast.dtype == jnp.bfloat16 else cast)
     if numpy:
         return cast
-    return jax.device_put(cast, leaf.sharding) if getattr(leaf, "committed", False) else jnp.asarray(cast)
+    return jax.device_put(cast, leaf.sharding if getattr(leaf, "committed", False) else None)
 
 
 def _read_pair(tree: Any, expected: str) -> tuple[Any, Any]:
@@ -198,6 +221,12 @@ def _read_pair(tree: Any, expected: str) -> tuple[Any, Any]:
 
 def _address(path: Path) -> Address:
     return path[:-1], path[-1]
+
+
+def _address_part(path: Path, trained: bool) -> Address:
+    """Return the address of an array of which the tree says whether it is trained; statistics are not."""
+    *keys, name = path
+    return tuple(keys), name if trained != (name in STATISTICS) else f"{OTHER if trained else OTHER * 2}{name}"
 
 
 def _norms(model: Any) -> Iterator[tuple[Path, Any]]:
@@ -218,7 +247,7 @@ def _flatten_layers(layers: Mapping[Path, Layer]) -> dict[Path, Array]:
 def _split(layers: Mapping[Path, Layer]) -> tuple[dict[Path, Any], dict[Path, Any]]:
     """Return parameters and statistics."""
     flat = _flatten_layers(layers)
-    stats = {path: value for path, value in flat.items() if path[-1] in ("mean", "var")}
+    stats = {path: value for path, value in flat.items() if path[-1] in STATISTICS}
     return {path: value for path, value in flat.items() if path not in stats}, stats
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.export import register_namedtuple_serialization
 from jax.numpy import asarray, ones, zeros, zeros_like
 from jax.typing import ArrayLike, DTypeLike
 
@@ -35,6 +36,11 @@ class State(NamedTuple):
 
     mean: Array  # (features,), float32 or wider
     var: Array  # (features,), biased unless trained with unbiased=True
+
+
+# An exported program that takes or returns them is read by whoever has imported jbn, under these names.
+register_namedtuple_serialization(Params, serialized_name="jbn.Params")
+register_namedtuple_serialization(State, serialized_name="jbn.State")
 
 
 def bn_init(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.export import is_symbolic_dim
+from jax.export import is_symbolic_dim, register_pytree_node_serialization
 from jax.numpy import asarray, broadcast_to, where, zeros, zeros_like
 from jax.tree_util import register_dataclass
 from jax.typing import ArrayLike
@@ -62,6 +62,16 @@ class Moments:
         """Return the moments of no rows, the neutral element of ``merge``."""
         none, number = zeros(features, dtype), zeros((), dtype)
         return cls(number, none, none, none, number)
+
+
+# An exported program that takes or returns it is read by whoever has imported jbn, under this name.
+register_pytree_node_serialization(
+    Moments,
+    serialized_name="jbn.Moments",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+    from_children=lambda _, children: Moments(*children),
+)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

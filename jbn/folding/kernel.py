@@ -1,14 +1,17 @@
 """A normalization by running statistics as a multiply-add, ``affine``, and inside one kernel beside it, ``fold``."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
+from jax.typing import DTypeLike
 
+from jbn.converting.trees import as_numpy, narrow
 from jbn.core import checks
 from jbn.core.forward import Params
 from jbn.core.layout import Layout
@@ -28,15 +31,18 @@ def affine(params: Any, state: Any, *, epsilon: float = 1e-5) -> Params:
     1, 6e-6 at 10², 6e-4 at 10⁴. ``bn_forward`` subtracts before it multiplies, and loses none of them.
 
     Args:
-        params: ``Params`` or a mapping with ``scale`` and ``bias``, (features,), either or both absent.
-        state: ``State`` or a mapping with ``mean`` and ``var``, (features,).
-        epsilon: ε > 0, that of the layer.
+        params: ``Params`` or a mapping with ``scale`` and ``bias``, (features,), either or both absent; arrays of
+            NumPy, jax or PyTorch.
+        state: ``State`` or a mapping with ``mean`` and ``var``, (features,), likewise.
+        epsilon: ε ≥ 0, that of the layer; it may be 0 where no variance is.
 
     Returns:
-        ``Params(scale=a, bias=b)``, (features,), at least float32.
+        ``Params(scale=a, bias=b)``, (features,), at least float32, of jax. It is computed on the host, in float64; of
+        traced arrays by jax, in the dtype of the result.
 
     Raises:
-        ValueError: for shapes and ranges that do not fit.
+        ValueError: for shapes and ranges that do not fit, and where values are known for statistics that are not finite
+            and variances that are negative, or 0 with an epsilon of 0; traced ones give inf or NaN.
         TypeError: for dtypes and kinds that do not fit.
 
     >>> import jax.numpy as jnp, jbn
@@ -46,15 +52,21 @@ def affine(params: Any, state: Any, *, epsilon: float = 1e-5) -> Params:
 
     Source: Ioffe and Szegedy 2015, algorithm 2, line 11. Elsewhere: PyTorch on CPU and Keras evaluate in this form.
     """
-    a, mean, bias = _read_evaluation(params, state, epsilon)
-    return Params(a, bias - mean * a)
+    norm = _read_norm(params, state, epsilon)
+    xp, (mean, var, scale, bias) = _place(norm)
+    a, mean, bias = _evaluate(xp, norm.epsilon, mean, var, scale, bias)
+    with np.errstate(over="ignore"):
+        b = bias - mean * a
+    given = (value for value in (norm.mean, norm.var, norm.scale, norm.bias) if value is not None)
+    wide = checks.arithmetic_dtype(*(value.dtype for value in given))
+    return Params(_give("The scale", a, wide, norm.mean), _give("The bias", b, wide, norm.mean))
 
 
 def fold(
     params: Any,
     state: Any,
-    kernel: Array | np.ndarray[Any, Any],
-    bias: Array | np.ndarray[Any, Any] | None = None,
+    kernel: Any,
+    bias: Any = None,
     *,
     layout: str,
     into: Literal["previous", "next"] = "previous",
@@ -72,7 +84,8 @@ def fold(
     own sum has rounded off what ``affine`` loses.
 
     Args:
-        params: ``Params`` or a mapping with ``scale`` and ``bias``, (features,), either or both absent.
+        params: ``Params`` or a mapping with ``scale`` and ``bias``, (features,), either or both absent; arrays of
+            NumPy, jax or PyTorch, like all others here.
         state: ``State`` or a mapping with ``mean`` and ``var``, (features,).
         kernel: of any rank, strides and dilation.
         bias: that of the layer, (outputs,), or None.
@@ -85,13 +98,16 @@ def fold(
         padding: with "next" and a kernel of more than one position, that of the convolution, as Flax spells it. Zeros
             beside x are not normalized, so "SAME" and the like have no exact answer. Nor has a transposed convolution,
             or one that dilates x, which no argument tells apart.
-        epsilon: ε > 0, that of the normalization.
+        epsilon: ε ≥ 0, that of the normalization; it may be 0 where no variance is.
 
     Returns:
-        Kernel and bias in the dtype of the kernel.
+        Kernel and bias, arrays of jax in the dtypes that they had; a bias that is new in that of the normalization's,
+        or else of its mean. They are computed on the host, in float64, and put where they were; traced arrays, and
+        those that other processes hold parts of, are left to jax.
 
     Raises:
-        ValueError: for shapes and ranges that do not fit, and for padding with zeros.
+        ValueError: for shapes and ranges that do not fit, for padding with zeros, for what does not fit into its dtype,
+            and for the statistics that ``affine`` refuses.
         TypeError: for dtypes and kinds that do not fit.
 
     >>> import jax, jax.numpy as jnp, jbn
@@ -105,67 +121,153 @@ def fold(
     Source: B. Jacob et al., "Quantization and Training of Neural Networks", 2018, section 3.2, for "previous".
     Elsewhere: ``torch.nn.utils.fusion`` knows "previous" alone, and no transposed convolution with groups.
     """
-    before, kernel = _read_into(into), checks.read_array("kernel", kernel)
+    before, kernel, bias = _read_into(into), _read_array("kernel", kernel), _read_array("bias", bias)
     inputs, outputs = _read_axes(layout, kernel, groups)
     if not before:
         _check_padding(padding, [n for i, n in enumerate(kernel.shape) if i not in (inputs, outputs)])
-    a, mean, beta = _read_evaluation(params, state, epsilon)
-    if mean.ndim != 1:
-        raise ValueError(f"state.mean has shape {mean.shape}; expected one axis of features.")
-    given = checks.read_array("bias", bias)
-    outside = jax.eval_shape(partial(_compute, before, inputs, outputs, groups), a, mean, beta, kernel, None)[1].shape
-    if given is not None and given.shape != outside:
+    norm = _read_norm(params, state, epsilon)
+    if norm.mean.ndim != 1:
+        raise ValueError(f"state.mean has shape {norm.mean.shape}; expected one axis of features.")
+    xp, arrays = _place(norm, kernel, bias)
+    compute = _compute if xp is np else _compute_traced
+    with np.errstate(all="ignore"):  # of a kernel that holds inf or NaN
+        weights, shift = compute(xp, before, (inputs, outputs), layout, groups, norm.epsilon, *arrays)
+    new = norm.mean if norm.bias is None else norm.bias
+    return (
+        _give("The folded kernel", weights, kernel.dtype, kernel),
+        _give("The folded bias", shift, (new if bias is None else bias).dtype, bias),
+    )
+
+
+def _compute(
+    xp: Any,
+    before: bool,
+    axes: tuple[int, int],
+    layout: str,
+    groups: int,
+    epsilon: float,
+    mean: Any,
+    var: Any,
+    scale: Any,
+    beta: Any,
+    kernel: Any,
+    bias: Any,
+) -> tuple[Any, Any]:
+    """Return kernel and bias in the dtype of the arithmetic, by NumPy or by jax."""
+    inputs, outputs = axes
+    axis, other = (outputs, inputs) if before else (inputs, outputs)
+    spread = partial(
+        _spread, xp, letter="O" if before else "I", shape=kernel.shape, axis=axis, other=other, groups=groups
+    )
+    spread(mean)  # says what does not fit
+    # Where the axis of inputs has them all, each group of them belongs to outputs of its own.
+    apart = groups if kernel.shape[inputs] == len(mean) else 1
+    outside = (len(mean) if before else apart * kernel.shape[outputs],)
+    if bias is not None and bias.shape != outside:
         raise ValueError(
-            f"bias has shape {given.shape}; expected {outside}, the outputs of the kernel of shape {kernel.shape} "
+            f"bias has shape {bias.shape}; expected {outside}, the outputs of the kernel of shape {kernel.shape} "
             f"in layout {layout!r} with groups={groups}."
         )
-    return _compute(before, inputs, outputs, groups, a, mean, beta, kernel, given)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _compute(
-    before: bool,
-    inputs: int,
-    outputs: int,
-    groups: int,
-    a: Array,
-    mean: Array,
-    beta: Array,
-    kernel: Array,
-    bias: Array | None,
-) -> tuple[Array, Array]:
-    axis, other = (outputs, inputs) if before else (inputs, outputs)
-    weights = kernel.astype(checks.arithmetic_dtype(kernel.dtype, a.dtype))
-    spread = partial(_spread, letter="O" if before else "I", shape=kernel.shape, axis=axis, other=other, groups=groups)
+    a, mean, beta = _evaluate(xp, epsilon, mean, var, scale, beta)
     if before:
-        added = a * ((0 if bias is None else bias.astype(weights.dtype)) - mean) + beta
-    else:
-        shares = weights * spread(beta - mean * a)
-        table = jnp.moveaxis(shares, (inputs, outputs), (0, 1)).sum(tuple(range(2, kernel.ndim)))
-        # Where the axis of inputs has them all, each group of them belongs to outputs of its own.
-        apart = groups if kernel.shape[inputs] == len(mean) else 1
-        added = table.reshape(apart, -1, table.shape[1]).sum(1).ravel()
-        added = added if bias is None else added + bias.astype(weights.dtype)
-    return (weights * spread(a)).astype(kernel.dtype), added.astype(kernel.dtype)
+        return kernel * spread(a), a * ((0 if bias is None else bias) - mean) + beta
+    shares = kernel * spread(beta - mean * a)
+    table = xp.moveaxis(shares, (inputs, outputs), (0, 1)).sum(tuple(range(2, kernel.ndim)))
+    added = table.reshape(apart, -1, table.shape[1]).sum(1).ravel()
+    return kernel * spread(a), added if bias is None else added + bias
 
 
-def _read_evaluation(params: Any, state: Any, epsilon: float) -> tuple[Array, Array, Array]:
-    """Return a, μ and β in the dtype of the arithmetic."""
+_compute_traced = jax.jit(_compute, static_argnums=range(6))
+
+
+def _evaluate(xp: Any, epsilon: float, mean: Any, var: Any, scale: Any, bias: Any) -> tuple[Any, Any, Any]:
+    """Return a, μ and β."""
+    r = 1 / xp.sqrt(var + epsilon)
+    return r if scale is None else r * scale, mean, xp.zeros_like(r) if bias is None else bias
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """The arrays of a normalization, as they were given, and its epsilon."""
+
+    mean: Any
+    var: Any
+    scale: Any
+    bias: Any
+    epsilon: float
+
+
+def _read_norm(params: Any, state: Any, epsilon: float) -> _Norm:
     fields = {"state": ("mean", "var"), "params": ("scale", "bias")}
     given = [
-        checks.read_array(field, value)
+        _read_array(field, value)
         for (name, names), tree in zip(fields.items(), (state, params), strict=True)
         for field, value in zip(names, checks.read_fields(name, tree, names, name == "state"), strict=True)
     ]
     mean, var, scale, bias = given
-    vectors = {"state.mean": mean, "state.var": var, "scale": scale, "bias": bias}
     layout = Layout(tuple(mean.shape), tuple(range(mean.ndim)))
-    for name, value in vectors.items():
+    for name, value in {"state.mean": mean, "state.var": var, "scale": scale, "bias": bias}.items():
         checks.check_vector(name, value, layout)
-    wide = checks.arithmetic_dtype(*(value.dtype for value in vectors.values() if value is not None))
-    r = lax.rsqrt(var.astype(wide) + checks.read_epsilon(epsilon))
-    a = r if scale is None else r * scale.astype(wide)
-    return a, mean.astype(wide), jnp.zeros_like(a) if bias is None else bias.astype(wide)
+    return _Norm(mean, var, scale, bias, checks.read_epsilon(epsilon))
+
+
+def _read_array(name: str, value: Any) -> Any:
+    """Read an array of any library; jax's own stay, for they may be traced or on other devices."""
+    if value is None or isinstance(value, jax.Array):
+        return value
+    try:
+        return as_numpy(value)
+    except TypeError as error:
+        raise TypeError(f"{name} {error}") from error
+
+
+def _place(norm: _Norm, *others: Any) -> tuple[Any, list[Any]]:
+    """Return NumPy and arrays in float64 where all values are at hand, else jax's and arrays in one dtype.
+
+    On the host nothing is compiled: each size is another program, and a model has as many as norms.
+    """
+    arrays = [norm.mean, norm.var, norm.scale, norm.bias, *others]
+    traced = [isinstance(value, jax.core.Tracer) or not _is_whole(value) for value in arrays]
+    if any(traced):
+        wide = checks.arithmetic_dtype(*(value.dtype for value in arrays if value is not None))
+        wide = np.dtype(jax.dtypes.canonicalize_dtype(wide))
+        return jnp, [None if value is None else jnp.asarray(value).astype(wide) for value in arrays]
+    found = [None if value is None else np.asarray(value).astype(np.float64) for value in arrays]
+    _check_statistics(found[0], found[1], norm.epsilon)
+    return np, found
+
+
+def _check_statistics(mean: Any, var: Any, epsilon: float) -> None:
+    """Refuse what makes y NaN or the bias, whatever x is."""
+    least = "more than 0, as epsilon is 0" if epsilon == 0 else "0 or more"
+    for name, value, fits in (("mean", mean, True), ("var", var, (var > 0) | ((var == 0) & (epsilon > 0)))):
+        bad = ~(np.isfinite(value) & fits)
+        if bad.any():
+            expected = f"finite ones, {least}" if name == "var" else "finite ones"
+            raise ValueError(
+                f"state.{name} has {bad.sum()} of {bad.size} values such as {value[bad].flat[0]:g}; expected "
+                f"{expected}. jbn.recalibrate measures them anew."
+            )
+
+
+def _is_whole(value: Any) -> bool:
+    """Say whether this process can read all of an array."""
+    return not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated
+
+
+def _give(name: str, value: Any, dtype: DTypeLike, place: Any) -> Array:
+    """Return an array of jax of a dtype, where another one is."""
+    dtype = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+    if isinstance(value, jax.Array):
+        return value.astype(dtype)
+    cast, fits = narrow(value, dtype)
+    if not fits:
+        raise ValueError(
+            f"{name} does not fit into {dtype.name}: it is up to {np.nanmax(np.abs(value)):.2g}. Expected a wider "
+            "dtype, such as float32."
+        )
+    # Not jnp.asarray, which compiles a program for each shape.
+    return jax.device_put(cast, place.sharding if getattr(place, "committed", False) else None)
 
 
 def _read_into(into: object) -> bool:
@@ -192,11 +294,11 @@ def _read_axes(layout: object, kernel: Any, groups: object) -> tuple[int, int]:
     return layout.index("I"), layout.index("O")
 
 
-def _spread(vector: Array, letter: str, shape: tuple[int, ...], axis: int, other: int, groups: int) -> Array:
+def _spread(xp: Any, vector: Any, letter: str, shape: tuple[int, ...], axis: int, other: int, groups: int) -> Any:
     """Give a per-feature vector the rank of the kernel."""
     features, size = len(vector), shape[axis]
     if size == features:
-        return jnp.expand_dims(vector, tuple(i for i in range(len(shape)) if i != axis))
+        return xp.expand_dims(vector, tuple(i for i in range(len(shape)) if i != axis))
     if size * groups != features or shape[other] % groups:
         raise ValueError(
             f"The normalization has {features} features, but the kernel of shape {shape} has {size} on axis {axis}, "
@@ -204,9 +306,9 @@ def _spread(vector: Array, letter: str, shape: tuple[int, ...], axis: int, other
             f"the other axis, of size {shape[other]}, divided into groups: check layout=, groups= and into=."
         )
     # The axis has the features of one group, and the other one the groups.
-    table = jnp.repeat(vector.reshape(groups, size), shape[other] // groups, axis=0)
+    table = xp.repeat(vector.reshape(groups, size), shape[other] // groups, axis=0)
     table = table if other < axis else table.T
-    return jnp.expand_dims(table, tuple(i for i in range(len(shape)) if i not in (axis, other)))
+    return xp.expand_dims(table, tuple(i for i in range(len(shape)) if i not in (axis, other)))
 
 
 def pads_nothing(padding: Padding | None, sizes: int | Sequence[int], dilation: int | Sequence[int] | None = 1) -> bool:

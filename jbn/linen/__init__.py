@@ -1,5 +1,14 @@
 """``BatchNorm`` for Flax Linen, ``replace`` and ``freeze`` for any model in contexts, ``fold`` for a trained one."""
 
+try:
+    import flax as flax
+except ModuleNotFoundError as error:
+    if error.name != "flax":  # one that is there and lacks something else says so itself
+        raise
+    raise ModuleNotFoundError(
+        'jbn.linen needs Flax, which is not installed: pip install "jbn[flax]"', name="flax"
+    ) from error
+
 from jbn.folding.links import Folds as Folds
 from jbn.linen.folding import fold as fold
 from jbn.linen.folding import foldable as foldable

@@ -1,5 +1,14 @@
 """``BatchNorm`` for Flax NNX; ``replace`` and ``freeze`` for a model in place, ``fold`` for a copy of it."""
 
+try:
+    import flax as flax
+except ModuleNotFoundError as error:
+    if error.name != "flax":  # one that is there and lacks something else says so itself
+        raise
+    raise ModuleNotFoundError(
+        'jbn.nnx needs Flax, which is not installed: pip install "jbn[flax]"', name="flax"
+    ) from error
+
 from jbn.folding.links import Folds as Folds
 from jbn.nnx.editing import freeze as freeze
 from jbn.nnx.editing import replace as replace

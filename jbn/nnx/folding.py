@@ -177,6 +177,8 @@ def _fold_pair(modules: dict[str, Any], pair: Pair) -> None:
         into="previous" if before else "next",
         epsilon=norm.epsilon,
     )
+    if layer.bias is None and layer.dtype is None:  # y has the widest dtype of what the layer holds
+        bias = bias.astype(kernel.dtype)
     # Variables of their own, for others may share the old ones.
     layer.kernel = layer.kernel.replace(kernel)
     layer.bias = nnx.Param(bias) if layer.bias is None else layer.bias.replace(bias)

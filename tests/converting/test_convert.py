@@ -52,6 +52,11 @@ def torch_model():
     return {**conv, **torch_norm("bn1.", 4), **blocks, **down, **fc}
 
 
+def wide(state):
+    """Return statistics as they come without like: at least float32."""
+    return jax.tree.map(lambda a: a if a.dtype.itemsize > 2 else a.astype(np.float32), state)
+
+
 def equal(got, want):
     """Hold trees against each other, to the bit."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
@@ -72,7 +77,7 @@ def test_a_layer_goes_there_and_back(library, size, dtype, scale, bias, path):
     (s, b), state = layer(size, dtype=dtype)
     params = jbn.Params(s if scale else None, b if bias else None)
     there = jbn.convert((params, state), "jbn", library, names={"": path})
-    equal(jbn.convert(there, library, "jbn", names={path: ""}), (params, state))
+    equal(jbn.convert(there, library, "jbn", names={path: ""}), (params, wide(state)))
 
 
 @pytest.mark.parametrize("library", MADE)
@@ -91,6 +96,7 @@ def test_a_model_goes_there_and_back(library, window, ends, dtype):
         "batch_stats": {"norm": {"mean": kernel.ravel(), "var": kernel.ravel()}},
     }
     there = jbn.convert(variables, "linen", library)
+    variables["batch_stats"] = wide(variables["batch_stats"])
     equal(jbn.convert(there, library, "linen"), variables)
 
 
@@ -121,11 +127,83 @@ def test_arrays_of_numpy_are_contiguous():
         assert jbn.convert(variables, "linen", "torch", like=shapes)["conv.weight"].flags.c_contiguous
 
 
-def test_a_norm_with_more_arrays_loses_none():
-    tree = jbn.convert(layer(), "jbn", "keras", names={"": "bn"}) | {"bn/renorm_mean": np.ones(3, np.float32)}
-    params, state = jbn.convert(tree, "keras", "jbn")
-    assert set(params["bn"]) == {"scale", "bias", "renorm_mean"}
-    assert set(state["bn"]) == {"mean", "var"}
+OTHERS = {
+    "torch": {"n.mean": (1, 3, 1, 1), "n.std": (1, 3, 1, 1), "n.var": (2,), "n.scale": (2, 2), "n.kernel": (2, 3)},
+    "keras": {"n/mean": (3,), "n/variance": (3,), "n/scale": (2, 2), "n/var": (2,), "n/w": (2, 3)},
+}
+
+
+@pytest.mark.parametrize("library", OTHERS)
+@pytest.mark.parametrize("target", ["linen", "nnx", "torch", "keras"])
+def test_names_that_mean_another_thing_elsewhere(library, target):
+    """With like they go where it has them, as they are; without it those that would be taken for statistics do not."""
+    tree = {name: RNG.standard_normal(shape).astype("float32") for name, shape in OTHERS[library].items()}
+    names = {name[2:]: value for name, value in tree.items()}
+    stats = {name: value for name, value in names.items() if name in ("mean", "var")}
+    params = {name: value for name, value in names.items() if name not in stats}
+    separator = "." if target == "torch" else "/"
+    likes = {
+        "linen": [{"params": {"n": params}, "batch_stats": {"n": stats}}, {"params": {"n": names}}],
+        "nnx": [{"n": names}],
+    }.get(target, [{f"n{separator}{name}": value for name, value in names.items()}])
+    for like in likes:
+        got = jbn.convert(tree, library, target, like=like)
+        jax.tree.map(np.testing.assert_array_equal, got, like)
+    if target in OTHERS:
+        jax.tree.map(np.testing.assert_array_equal, jbn.convert(tree, library, target), likes[0])
+        return
+    with pytest.raises(
+        ValueError, match=r"^n of tree has mean, var, which may be no parameter.* expected like.* by na"
+    ):
+        jbn.convert(tree, library, target)
+    free = {name: value for name, value in tree.items() if name[2:] not in stats}
+    got = jbn.convert(free, library, target)
+    jax.tree.map(np.testing.assert_array_equal, got["params"]["n"] if target == "linen" else got["n"], params)
+
+
+@pytest.mark.parametrize("source", ["linen", "jbn"])
+def test_a_tree_says_which_of_two_is_trained(source):
+    """Parameters called mean and var are none of the statistics, and a count is no parameter."""
+    norm = vectors()
+    params, stats = (
+        {"n": {"mean": norm["scale"], "var": norm["bias"]}},
+        {"n": {"mean": norm["mean"], "var": norm["var"]}},
+    )
+    tree = {"params": params, "batch_stats": stats} if source == "linen" else (params, stats)
+    equal(jbn.convert(tree, source, source, like=tree), jax.tree.map(jnp.asarray, tree))
+    with pytest.raises(ValueError, match=r"^n of tree has mean, var, which may be no parameter"):
+        jbn.convert(tree, source, source)
+    one = {"n": {"count": np.ones(3, np.float32)}}
+    tree = {"params": params, "batch_stats": one} if source == "linen" else ({}, one)
+    with pytest.raises(ValueError, match=r"^n of tree has count"):
+        jbn.convert(tree, source, "linen", names=None)
+
+
+@pytest.mark.parametrize("source", ["torch", "keras"])
+@pytest.mark.parametrize("target", ["jbn", "linen"])
+@pytest.mark.parametrize(
+    ("beside", "array"), [(True, np.ones(3, np.float32)), (False, np.ones((), np.int64)), (False, np.array([True]))]
+)
+def test_what_may_be_no_parameter_is_refused_without_like(source, target, beside, array):
+    """What lies beside running statistics, as Keras' renormalization has it; integers and flags anywhere."""
+    separator = "." if source == "torch" else "/"
+    tree = jbn.convert(layer(), "jbn", source, names={"": "bn"})
+    path = "bn" if beside else "gate"
+    name = f"{path}{separator}renorm_mean"
+    with pytest.raises(ValueError, match=rf"^{path} of tree has renorm_mean, .* expected like, .* leave the layer out"):
+        jbn.convert(tree | {name: array}, source, target)
+    if not beside:
+        equal(jbn.convert(tree | {name: array}, source, target, names={path: None}), jbn.convert(tree, source, target))
+    assert name.replace(".", "/") in jbn.convert(tree | {name: array}, source, "keras")
+    like = jbn.convert(tree, source, "linen")
+    for collection in like.values():
+        collection[path] = {**collection.get(path, {}), "renorm_mean": array} if beside else {"renorm_mean": array}
+        got = jbn.convert(tree | {name: array}, source, "linen", like=like)
+        np.testing.assert_array_equal(
+            next(part for part in got.values() if "renorm_mean" in part.get(path, {}))[path]["renorm_mean"], array
+        )
+        collection[path].pop("renorm_mean")
+        collection.pop(path) if not beside else None
 
 
 def test_items_of_lists_are_numbers_in_nnx():
@@ -157,6 +235,26 @@ def test_names_of_a_residual_network(spelled):
     assert set(variables["params"]["stage2"]["block0"]) == block | {"proj_conv", "proj_norm"}
     assert variables["params"]["stage2"]["block0"]["proj_conv"]["kernel"].shape == (1, 1, 4, 4)
     assert set(variables["batch_stats"]) == {"bn1", "first", "stage1", "stage2"}
+
+
+def test_the_first_name_that_matches_counts():
+    tree = {**torch_norm("a.x."), **torch_norm("a.y."), **torch_norm("b.")}
+    names = {"a.x": "special", "a": "all", "": "rest"}
+    assert set(jbn.convert(tree, "torch", "keras", names=names)) == {
+        f"{path}/{name}"
+        for path in ("special", "all/y", "rest/b")
+        for name in ("gamma", "beta", "moving_mean", "moving_variance")
+    }
+    for order, late, before in (
+        (["a", "a.x", ""], "a.x", "'a'"),
+        (["", "a"], "a", "''"),
+        (["a.x", "*.y", "b", "*"], r"\*", r"'a.x', '\*.y', 'b'"),
+    ):
+        message = (
+            rf"names: '{late}' comes after {before}, which decided about every .* expected the most special one first"
+        )
+        with pytest.raises(ValueError, match=message):
+            jbn.convert(tree, "torch", "keras", names={old: names.get(old, old) for old in order})
 
 
 def test_names_by_a_function():
@@ -208,9 +306,30 @@ def test_count_converts_the_variance_where_conventions_differ(source, target, un
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_count_keeps_the_dtype(dtype):
+def test_count_is_applied_in_the_dtype_of_the_result(dtype):
     tree = torch_norm(dtype=dtype)
-    assert jbn.convert(tree, "torch", "keras", count=9)["moving_variance"].dtype == tree["running_var"].dtype
+    got = jbn.convert(tree, "torch", "keras", count=9)["moving_variance"]
+    want = wide(tree["running_var"])
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(got, (want * np.float64(8 / 9)).astype(want.dtype))
+
+
+@pytest.mark.parametrize("source", MADE)
+@pytest.mark.parametrize("target", MADE)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_statistics_of_16_bits_are_widened_and_nothing_else_is(source, target, dtype):
+    """An average of them stalls; like says otherwise."""
+    kernel = np.ones((2, 3), jnp.dtype(dtype))
+    tree = {"params": {"fc": {"kernel": kernel}, "n": {"scale": kernel[0]}}, "batch_stats": {"n": {}}}
+    tree["batch_stats"]["n"] = {"mean": kernel[0], "var": kernel[0]}
+    like = jbn.convert(tree, "linen", source, like=tree if source == "linen" else None)
+    there = jax.tree.map(lambda a: np.asarray(a).astype(dtype) if a.dtype == np.float32 else a, like)
+    got = jbn.convert(there, source, target)
+    dtypes = [leaf.dtype.name for leaf in jax.tree.leaves(got) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert sorted(dtypes) == sorted(["float32"] * 2 + [dtype] * 2)
+    narrow = jax.tree.map(lambda a: np.asarray(a).astype(dtype) if a.dtype == np.float32 else a, got)
+    got = jbn.convert(there, source, target, like=narrow)
+    assert [leaf.dtype for leaf in jax.tree.leaves(got)] == [leaf.dtype for leaf in jax.tree.leaves(narrow)]
 
 
 def test_counts_by_pattern():
@@ -284,6 +403,13 @@ def test_embeddings_are_not_transposed():
     np.testing.assert_array_equal(params["emb"]["embedding"], table)
     for library, name in (("torch", "emb.weight"), ("keras", "emb/embeddings")):
         np.testing.assert_array_equal(jbn.convert({"params": params}, "linen", library)[name], table)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_of_no_known_name_go_along(dtype):
+    array = RNG.standard_normal((2, 3)).astype(jnp.dtype(dtype))
+    params = jbn.convert({"x.logit_scale": array}, "torch", "linen")["params"]
+    equal(params, {"x": {"logit_scale": jnp.asarray(array)}})
 
 
 def test_what_has_no_meaning_here_goes_along():
@@ -398,3 +524,18 @@ def test_what_is_left_out_is_not_read():
     state = nnx.state(model)
     tree = jbn.convert(state, "nnx", "torch", names={"layers/1/rngs": None, "layers": ""})
     assert "0.running_var" in tree
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_nothing_is_compiled(filled):
+    """A model has as many shapes as layers, and each would be a program of its own."""
+    tree = {"a.weight": np.ones((3, 4, 1, 2), np.float32), **torch_norm("b.", 11)}
+    like = jbn.convert(tree, "torch", "linen") if filled else None
+    jax.clear_caches()
+    names = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: names.append(name))
+    try:
+        jbn.convert(tree, "torch", "linen", like=like)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in names if "compile" in name]

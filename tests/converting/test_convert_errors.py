@@ -263,3 +263,58 @@ def test_other_kinds_are_refused(case):
     tree, source, target, options, message = OF_OTHER_KINDS[case]
     with pytest.raises(TypeError, match=message):
         jbn.convert(tree, source, target, **options)
+
+
+SPELLED = {
+    "torch": lambda mean, var: {"bn.running_mean": mean, "bn.running_var": var},
+    "keras": lambda mean, var: {"bn/moving_mean": mean, "bn/moving_variance": var},
+    "linen": lambda mean, var: {"params": {}, "batch_stats": {"bn": {"mean": mean, "var": var}}},
+    "nnx": lambda mean, var: {"bn": {"mean": mean, "var": var}},
+    "jbn": lambda mean, var: ({}, {"bn": jbn.State(mean, var)}),
+    "haiku": lambda mean, var: (
+        {},
+        {
+            f"bn/~/{name}_ema": {"average": value, "hidden": value, "counter": np.zeros((), np.int32)}
+            for name, value in (("mean", mean), ("var", var))
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("source", SPELLED)
+@pytest.mark.parametrize("target", ["torch", "linen"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("mean", np.nan), ("mean", np.inf), ("var", np.nan), ("var", np.inf), ("var", -1.0)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_statistics_that_no_batch_has_are_refused(source, target, name, value, dtype):
+    good, bad = np.ones(3, jnp.dtype(dtype)), np.array([1, value, 1], jnp.dtype(dtype))
+    tree = SPELLED[source](*(bad if name == one else good for one in ("mean", "var")))
+    like = jbn.convert(SPELLED[source](good, good), source, target)
+    for shapes in (None, like):
+        message = rf"^bn of tree has a running {name} with 1 of 3 values that are NaN, .* such as {value:g}; .*recalibr"
+        with pytest.raises(ValueError, match=message):
+            jbn.convert(tree, source, target, like=shapes)
+    jbn.convert(SPELLED[source](-good, 0 * good), source, target)
+
+
+@pytest.mark.parametrize(("index", "value"), [(0, np.nan), (1, np.inf), (1, -1.0)])
+def test_averages_of_equinox_are_refused_alike(index, value):
+    eqx = pytest.importorskip("equinox")
+    model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+    averages = [jnp.ones(3), jnp.ones(3)]
+    averages[index] = averages[index].at[0].set(value)
+    state = state.set(model.batch_state_index, tuple(averages)).set(model.batch_counter, jnp.array(5))
+    with pytest.raises(ValueError, match=r"^the layer of tree has a running .* with 1 of 3 values"):
+        jbn.convert((model, state), "equinox", "linen")
+
+
+@pytest.mark.filterwarnings("default::UserWarning")  # PyTorch deprecates the one that it makes
+def test_a_tensor_that_numpy_cannot_hold_is_named():
+    torch = pytest.importorskip("torch")
+    for tensor, message in (
+        (torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8), r"torch.qint8, .*tensor.dequantize"),
+        (torch.ones(3).to_sparse(), r"layout torch.sparse_coo; expected a dense one, such as tensor.to_dense"),
+    ):
+        with pytest.raises(TypeError, match=rf"^a of tree has a.* of {message}"):
+            jbn.convert({"a.x": tensor}, "torch", "linen")

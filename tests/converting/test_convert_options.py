@@ -64,7 +64,9 @@ def test_scale_and_bias(options, source, target, want):
         ({"momentum": None}, "torch", "jbn", r"momentum=None is the average over all batches.*jbn.recalibrate"),
         ({"momentum": None}, "keras", "jbn", r"options of keras: momentum is None; expected a number from 0 to 1"),
         ({"momentum": 1.5}, "torch", "jbn", r"momentum is 1.5; expected a number from 0 to 1"),
-        ({"eps": 0}, "torch", "jbn", r"eps is 0; expected a number above 0"),
+        ({"eps": -1e-5}, "torch", "jbn", r"eps is -1e-05; expected a number, 0 or more"),
+        ({"eps": float("nan")}, "torch", "jbn", r"eps is nan; expected a number"),
+        ({"eps": float("inf")}, "torch", "jbn", r"eps is inf; expected a number"),
         ({"eps": "1e-5"}, "torch", "jbn", r"eps is '1e-5'; expected a number"),
         ({"affine": 1}, "torch", "jbn", r"affine is 1; expected True or False"),
         ({"track_running_stats": False}, "torch", "jbn", r"track_running_stats=False evaluates by .* expected True"),
@@ -76,3 +78,11 @@ def test_scale_and_bias(options, source, target, want):
 def test_refused(options, source, target, message):
     with pytest.raises(ValueError, match=message):
         jbn.convert_options(options, source, target)
+
+
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(THE_SAME, repeat=2)))
+def test_no_epsilon_goes_along(source, target):
+    """The detectors of torchvision have none: running variances are not 0."""
+    options = {name: 0.0 if name in ("eps", "epsilon") else value for name, value in THE_SAME[source].items()}
+    found = jbn.convert_options(options, source, target)
+    assert found.get("eps", found.get("epsilon")) == 0

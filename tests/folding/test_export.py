@@ -241,3 +241,53 @@ def test_groups_of_known_number():
     any_length = jax.ShapeDtypeStruct(export.symbolic_shape("6, t, 3"), jnp.float32)
     x = np.random.default_rng(0).standard_normal((6, 4, 3)).astype(np.float32) + 2
     jax.tree.map(near, export.export(f)(any_length).call(x), f(x))
+
+
+# Where jbn is imported, and nothing else of this file.
+STEPPED = """
+import sys
+from pathlib import Path
+
+import jbn
+import numpy as np
+from jax import export
+
+folder = Path(sys.argv[1])
+program = export.deserialize(bytearray((folder / "step").read_bytes()))
+x, seen = np.load(folder / "x.npy"), jbn.Moments.empty(3)
+params, state = jbn.bn_init(3)
+for _ in range(2):
+    params, state, seen = program.call(params, state, seen, x)
+assert (type(params), type(state), type(seen)) == (jbn.Params, jbn.State, jbn.Moments)
+np.savez(folder / "result.npz", scale=params.scale, mean=state.mean, var=state.var, count=seen.count, pilot=seen.pilot)
+"""
+
+
+@pytest.mark.parametrize("absent", [{}, {"use_bias": False}], ids=["whole", "no bias"])
+def test_a_training_step_with_the_trees_of_jbn_is_read_elsewhere(tmp_path, absent):
+    def step(params, state, seen, x):
+        def loss(params):
+            y, new = jbn.bn_forward(params, state, x, True, momentum=0.5)
+            return jnp.mean(jnp.tanh(y - 1) ** 2), new
+
+        grads, new = jax.grad(loss, has_aux=True)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), new, jbn.merge(seen, jbn.moments(x))
+
+    x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32) + 2
+    trees = (*jbn.bn_init(3, **absent), jbn.Moments.empty(3))
+    program = export.export(jax.jit(step))(*trees, x)
+    np.save(tmp_path / "x.npy", x)
+    (tmp_path / "step").write_bytes(program.serialize())
+    if absent:  # the bias of the other process would not fit
+        assert export.deserialize(program.serialize()).call(*trees, x)[0].bias is None
+        return
+    done = subprocess.run([sys.executable, "-c", STEPPED, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for _ in range(2):
+        trees = step(*trees, x)
+    got, (params, state, seen) = np.load(tmp_path / "result.npz"), trees
+    near(got["scale"], np.asarray(params.scale))
+    near(got["mean"], np.asarray(state.mean))
+    near(got["var"], np.asarray(state.var))
+    near(got["count"], np.asarray(seen.count))
+    near(got["pilot"], np.asarray(seen.pilot))

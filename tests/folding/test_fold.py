@@ -262,7 +262,9 @@ REFUSED = {
     "pairs of zeros": (
         np.ones((1, 1, 6, 4), np.float32), {"into": "next", "padding": [(0, 0), (0, 1)]}, ValueError, "padding is"
     ),
-    "epsilon": (KERNEL, {"epsilon": 0}, ValueError, "epsilon is 0"),
+    "epsilon": (KERNEL, {"epsilon": -1e-5}, ValueError, "epsilon is -1e-05"),
+    "no array": ([[1.0]], {}, TypeError, "kernel has a leaf of type list; expected an array"),
+    "float16": (KERNEL.astype(np.float16) * 6e4, {}, ValueError, "folded kernel does not fit into float16: .* wider"),
 }  # fmt: skip
 
 
@@ -280,3 +282,132 @@ def test_a_state_of_other_features_is_refused():
         jbn.fold({"scale": np.ones(4, np.float32)}, narrow(norm(6))[1], KERNEL, layout="HWIO")
     with pytest.raises(ValueError, match="expected one axis of features"):
         jbn.fold(None, jbn.State(np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)), KERNEL, layout="HWIO")
+
+
+UNUSABLE = [("mean", np.nan), ("mean", np.inf), ("var", np.nan), ("var", np.inf), ("var", -1.0), ("var", 0.0)]
+
+
+@pytest.mark.parametrize(("name", "value"), UNUSABLE)
+def test_statistics_that_make_no_number_are_refused(name, value):
+    """With an epsilon, a variance may be 0."""
+    params, state = narrow(norm(6))
+    state = state._replace(**{name: np.where(np.arange(6) == 2, np.float32(value), getattr(state, name))})
+    act = (
+        lambda epsilon: jbn.fold(params, state, KERNEL, layout="HWIO", epsilon=epsilon),
+        lambda epsilon: jbn.affine(params, state, epsilon=epsilon),
+    )
+    for call in act:
+        with pytest.raises(ValueError, match=rf"state.{name} has 1 of 6 values such as {value:g}; expected finite"):
+            call(0.0)
+        if value != 0:
+            with pytest.raises(ValueError, match=rf"state.{name} has 1 of 6 values"):
+                call(1e-5)
+        else:
+            assert all(np.isfinite(array).all() for array in call(1e-5))
+
+
+def test_epsilon_may_be_0():
+    params, state = narrow(norm(6))
+    kernel = narrow(arrays(LAYERS["dense IO"])[1])
+    want = oracle.wide(params.scale) / np.sqrt(oracle.wide(state.var))
+    a, b = jbn.affine(params, state, epsilon=0.0)
+    folded, shift = jbn.fold(params, state, kernel, layout="IO", epsilon=0.0)
+    np.testing.assert_array_equal(a, want.astype(np.float32))
+    np.testing.assert_array_equal(folded, (kernel * want).astype(np.float32))
+    for got in (b, shift):
+        np.testing.assert_array_equal(got, (oracle.wide(params.bias) - state.mean * want).astype(np.float32))
+
+
+@pytest.mark.parametrize("into", ["previous", "next"])
+@pytest.mark.parametrize("kernel_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("bias_dtype", ["bfloat16", "float32", None])
+def test_each_array_keeps_its_dtype(into, kernel_dtype, bias_dtype):
+    """And is rounded once; a new bias is as exact as the normalization's, or as its statistics."""
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((6, 6)).astype(jnp.dtype(kernel_dtype))
+    bias = None if bias_dtype is None else rng.standard_normal(6).astype(jnp.dtype(bias_dtype))
+    params, state = narrow(norm(6))
+    for beta in (params.bias, params.bias.astype(jnp.bfloat16), None):
+        some = params._replace(bias=beta)
+        folded, shift = jbn.fold(some, state, kernel, bias, layout="IO", into=into, epsilon=1e-3)
+        new = np.dtype(np.float32) if beta is None else beta.dtype
+        assert folded.dtype == kernel.dtype
+        assert shift.dtype == (new if bias is None else bias.dtype)
+        a = oracle.wide(params.scale) / np.sqrt(oracle.wide(state.var) + 1e-3)
+        b = (0 if beta is None else oracle.wide(beta)) - oracle.wide(state.mean) * a
+        w, given = oracle.wide(kernel), 0 if bias is None else oracle.wide(bias)
+        want = (w * a, given * a + b) if into == "previous" else (w * a[:, None], given + b @ w)
+        for got, exact in zip((folded, shift), want, strict=True):
+            bound = float(jnp.finfo(got.dtype).eps) * np.abs(exact)
+            assert (np.abs(oracle.wide(got) - exact) <= bound + 1e-14).all()
+
+
+def test_it_takes_the_arrays_that_convert_takes():
+    torch = pytest.importorskip("torch")
+    params, state = narrow(norm(6))
+    kernel = narrow(arrays(LAYERS["dense IO"])[1])
+    want = jbn.fold(params, state, kernel, params.bias, layout="IO"), jbn.affine(params, state)
+    kinds = {
+        "jax": jnp.asarray,
+        "PyTorch": torch.tensor,
+        "a parameter": lambda value: torch.nn.Parameter(torch.tensor(value)),
+    }
+    for kind, make in kinds.items():
+        theirs, stats = jbn.Params(*map(make, params)), {"mean": make(state.mean), "var": make(state.var)}
+        got = (
+            jbn.fold(theirs, stats, make(kernel), make(params.bias), layout="IO"),
+            jbn.affine(theirs, stats),
+        )
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert isinstance(g, jax.Array), kind
+            np.testing.assert_array_equal(g, w)
+    half = torch.tensor(kernel, dtype=torch.bfloat16, requires_grad=True)
+    folded, shift = jbn.fold(params, state, half, layout="IO")
+    assert (folded.dtype, shift.dtype) == (jnp.bfloat16, np.float32)
+    np.testing.assert_array_equal(folded, jbn.fold(params, state, kernel.astype(jnp.bfloat16), layout="IO")[0])
+
+
+def test_nothing_is_compiled_where_values_are_known():
+    params, state = jax.tree.map(jnp.asarray, narrow(norm(7)))
+    kernel = jnp.asarray(np.ones((2, 1, 3, 7), np.float32))
+    jax.clear_caches()
+    names = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: names.append(name))
+    try:
+        jbn.fold(params, state, kernel, state.mean, layout="HWIO")
+        jbn.fold(params, state, np.ones((7, 3), np.float32), layout="IO", into="next")
+        jbn.affine(params, state)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in names if "compile" in name]
+
+
+def test_what_was_placed_stays_there():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
+    params, state = narrow(norm(8))
+    kernel = jax.device_put(np.ones((3, 8), np.float32), spread)
+    folded, shift = jbn.fold(params, state, kernel, layout="IO")
+    assert folded.sharding == spread
+    np.testing.assert_array_equal(folded, jbn.fold(params, state, np.ones((3, 8), np.float32), layout="IO")[0])
+    there = jax.device_put(kernel, jax.devices()[3])
+    assert (jax.jit(lambda x, k, b: x @ k + b[None])(np.ones((2, 3), np.float32), there, shift)).devices() == {
+        jax.devices()[3]
+    }
+
+
+@pytest.mark.parametrize("name", ["dense IO", "conv 2-D, strides"])
+def test_traced_arrays_give_what_known_ones_do(name):
+    layer = LAYERS[name]
+    _, kernel, bias, outputs = arrays(layer)
+    params, state = narrow(norm(outputs))
+    kernel, bias = narrow((kernel, bias))
+    known = jbn.fold(params, state, kernel, bias, layout=layer.layout), jbn.affine(params, state)
+    traced = jax.jit(lambda p, s, k, b: (jbn.fold(p, s, k, b, layout=layer.layout), jbn.affine(p, s)))(
+        params, state, kernel, bias
+    )
+    for a, b in zip(jax.tree.leaves(known), jax.tree.leaves(traced), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=oracle.tolerance("float32", scale=float(np.abs(a).max())))
+    alone = jax.jit(lambda k: jbn.fold(params, state, k, bias, layout=layer.layout))(kernel)  # the rest is known
+    np.testing.assert_allclose(alone[0], known[0][0], rtol=1e-6, atol=1e-6)

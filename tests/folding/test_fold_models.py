@@ -392,3 +392,25 @@ def test_partitioned_kernels_stay_partitioned():
     apply, folded, _ = jbn.linen.fold(model, variables, jnp.ones(ROWS))
     assert folded["params"]["layers_0"]["kernel"].names == (None, "model")
     np.testing.assert_allclose(apply(folded, jnp.ones(ROWS)), model.apply(variables, jnp.ones(ROWS)), atol=1e-5)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("room", ["linen", "nnx"])
+def test_the_dtype_of_y_stays(room, use_bias):
+    """Of a layer and a norm whose parameters have different ones."""
+    x, half = jnp.ones((2, 3), jnp.bfloat16), jnp.bfloat16
+    if room == "linen":
+        model = nn.Sequential([nn.Dense(4, use_bias=use_bias, param_dtype=half), jbn.linen.BatchNorm(True)])
+        variables = model.init(jax.random.key(0), x)
+        apply, folded, folds = jbn.linen.fold(model, variables, x)
+        before, after = model.apply(variables, x), apply(folded, x)
+    else:
+        rngs = nnx.Rngs(0)
+        linear = nnx.Linear(3, 4, use_bias=use_bias, param_dtype=half, rngs=rngs)
+        model = nnx.Sequential(linear, jbn.nnx.BatchNorm(4, rngs=rngs))
+        model.eval()
+        folded, folds = jbn.nnx.fold(model, x)
+        before, after = model(x), folded(x)
+    assert folds.pairs
+    assert before.dtype == after.dtype == half
+    np.testing.assert_allclose(np.float32(after), np.float32(before), atol=0.03)
