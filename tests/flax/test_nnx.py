@@ -194,11 +194,16 @@ def test_one_value_per_channel_keeps_the_statistics_and_warns_where_python_runs(
     np.testing.assert_array_equal(layer.var[...], np.ones(4))
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [jax.vmap, nnx.vmap, lambda f, **axes: nnx.jit(nnx.vmap(f, **axes)), "of jit"],
-    ids=["jax.vmap", "nnx.vmap", "in jit", "of jit"],
-)
+MAPPED = {
+    "jax.vmap": lambda layer, axes: jax.vmap(lambda x: layer(x[None]))(X),
+    "of jit": lambda layer, axes: jax.vmap(jax.jit(lambda x: layer(x[None])))(X),
+    "nnx.vmap": lambda layer, axes: nnx.vmap(lambda layer, x: layer(x[None]), in_axes=(axes, 0))(layer, X),
+    "in jit": lambda layer, axes: nnx.jit(nnx.vmap(lambda m, x: m(x[None]), in_axes=(axes, 0)))(layer, X),
+}
+DIFFERENTIATED = (nnx.grad, nnx.value_and_grad, lambda f: nnx.jit(nnx.grad(f)), lambda f: nnx.grad(nnx.jit(f)))
+
+
+@pytest.mark.parametrize("transform", MAPPED.values(), ids=MAPPED)
 def test_one_value_per_channel_raises_where_examples_are_mapped(transform):
     """A model that is mapped over single examples would train a dead layer."""
     layer, axes = make(), nnx.StateAxes({...: None})
@@ -207,9 +212,7 @@ def test_one_value_per_channel_raises_where_examples_are_mapped(transform):
     np.testing.assert_array_equal(layer.var[...], np.ones(4))
 
 
-@pytest.mark.parametrize(
-    "grad", [nnx.grad, nnx.value_and_grad, lambda f: nnx.jit(nnx.grad(f)), lambda f: nnx.grad(nnx.jit(f))]
-)
+@pytest.mark.parametrize("grad", DIFFERENTIATED)
 def test_one_value_per_channel_raises_where_it_is_differentiated(grad):
     with pytest.raises(ValueError, match="one value per channel"):
         grad(lambda layer: (layer(X[:1]) ** 2).sum())(make())
