@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jbn.lab import signals
 from jbn.lab.data.batches import Batch, Batches
 from jbn.lab.data.images import Source
 from jbn.lab.data.parts import Parts, parts_of
@@ -160,7 +161,7 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, list[flo
     """Make the steps that are left; return the last state and the seconds of each step but the first two."""
     here, first = f"process {jax.process_index()}", jax.process_index() == 0
     record, steps, seconds = job.options.record, job.recipe.steps, list[float]()
-    with Checkpoints(place.out / directory.CHECKPOINTS, place.keep) as checkpoints, processes.note_signals() as sent:
+    with Checkpoints(place.out / directory.CHECKPOINTS, place.keep) as checkpoints, signals.note() as sent:
         state = begun = processes.agree(lambda: job.begin(checkpoints, place.at))
         step = int(begun.step)
         if step:

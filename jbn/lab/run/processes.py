@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 import typer
 from jax.experimental import multihost_utils
 
+from jbn.lab import signals
 from jbn.lab.errors import FileError, OptionError, Stopped
 from jbn.lab.options import Options, TrainPlace, flag
 from jbn.lab.run.directory import OPTIONS, go_on
@@ -121,27 +121,14 @@ def _gather(said: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def note_signals() -> Iterator[list[int]]:
-    """Note SIGTERM and Ctrl-C in a list instead of ending; a second Ctrl-C ends at once."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    sent: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        sent.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield sent
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
 def exit_status(out: Path) -> Iterator[None]:
     """Say why the run in ``out`` ends before its time, and end with the exit status of that."""
+
+    def words() -> str:
+        begun = (out / OPTIONS).exists()
+        return f"stopped at once. {go_on()}" if begun else "stopped before training began."
+
+    before = signals.end_at_once(words)
     try:
         yield
         _leave()
@@ -155,10 +142,8 @@ def exit_status(out: Path) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         _desert(f"{error}\njbn: {_kept['words']()}", LOST)  # a collective failed: its other end has gone
-    except KeyboardInterrupt:
-        begun = (out / OPTIONS).exists()
-        typer.echo(f"jbn: stopped at once. {go_on()}" if begun else "jbn: stopped before training began.", err=True)
-        raise typer.Exit(130) from None
+    finally:
+        signals.restore(before)
 
 
 def _leave() -> None:
