@@ -11,7 +11,7 @@ from jbn.lab.devices import mesh_of, name_devices
 from jbn.lab.errors import OptionError, Stopped, file_errors
 from jbn.lab.figures import draw_demo
 from jbn.lab.options import DemoOptions, DemoPlace, TrainOptions, TrainPlace
-from jbn.lab.report import finding, table_of
+from jbn.lab.report import finding, say, table_of
 from jbn.lab.run import directory
 from jbn.lab.run.metrics import history
 from jbn.lab.step import PERCENTILES
@@ -49,7 +49,7 @@ def run(options: DemoOptions, place: DemoPlace, console: Console) -> None:
         directory.write_atomically(figure, lambda path: draw_demo(networks, f"Handwritten digits, {how}", path))
     console.print(table_of(networks, name_devices(mesh)))
     for plain, normalized in zip(networks[::2], networks[1::2], strict=True):
-        console.print(finding(plain, normalized), soft_wrap=True)
+        say(console, finding(plain, normalized))
     for name in (directory.FIGURE, directory.RESULTS):
         console.print(f"Wrote {place.out / name}", soft_wrap=True)
 
@@ -90,10 +90,10 @@ def _train(plan: TrainOptions, place: DemoPlace, console: Console) -> dict[str, 
     entry = {"model": plan.model, "batch_norm": plan.batch_norm, "learning_rate": plan.learning_rate}
     entry |= {name: found[name] for name in ("parameters", "test_accuracy", "test_loss", "median_step_ms")}
     entry |= _history(out)
-    console.print(f"{plan.title}: {found['test_accuracy']:.1%} on test after {plan.steps} steps", soft_wrap=True)
+    say(console, f"{plan.title}: {found['test_accuracy']:.1%} on test after {plan.steps} steps")
     first = entry["first_step_with_loss_not_finite"]
     if first is not None:
-        console.print(f"{plan.title}: the loss is not finite at step {first}; the record went on.", soft_wrap=True)
+        say(console, f"{plan.title}: the loss is not finite at step {first}; the record went on.")
     return entry
 
 

@@ -18,7 +18,7 @@ from jbn.lab.data.parts import Parts, parts_of
 from jbn.lab.devices import mesh_of, name_devices, replicate
 from jbn.lab.errors import OptionError, Stopped
 from jbn.lab.options import TrainOptions, TrainPlace
-from jbn.lab.report import bar
+from jbn.lab.report import bar, say
 from jbn.lab.run import directory, processes
 from jbn.lab.run.blame import blame
 from jbn.lab.run.checkpoints import Checkpoints
@@ -50,7 +50,7 @@ def run(options: TrainOptions, place: TrainPlace, console: Console) -> None:
     pace = "" if found["median_step_ms"] is None else f", {found['median_step_ms']:g} ms a step"
     size = directory.read_options(place.out, TrainOptions).batch_size
     where = f"after {found['steps']} steps of {size} images on {name_devices(mesh)}"
-    console.print(f"{said} {where}{pace}", soft_wrap=True)
+    say(console, f"{said} {where}{pace}")
     for name in (directory.METRICS, directory.RESULTS):
         console.print(f"Wrote {place.out / name}", soft_wrap=True)
 
@@ -174,8 +174,10 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, list[flo
             return f"{here} lost another process after step {step}; {saved[0]}. {directory.go_on()}"
 
         processes.set_last_words(words_of_loss)
-        with Metrics(place.out if first else None, step) as metrics, bar(console, job.options.title, steps) as show:
-            show(step)
+        with (
+            Metrics(place.out if first else None, step) as metrics,
+            bar(console, job.options.title, steps, step) as show,
+        ):
             if step == 0 and 0 in job.looks:
                 metrics.write(0, **job.look(begun))
             for state, measured, batch, took in job.steps(begun, sent):
@@ -193,7 +195,7 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, list[flo
                     show(step, accuracy=", ".join(_accuracies(found)))
                     if not record:
                         epoch = f"epoch {step // job.batches.per_epoch}, step {step}: loss {measured.loss:.3g}"
-                        console.print(", ".join([epoch, *_accuracies(found)]), soft_wrap=True)
+                        say(console, ", ".join([epoch, *_accuracies(found)]))
                 if step % place.save_every == 0 or step == steps or measured.signal:
                     checkpoints.save(state)
                 if measured.signal:

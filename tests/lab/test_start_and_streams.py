@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -15,6 +16,7 @@ from jbn.cli import streams
 from jbn.lab import signals
 from jbn.lab.demo import plan_of
 from jbn.lab.options import DemoOptions, TrainPlace
+from jbn.lab.report import bar, say, table_of
 from jbn.lab.train import train
 from tests.support.runs import steps_of
 
@@ -113,3 +115,48 @@ def test_characters_that_a_locale_lacks_are_spelt():
     streams.codecs.register_error(streams.SPELL, streams.spell)
     assert "10⁴ is 10², √σ, ü\ud800".encode("ascii", streams.SPELL) == rb"10^4 is 10^2, \u221a\u03c3, \xfc\ud800"
     assert "ü²".encode("latin-1", streams.SPELL) == b"\xfc\xb2"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_table_of_the_demo_fits_sixty_columns(encoding):
+    network = {"model": "conv64", "learning_rate": 0.1, "steps_to_90_percent": None, "steps_to_95_percent": 99_999}
+    network |= {"batch_norm": True, "test_accuracy": 1.0, "test_loss": None, "median_step_ms": 1234.5}
+    with io.TextIOWrapper(io.BytesIO(), encoding) as file:
+        console = Console(file=file, width=60)
+        console.print(table_of([network | {"batch_norm": False}, network], "64 devices (NVIDIA H100 80GB HBM3)"))
+        file.flush()
+        lines = file.buffer.getvalue().decode(encoding).splitlines()
+    assert max(map(len, lines)) <= 60
+    rows = [re.findall(r"[^\s|]+", line) for line in lines if "conv64" in line]
+    assert rows == [["conv64", answer, "100.0%", "inf/NaN", "never", "99999", "1234.50"] for answer in ("no", "yes")]
+    headings = {word for line in lines[:4] for word in re.findall(r"[^\s|]+", line)}
+    assert {"model", "batch", "norm", "test", "accuracy", "loss", "steps", "90%", "95%", "ms", "step"} <= headings
+
+
+@pytest.mark.parametrize(("width", "shown"), [(60, False), (100, True)])
+def test_a_bar_fits_its_terminal(width, shown):
+    console = Console(force_terminal=True, file=io.StringIO(), width=width)
+    with bar(console, "dense without batch norm", 400) as show:
+        show(123, loss="loss 0.123")
+        show(123, accuracy="validation 95.3%")
+    text = console.file.getvalue()
+    assert re.search(r"dense without batch norm.*123/400.*loss 0.123.*validation 95.3%", text)
+    assert "…" not in text
+    assert ("━" in text) == shown
+
+
+def test_what_a_resumed_run_compiles_is_no_part_of_the_time_left():
+    console = Console(force_terminal=True, file=io.StringIO(), width=100)
+    with bar(console, "dense", 600, 300) as show:
+        for step, seconds in enumerate((1, 0.02, 0.02, 0.02, 0.02, 0.02), 301):
+            time.sleep(seconds)
+            show(step)
+    *_, left = re.findall(r"(\d+):(\d\d)", console.file.getvalue())
+    assert 60 * int(left[0]) + int(left[1]) < 25  # 294 steps of 0.02 seconds; with the one that compiles 54
+
+
+def test_sentences_break_between_words_on_a_terminal_alone():
+    for terminal, lines in ((True, 3), (False, 1)):
+        console = Console(force_terminal=terminal, file=io.StringIO(), width=40)
+        say(console, "dense at learning rate 0.1: with batch norm 98.1% on test, 95% in validation after 40 steps")
+        assert console.file.getvalue().count("\n") == lines
