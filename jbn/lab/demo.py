@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jbn.lab.data.images import PART, TRAINING
@@ -37,8 +38,12 @@ def run(options: DemoOptions, place: DemoPlace, console: Console) -> None:
                 f"'{former}' is of an earlier jbn demo, whose checkpoints this one cannot read; expected a folder for "
                 "each network: start a new run in another --out, or finish that one with the jbn that began it",
             )
-    else:
-        directory.start(place.out, options)
+    with directory.claim(place.out, None if place.resume else options):
+        _train_all(options, place, console, mesh)
+
+
+def _train_all(options: DemoOptions, place: DemoPlace, console: Console, mesh: Mesh) -> None:
+    """Train what is not trained yet, write results and figure, and print what they say."""
     plans = [plan_of(options, model, batch_norm) for model in options.model for batch_norm in (False, True)]
     networks = [_train(plan, place, console) for plan in plans]
     images = {"training": TRAINING, "validation": PART, "test": PART}

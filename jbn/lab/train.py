@@ -1,5 +1,6 @@
 """Training of one network, from its last checkpoint to its end: ``jbn train``, and each network of the demo."""
 
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
@@ -73,13 +74,18 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
     processes.compare(options)
     if place.resume and began != options.fingerprint:
         raise OptionError("--data", f"is not what it was when the run in '{place.out}' began; expected the same files")
-    job = Job(options, parts, mesh)
-    if not place.resume:  # last, so that what is refused leaves no folder behind
-        processes.agree(lambda: directory.start(place.out, options) if first else None)
+    job, claim = Job(options, parts, mesh), directory.claim(place.out, None if place.resume else options)
+    with contextlib.ExitStack() as held:  # last, so that what is refused leaves no folder behind
+        processes.agree(lambda: held.enter_context(claim) if first else None)
         processes.agree(lambda: directory.find(place.out))
+        return _finish(job, place, console)
+
+
+def _finish(job: "Job", place: TrainPlace, console: Console) -> dict[str, Any]:
+    """Make the steps that are left, write the results and return them."""
     state, seconds = _fit(job, place, console)
-    found = job.look(state)
-    if options.record and parts.test is not None:
+    found, parts = job.look(state), job.parts
+    if job.options.record and parts.test is not None:
         found |= job.evaluate("test", parts.test, state.variables)
     content = {
         "processes": jax.process_count(),
@@ -89,8 +95,8 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
         "median_step_ms": round(float(np.median(seconds)) * 1e3, 4) if seconds else None,
         **directory.json_numbers(found),
     }
-    if first:
-        directory.write_results(place.out, options, mesh, content)
+    if jax.process_index() == 0:
+        directory.write_results(place.out, job.options, job.mesh, content)
     return content
 
 
@@ -98,13 +104,14 @@ class Job:
     """A network to train, its data on the devices, and what is looked at meanwhile.
 
     Attributes:
+        mesh: the devices.
         batches: the training data.
         recipe: what makes a step.
         looks: the steps after which there is a look at the state.
     """
 
     def __init__(self, options: TrainOptions, parts: Parts, mesh: Mesh) -> None:
-        self.options, self.parts, self._mesh = options, parts, mesh
+        self.options, self.parts, self.mesh = options, parts, mesh
         self.batches = Batches(parts.training, options.batch_size, mesh)
         self.recipe = recipe_of(options, self.batches)
         steps, epoch = self.recipe.steps, self.batches.per_epoch
@@ -122,14 +129,14 @@ class Job:
         if state.average is not None:
             found |= self.evaluate("average", source, state.average)
         if self.options.record:
-            probe = replicate(source.rows(np.arange(PROBE_IMAGES)).images, self._mesh)
+            probe = replicate(source.rows(np.arange(PROBE_IMAGES)).images, self.mesh)
             values = jax.device_get(preactivations(self.recipe.network, state.variables, probe))
             found |= {f"preactivation_{p}": float(value) for p, value in zip(PERCENTILES, values, strict=True)}
         return found
 
     def evaluate(self, name: str, source: Source, variables: dict[str, Any]) -> dict[str, float]:
         """Return loss and accuracy on data, by the running statistics."""
-        batches = Batches(source, len(source) if self.options.record else self.options.batch_size, self._mesh)
+        batches = Batches(source, len(source) if self.options.record else self.options.batch_size, self.mesh)
         parts = (batches.read(batches.in_order(index)) for index in range(batches.per_epoch))
         sums = [jax.device_get(evaluate(self.recipe.network, variables, part)) for part in parts]
         loss, right = (float(sum(map(float, values))) / len(source) for values in zip(*sums, strict=True))
@@ -139,8 +146,8 @@ class Job:
         """Return the state that the run begins with, or goes on from."""
         shape = self.parts.training.image_shape
         if checkpoints.steps() or at is not None:
-            return checkpoints.restore(jax.eval_shape(lambda: initial_state(self.recipe, shape)), self._mesh, at)
-        return State(*replicate(initial_state(self.recipe, shape), self._mesh))
+            return checkpoints.restore(jax.eval_shape(lambda: initial_state(self.recipe, shape)), self.mesh, at)
+        return State(*replicate(initial_state(self.recipe, shape), self.mesh))
 
     def steps(self, state: State, sent: list[int]) -> Iterator[tuple[State, Measures, Batch, float]]:
         """Make the steps that are left; yield the state after each, what it measured, its batch and its seconds."""

@@ -117,7 +117,7 @@ def test_results_say_what_happened(finished):
         accuracy = dict(zip(history["evaluation_steps"], history["validation_accuracy"], strict=True))
         for name, least in (("steps_to_90_percent", 0.90), ("steps_to_95_percent", 0.95)):
             assert network[name] == min((step for step, value in accuracy.items() if value >= least), default=None)
-    assert {path.name for path in out.iterdir()} == {*NAMES, "figure.png", "options.json", "results.json"}
+    assert {path.name for path in out.iterdir()} == {*NAMES, "figure.png", "lock", "options.json", "results.json"}
     assert "conv with batch norm: " in text.splitlines()[1]  # a line per network, as it ends
     assert len((out / "results.json").read_text().splitlines()) < 100
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")

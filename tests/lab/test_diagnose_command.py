@@ -17,7 +17,7 @@ from jbn.lab.data.parts import parts_of
 from jbn.lab.devices import mesh_of
 from jbn.lab.options import TrainOptions
 from jbn.lab.run.checkpoints import Checkpoints
-from jbn.lab.run.directory import start
+from jbn.lab.run.directory import claim
 from jbn.lab.step import initial_state, recipe_of
 from tests.lab.test_train import random_data
 from tests.observing.test_diagnose import HEAD, PARAMS, PLANTED, STATE, apply, changed, rows
@@ -42,7 +42,8 @@ def saved(out, step=60, **changes):
     """Write what `jbn train` would after so many steps, with weights that are new and statistics that are theirs."""
     options = replace(OPTIONS, **changes)
     training = parts_of(options).training
-    start(out, replace(options, fingerprint=training.fingerprint))
+    with claim(out, replace(options, fingerprint=training.fingerprint)):
+        pass
     batches = Batches(training, options.batch_size, mesh_of(1))
     recipe = recipe_of(options, batches)
     state = initial_state(recipe, training.image_shape)
