@@ -45,7 +45,7 @@ def run(options: DemoOptions, place: DemoPlace, console: Console) -> None:
 def _train_all(options: DemoOptions, place: DemoPlace, console: Console, mesh: Mesh) -> None:
     """Train what is not trained yet, write results and figure, and print what they say."""
     plans = [plan_of(options, model, batch_norm) for model in options.model for batch_norm in (False, True)]
-    networks = [_train(plan, place, console) for plan in plans]
+    networks = [_train(plan, place, console, mesh) for plan in plans]
     images = {"training": TRAINING, "validation": PART, "test": PART}
     directory.write_results(place.out, options, mesh, {"images": images, "networks": networks})
     how = f"stochastic gradient descent, batches of {options.batch_size}, seed {options.seed}"
@@ -76,7 +76,7 @@ def plan_of(options: DemoOptions, model: str, batch_norm: bool) -> TrainOptions:
     )
 
 
-def _train(plan: TrainOptions, place: DemoPlace, console: Console) -> dict[str, Any]:
+def _train(plan: TrainOptions, place: DemoPlace, console: Console, mesh: Mesh) -> dict[str, Any]:
     """Return the entry of a network in the results, after the steps that are left; one with results is not touched."""
     out = place.out / plan.title.replace(" ", "-")
     resume = (out / directory.OPTIONS).exists()
@@ -94,6 +94,8 @@ def _train(plan: TrainOptions, place: DemoPlace, console: Console) -> dict[str, 
     found = json.loads((out / directory.RESULTS).read_text(encoding="utf-8"))
     entry = {"model": plan.model, "batch_norm": plan.batch_norm, "learning_rate": plan.learning_rate}
     entry |= {name: found[name] for name in ("parameters", "test_accuracy", "test_loss", "median_step_ms")}
+    if (found["device"], found["devices"]) != (mesh.devices.flat[0].device_kind, mesh.size):
+        entry["median_step_ms"] = None  # of other devices than those that the table names
     entry |= _history(out)
     say(console, f"{plan.title}: {found['test_accuracy']:.1%} on test after {plan.steps} steps")
     first = entry["first_step_with_loss_not_finite"]

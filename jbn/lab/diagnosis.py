@@ -82,7 +82,7 @@ def diagnose_run(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
     mesh = mesh_of(1)
     with _blame_checkpoint(f"cannot use the data of the run in '{out}': "):
         training = parts_of(replace(options, validation=None)).training
-        if options.fingerprint != training.fingerprint:
+        if options.fingerprint.partition("-")[0] != training.fingerprint:
             raise FileError("they are not what they were when it began")
         batches = Batches(training, batch_size or options.batch_size, mesh)
         batch = batches.read(batches.rows(0, seed))

@@ -127,7 +127,7 @@ class TrainOptions(Options):
     """What determines the result of ``jbn train``, and of one network of the demo.
 
     Attributes:
-        fingerprint: of the training data. This and what follows is no option: the data and the demo decide it.
+        fingerprint: of the data. This and what follows is no option: the data and the demo decide it.
         batch_norm: whether ``dense`` and ``conv`` have it.
         momentum: of ``sgd``.
         steps: after which the run ends; None where ``epochs`` tell.

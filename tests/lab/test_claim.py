@@ -24,7 +24,7 @@ import pathlib, sys, time
 from jbn.lab.run.directory import claim
 with claim(pathlib.Path(sys.argv[1])):
     print("claimed", flush=True)
-    time.sleep(300)
+    time.sleep(60)
 """
 
 
