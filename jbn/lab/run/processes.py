@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -50,6 +51,7 @@ def join(place: TrainPlace) -> None:
             place.coordinator,
             place.num_processes,
             place.process_id,
+            coordinator_bind_address=bind_address(place.coordinator),
             initialization_timeout=place.timeout,
             heartbeat_timeout_seconds=place.timeout,
             shutdown_timeout_seconds=place.timeout,
@@ -61,6 +63,22 @@ def join(place: TrainPlace) -> None:
             option, expected = "--coordinator", f"{place.num_processes} processes {at} of their own, {within}"
         reason = str(error).splitlines()[0]
         raise OptionError(option, f"cannot join the other processes ({reason}); expected {expected}") from None
+
+
+def bind_address(coordinator: str | None) -> str | None:
+    """Return where process 0 listens, None for every address of its machine.
+
+    That is where it is reached, if that is an address of this machine. What a name stands for differs between machines,
+    and behind a gateway the address is not here at all.
+    """
+    host, _, port = (coordinator or "").rpartition(":")
+    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            socket.inet_pton(family, host)
+            probe.bind((host, 0))
+            return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+    return None
 
 
 def set_last_words(words: Callable[[], str]) -> None:
