@@ -145,13 +145,30 @@ def test_the_folder_of_a_network_is_that_of_a_training_run(finished, whole):
         assert strict_json(whole / "results.json").keys() - results.keys() == {"average_loss", "average_accuracy"}
 
 
-def test_a_network_of_the_demo_can_be_diagnosed(finished):
+def test_a_network_of_the_demo_can_be_diagnosed(finished, tmp_path):
     out, _ = finished
-    result = CliRunner().invoke(app, ["diagnose", str(out / NAMES[1])])
-    assert result.output.startswith(f"conv in '{out / NAMES[1]}' after step {STEPS}, 64 training images")
-    result = CliRunner().invoke(app, ["diagnose", str(out / NAMES[0])])
-    assert result.exit_code == 2
-    assert f"'CHECKPOINT': the network in '{out / NAMES[0]}' has no batch normalization" in result.output
+
+    def diagnose(path):
+        result = CliRunner().invoke(app, ["diagnose", str(path)])
+        return result.exit_code, result.output
+
+    status, text = diagnose(out)  # its only one with batch norm
+    assert text.startswith(f"conv in '{out / NAMES[1]}' after step {STEPS}, 64 training images")
+    assert (status, text) == diagnose(out / NAMES[1])
+    status, text = diagnose(out / NAMES[0])
+    assert status == 2
+    assert f"'CHECKPOINT': the network in '{out / NAMES[0]}' has no batch normalization" in text
+
+    several = shutil.copytree(out, tmp_path / "run")
+    second = shutil.copytree(several / NAMES[1], several / "dense-with-batch-norm")
+    status, text = diagnose(several)
+    assert status == 2
+    assert text.endswith(
+        f"'{several}' is a run of jbn demo; expected a network with batch norm, '{several / NAMES[1]}' or '{second}'\n"
+    )
+    for network in (several / NAMES[1], second):
+        shutil.rmtree(network)
+    assert "expected a network with batch norm, another one: none of its networks has any" in diagnose(several)[1]
 
 
 def test_killed_and_interrupted_run_ends_the_same_to_the_bit(finished, tmp_path):
