@@ -3,18 +3,21 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jbn.lab import train as trainer
 from jbn.lab.data.folder import open_folder
 from jbn.lab.data.images import Held
 from jbn.lab.data.parts import parts_of
 from jbn.lab.options import TrainOptions
 from jbn.lab.run.metrics import LEAST_TIMED, Pace
+from jbn.lab.step import update
 from tests.lab.test_folder import IMAGES, LABELS
 from tests.lab.test_train import random_data
-from tests.support.runs import folder, options, train
+from tests.support.runs import folder, options, steps_of, train
 
 
 def fingerprint(path, *, name="b.npz", images=IMAGES, labels=LABELS, save=np.savez):
@@ -76,6 +79,29 @@ def test_a_changed_image_is_noticed_when_a_run_goes_on(which, option, tmp_path):
     result = train(out, ["--resume", "--devices", 1])
     assert result.exit_code == 2, result.output
     assert f"'{option}': is not what it was when the run in '{out}' began; expected the same files" in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(Path.unlink, "No such file or directory"), (lambda file: os.utime(file, (1, 1)), "changed after it was opened")],
+)
+def test_a_data_file_that_goes_or_changes_meanwhile_ends_the_run_with_1(tmp_path, monkeypatch, change, reason):
+    where, out = folder(tmp_path / "data", random_data(30), random_data(34)), tmp_path / "run"
+
+    def acting(recipe, state, batch):
+        if int(state.step) == 3:
+            change(where / "part-1.npz")
+        return update(recipe, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", acting)
+        result = train(out, options(**{"--data": where, "--batch-size": 16, "--save-every": 1}))
+    assert result.exit_code == 1, result.output
+    line = next(line for line in result.output.splitlines() if line.startswith("jbn: "))
+    assert f"'{where / 'part-1.npz'}'" in line
+    assert reason in line
+    assert steps_of(out / "checkpoints")[-1] in (2, 3)
+    assert "Traceback" not in result.output
 
 
 def labelled(count, *labels):
