@@ -3,27 +3,40 @@
 import os
 import sys
 
+from jbn.lab import signals
+
 
 def main() -> None:
     """Run the command line, or say in one line what to install for it."""
+    signals.end_at_once(lambda: "stopped at once.")
     try:
-        from jbn.cli.commands import app
+        from jbn.cli import streams
 
-        app(prog_name="jbn")
+        output = streams.replace()
+        status = streams.finish(output, _run())
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "jbn"):
             raise
         fix = f'the command line needs {missing}, which is not installed: pip install "jbn[lab]"'
         print(f"jbn: {fix}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, SystemExit) as end:
-        if getattr(end, "code", 130) != 130:
-            raise
-        # After Ctrl-C a thread of JAX may still compile, and crash an interpreter that is being taken down.
-        sys.stdout.flush()
+        status = 2
+    if status in (130, 143):
+        # After a signal a thread of JAX may still compile, and crash an interpreter that is being taken down.
         sys.stderr.flush()
-        os._exit(130)
+        os._exit(status)
+    sys.exit(status)
+
+
+def _run() -> int:
+    """Run the command that was typed; return its exit status."""
+    from jbn.cli.commands import app
+
+    try:
+        app(prog_name="jbn")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 if __name__ == "__main__":

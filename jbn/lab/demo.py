@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jbn.lab.data.images import PART, TRAINING
@@ -11,7 +12,7 @@ from jbn.lab.devices import mesh_of, name_devices
 from jbn.lab.errors import OptionError, Stopped, file_errors
 from jbn.lab.figures import draw_demo
 from jbn.lab.options import DemoOptions, DemoPlace, TrainOptions, TrainPlace
-from jbn.lab.report import finding, table_of
+from jbn.lab.report import finding, say, table_of
 from jbn.lab.run import directory
 from jbn.lab.run.metrics import history
 from jbn.lab.step import PERCENTILES
@@ -37,10 +38,14 @@ def run(options: DemoOptions, place: DemoPlace, console: Console) -> None:
                 f"'{former}' is of an earlier jbn demo, whose checkpoints this one cannot read; expected a folder for "
                 "each network: start a new run in another --out, or finish that one with the jbn that began it",
             )
-    else:
-        directory.start(place.out, options)
+    with directory.claim(place.out, None if place.resume else options):
+        _train_all(options, place, console, mesh)
+
+
+def _train_all(options: DemoOptions, place: DemoPlace, console: Console, mesh: Mesh) -> None:
+    """Train what is not trained yet, write results and figure, and print what they say."""
     plans = [plan_of(options, model, batch_norm) for model in options.model for batch_norm in (False, True)]
-    networks = [_train(plan, place, console) for plan in plans]
+    networks = [_train(plan, place, console, mesh) for plan in plans]
     images = {"training": TRAINING, "validation": PART, "test": PART}
     directory.write_results(place.out, options, mesh, {"images": images, "networks": networks})
     how = f"stochastic gradient descent, batches of {options.batch_size}, seed {options.seed}"
@@ -49,7 +54,7 @@ def run(options: DemoOptions, place: DemoPlace, console: Console) -> None:
         directory.write_atomically(figure, lambda path: draw_demo(networks, f"Handwritten digits, {how}", path))
     console.print(table_of(networks, name_devices(mesh)))
     for plain, normalized in zip(networks[::2], networks[1::2], strict=True):
-        console.print(finding(plain, normalized), soft_wrap=True)
+        say(console, finding(plain, normalized))
     for name in (directory.FIGURE, directory.RESULTS):
         console.print(f"Wrote {place.out / name}", soft_wrap=True)
 
@@ -71,7 +76,7 @@ def plan_of(options: DemoOptions, model: str, batch_norm: bool) -> TrainOptions:
     )
 
 
-def _train(plan: TrainOptions, place: DemoPlace, console: Console) -> dict[str, Any]:
+def _train(plan: TrainOptions, place: DemoPlace, console: Console, mesh: Mesh) -> dict[str, Any]:
     """Return the entry of a network in the results, after the steps that are left; one with results is not touched."""
     out = place.out / plan.title.replace(" ", "-")
     resume = (out / directory.OPTIONS).exists()
@@ -89,11 +94,13 @@ def _train(plan: TrainOptions, place: DemoPlace, console: Console) -> dict[str, 
     found = json.loads((out / directory.RESULTS).read_text(encoding="utf-8"))
     entry = {"model": plan.model, "batch_norm": plan.batch_norm, "learning_rate": plan.learning_rate}
     entry |= {name: found[name] for name in ("parameters", "test_accuracy", "test_loss", "median_step_ms")}
+    if (found["device"], found["devices"]) != (mesh.devices.flat[0].device_kind, mesh.size):
+        entry["median_step_ms"] = None  # of other devices than those that the table names
     entry |= _history(out)
-    console.print(f"{plan.title}: {found['test_accuracy']:.1%} on test after {plan.steps} steps", soft_wrap=True)
+    say(console, f"{plan.title}: {found['test_accuracy']:.1%} on test after {plan.steps} steps")
     first = entry["first_step_with_loss_not_finite"]
     if first is not None:
-        console.print(f"{plan.title}: the loss is not finite at step {first}; the record went on.", soft_wrap=True)
+        say(console, f"{plan.title}: the loss is not finite at step {first}; the record went on.")
     return entry
 
 

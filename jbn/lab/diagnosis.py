@@ -82,7 +82,7 @@ def diagnose_run(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
     mesh = mesh_of(1)
     with _blame_checkpoint(f"cannot use the data of the run in '{out}': "):
         training = parts_of(replace(options, validation=None)).training
-        if options.fingerprint != training.fingerprint:
+        if options.fingerprint.partition("-")[0] != training.fingerprint:
             raise FileError("they are not what they were when it began")
         batches = Batches(training, batch_size or options.batch_size, mesh)
         batch = batches.read(batches.rows(0, seed))
@@ -126,7 +126,7 @@ def _run_of(path: Path) -> tuple[Path, int | None]:
     """Return the folder of a run, and the step of the checkpoint in it, None for the last."""
     whole = path.resolve()
     inside = whole.parent.name == CHECKPOINTS and whole.name.isdigit()
-    out, step = (whole.parent.parent, int(whole.name)) if inside else (path, None)
+    out, step = (whole.parent.parent, int(whole.name)) if inside else (_network_of(path), None)
     if not (out / OPTIONS).exists():
         raise OptionError(
             "CHECKPOINT",
@@ -134,6 +134,19 @@ def _run_of(path: Path) -> tuple[Path, int | None]:
             f"'{Path('jbn-train', CHECKPOINTS, '100')}'",
         )
     return out, step
+
+
+def _network_of(path: Path) -> Path:
+    """Return the network that has batch normalization in a run of the demo; any other folder as it is."""
+    inside = sorted(options.parent for options in path.glob(f"*/{OPTIONS}"))
+    if not inside:
+        return path
+    with _blame_checkpoint():
+        found = [network for network in inside if read_options(network, TrainOptions).batch_norm]
+    if len(found) != 1:
+        those = " or ".join(f"'{network}'" for network in found) or "another one: none of its networks has any"
+        raise OptionError("CHECKPOINT", f"'{path}' is a run of jbn demo; expected a network with batch norm, {those}")
+    return found[0]
 
 
 @contextlib.contextmanager
@@ -196,7 +209,7 @@ def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -
     _draw(variance, places, of("running_var"), np.zeros_like(marked), "0.3", "running", dot="_")
     for axis, name, limit in ((gap, "gap", LEAST_GAP), (variance, "batch_var", epsilon), (ratio, "ratio", FAR)):
         _draw(axis, places, of(name), marked, COLOURS[True], "batch")
-        axis.axhline(limit, color="0.3", linewidth=0.8, linestyle=":", label="where findings begin")
+        axis.axhline(limit, color="0.3", linewidth=0.8, linestyle=":", label="findings begin here, at the earliest")
         axis.set_yscale("log")
         axis.grid(color="0.4", alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)

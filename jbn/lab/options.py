@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -44,6 +45,9 @@ def choice(*choices: str) -> dict[str, Any]:
 SEED, DEVICES = whole_number(0, 2**32 - 1), whole_number(1, 64)
 POSITIVE = kind(float, lambda number: 0 < number < math.inf, "a number greater than 0", "RATE")
 NOT_NEGATIVE = kind(float, lambda number: 0 <= number < math.inf, "a number from 0 on", "N")
+ADDRESS = kind(
+    str, lambda text: bool(re.fullmatch(r"([^:\s]+|\[[\da-f:]+\]):\d+", str(text))), "such as HOST:8476", "HOST:PORT"
+)
 SHARE = kind(float, lambda number: 0 <= number < 1, "a number from 0 to below 1", "DECAY")
 
 
@@ -127,7 +131,7 @@ class TrainOptions(Options):
     """What determines the result of ``jbn train``, and of one network of the demo.
 
     Attributes:
-        fingerprint: of the training data. This and what follows is no option: the data and the demo decide it.
+        fingerprint: of the data. This and what follows is no option: the data and the demo decide it.
         batch_norm: whether ``dense`` and ``conv`` have it.
         momentum: of ``sgd``.
         steps: after which the run ends; None where ``epochs`` tell.
@@ -199,7 +203,10 @@ class TrainPlace(Place):
     )
     devices: int | None = option(None, "Devices of this process, simulated on a CPU. Default: all.", DEVICES)
     coordinator: str | None = option(
-        None, "Where process 0 is reached, for a run of several processes.", metavar="HOST:PORT"
+        None,
+        "Where process 0 is reached, for a run of several processes. At an address of its own, or localhost, it "
+        "listens there alone; at a name, which others may know by another address, everywhere.",
+        ADDRESS,
     )
     num_processes: int | None = option(None, "How many processes there are.", whole_number(1, 100_000))
     process_id: int | None = option(None, "Which of them this is, from 0 on.", whole_number(0, 99_999))

@@ -4,42 +4,65 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
+
+WIDE = 80  # columns from which there is room for a bar and the time left
 
 
 @contextlib.contextmanager
-def bar(console: Console, title: str, steps: int) -> Iterator[Callable[..., None]]:
-    """Show steps, loss, accuracy and the time left; yields what shows a step, with its ``loss`` or ``accuracy``."""
-    columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    more = (TextColumn("{task.fields[accuracy]}"), TimeRemainingColumn(compact=True))
+def bar(console: Console, title: str, steps: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Show steps, loss and accuracy, on a wide terminal also a bar and the time left, after ``done`` steps.
+
+    Yields what shows a step, with its ``loss`` or ``accuracy``.
+    """
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), MofNCompleteColumn()]
+    columns += [TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[accuracy]}")]
+    if console.width >= WIDE:
+        columns[1:1], columns[4:] = [BarColumn(bar_width=16)], [columns[-1], TimeRemainingColumn(compact=True)]
     off = not console.is_terminal
-    with Progress(TextColumn("{task.description}"), *columns, *more, console=console, disable=off) as progress:
-        task = progress.add_task(title, total=steps, loss="compiling", accuracy="")
+    with Progress(*columns, console=console, disable=off) as progress:
+        # A step of now and those of before, at once, would promise an end that is far too early.
+        task = progress.add_task(title, total=steps, completed=done, loss="compiling", accuracy="")
         yield lambda step, **words: progress.update(task, completed=step, **words)
 
 
 # The numbers of the demo's table: their heading, their name in results.json, how they look, and what else stands there.
 NUMBERS = (
-    ("test accuracy", "test_accuracy", ".1%", "-"),
-    ("test loss", "test_loss", ".3g", "not finite"),
-    ("steps to 90%", "steps_to_90_percent", "d", "never"),
-    ("steps to 95%", "steps_to_95_percent", "d", "never"),
-    ("ms/step", "median_step_ms", ".2f", "-"),
+    ("test\naccuracy", "test_accuracy", ".1%", "-"),
+    ("test\nloss", "test_loss", ".3g", "inf/NaN"),
+    ("steps\nto 90%", "steps_to_90_percent", "d", "never"),
+    ("steps\nto 95%", "steps_to_95_percent", "d", "never"),
+    ("ms a\nstep", "median_step_ms", ".2f", "-"),
 )
 
 
 def table_of(networks: list[dict[str, Any]], devices: str) -> Table:
     """Return the table of the entries of ``networks`` in results.json, trained on ``devices``."""
-    caption = f"90%, 95%: validation accuracy; ms/step: the median, on {devices}"
-    table = Table("model", "batch norm", *(Column(name, justify="right") for name, *_ in NUMBERS), caption=caption)
+    caption = f"90%, 95%: validation accuracy; ms a step: the median, on {devices}"
+    numbers = (Column(name, justify="right", no_wrap=True) for name, *_ in NUMBERS)
+    names = (Column(name, no_wrap=True) for name in ("\nmodel", "batch\nnorm"))
+    table = Table(*names, *numbers, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for network in networks:
         values = ((network[name], form, missing) for _, name, form, missing in NUMBERS)
         shown = [missing if value is None else format(value, form) for value, form, missing in values]
         batch_norm = network["batch_norm"]
         table.add_row(network["model"], "yes" if batch_norm else "no", *shown, end_section=batch_norm)
     return table
+
+
+def say(console: Console, sentence: str) -> None:
+    """Print a sentence, broken between words on a terminal, in a file on one line."""
+    console.print(sentence, soft_wrap=not console.is_terminal)
 
 
 def finding(plain: dict[str, Any], normalized: dict[str, Any]) -> str:

@@ -39,9 +39,14 @@ class Recipe:
         """The steps of the run."""
         return self.options.steps or self.options.epochs * self.per_epoch
 
+    @property
+    def warmup(self) -> int:
+        """The steps in which the learning rate grows."""
+        return round(self.options.warmup_epochs * self.per_epoch)
+
     def rate(self) -> optax.Schedule:
         """Return the learning rate as a function of the step."""
-        peak, warmup = self.options.rate, round(self.options.warmup_epochs * self.per_epoch)
+        peak, warmup = self.options.rate, self.warmup
         if self.options.schedule == "cosine":
             end = max(self.steps, warmup + 1)  # of a run that is all warmup the decay is never seen
             return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, end)

@@ -1,5 +1,6 @@
 """Training of one network, from its last checkpoint to its end: ``jbn train``, and each network of the demo."""
 
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
@@ -11,17 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jbn.lab import signals
 from jbn.lab.data.batches import Batch, Batches
 from jbn.lab.data.images import Source
 from jbn.lab.data.parts import Parts, parts_of
 from jbn.lab.devices import mesh_of, name_devices, replicate
 from jbn.lab.errors import OptionError, Stopped
 from jbn.lab.options import TrainOptions, TrainPlace
-from jbn.lab.report import bar
+from jbn.lab.report import bar, say
 from jbn.lab.run import directory, processes
 from jbn.lab.run.blame import blame
 from jbn.lab.run.checkpoints import Checkpoints
-from jbn.lab.run.metrics import Metrics
+from jbn.lab.run.metrics import Metrics, Pace
 from jbn.lab.step import (
     PERCENTILES,
     PROBE_IMAGES,
@@ -33,6 +35,7 @@ from jbn.lab.step import (
     recipe_of,
     update,
 )
+from jbn.paths import name_few
 
 LOOK_EVERY = 5  # steps of a run that is recorded for a figure
 
@@ -47,9 +50,9 @@ def run(options: TrainOptions, place: TrainPlace, console: Console) -> None:
     found = train(options, place, console)
     said = ", ".join(_accuracies(found)) or "no validation data"
     pace = "" if found["median_step_ms"] is None else f", {found['median_step_ms']:g} ms a step"
-    size = directory.read_options(place.out, TrainOptions).batch_size
+    size = min(directory.read_options(place.out, TrainOptions).batch_size, found["images"]["training"])
     where = f"after {found['steps']} steps of {size} images on {name_devices(mesh)}"
-    console.print(f"{said} {where}{pace}", soft_wrap=True)
+    say(console, f"{said} {where}{pace}")
     for name in (directory.METRICS, directory.RESULTS):
         console.print(f"Wrote {place.out / name}", soft_wrap=True)
 
@@ -68,28 +71,37 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
     if place.resume:
         options = processes.agree(lambda: directory.resume(place, options))
     parts = processes.agree(lambda: parts_of(options))
-    began, options = options.fingerprint, replace(options, fingerprint=parts.training.fingerprint)
+    began, options = options.fingerprint, replace(options, fingerprint=parts.fingerprint)
     processes.compare(options)
-    if place.resume and began != options.fingerprint:
-        raise OptionError("--data", f"is not what it was when the run in '{place.out}' began; expected the same files")
-    job = Job(options, parts, mesh)
-    if not place.resume:  # last, so that what is refused leaves no folder behind
-        processes.agree(lambda: directory.start(place.out, options) if first else None)
+    changed = [before != now for before, now in zip(began.split("-"), options.fingerprint.split("-"), strict=False)]
+    if place.resume and any(changed):
+        option = "--data" if changed[0] else "--validation"
+        raise OptionError(option, f"is not what it was when the run in '{place.out}' began; expected the same files")
+    job, claim = Job(options, parts, mesh), directory.claim(place.out, None if place.resume else options)
+    with contextlib.ExitStack() as held:  # last, so that what is refused leaves no folder behind
+        processes.agree(lambda: held.enter_context(claim) if first else None)
         processes.agree(lambda: directory.find(place.out))
-    state, seconds = _fit(job, place, console)
-    found = job.look(state)
-    if options.record and parts.test is not None:
+        for note in job.notes():
+            say(console, f"Note: {note}.")
+        return _finish(job, place, console)
+
+
+def _finish(job: "Job", place: TrainPlace, console: Console) -> dict[str, Any]:
+    """Make the steps that are left, write the results and return them."""
+    state, pace = _fit(job, place, console)
+    found, parts = job.look(state), job.parts
+    if job.options.record and parts.test is not None:
         found |= job.evaluate("test", parts.test, state.variables)
     content = {
         "processes": jax.process_count(),
         "images": {"training": len(parts.training), "validation": len(parts.validation or ())},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "steps": int(state.step),
-        "median_step_ms": round(float(np.median(seconds)) * 1e3, 4) if seconds else None,
+        "median_step_ms": pace.milliseconds,
         **directory.json_numbers(found),
     }
-    if first:
-        directory.write_results(place.out, options, mesh, content)
+    if jax.process_index() == 0:
+        directory.write_results(place.out, job.options, job.mesh, content)
     return content
 
 
@@ -97,17 +109,33 @@ class Job:
     """A network to train, its data on the devices, and what is looked at meanwhile.
 
     Attributes:
+        mesh: the devices.
         batches: the training data.
         recipe: what makes a step.
         looks: the steps after which there is a look at the state.
     """
 
     def __init__(self, options: TrainOptions, parts: Parts, mesh: Mesh) -> None:
-        self.options, self.parts, self._mesh = options, parts, mesh
+        self.options, self.parts, self.mesh = options, parts, mesh
         self.batches = Batches(parts.training, options.batch_size, mesh)
         self.recipe = recipe_of(options, self.batches)
         steps, epoch = self.recipe.steps, self.batches.per_epoch
         self.looks = {*range(0, steps, LOOK_EVERY), steps} if options.record else {*range(epoch, steps + 1, epoch)}
+
+    def notes(self) -> Iterator[str]:
+        """Yield what is allowed and seldom meant."""
+        options, source, steps = self.options, self.parts.training, self.recipe.steps
+        there, classes = np.unique(source.labels), source.classes
+        if len(there) < classes:
+            few = f"of the labels 0 to {classes - 1} the training data have {len(there)}: {name_few(map(str, there))}"
+            yield f"{few}. The network has {classes} outputs; numbered from 0 on the classes would need {len(there)}"
+        if options.batch_size > len(source):
+            what = f"--batch-size {options.batch_size} is more than the {len(source)} training images"
+            yield f"{what}: every step takes all of them"
+        if steps <= self.recipe.warmup:
+            what = f"--warmup-epochs {options.warmup_epochs:g} lasts {self.recipe.warmup} steps, and the run {steps}"
+            reached = float(self.recipe.rate()(steps - 1))
+            yield f"{what}: the learning rate gets to {reached:.3g}, not to {options.rate:g}"
 
     def look(self, state: State) -> dict[str, float]:
         """Return loss and accuracy on the validation data, of the weights and of their average.
@@ -121,14 +149,14 @@ class Job:
         if state.average is not None:
             found |= self.evaluate("average", source, state.average)
         if self.options.record:
-            probe = replicate(source.rows(np.arange(PROBE_IMAGES)).images, self._mesh)
+            probe = replicate(source.rows(np.arange(PROBE_IMAGES)).images, self.mesh)
             values = jax.device_get(preactivations(self.recipe.network, state.variables, probe))
             found |= {f"preactivation_{p}": float(value) for p, value in zip(PERCENTILES, values, strict=True)}
         return found
 
     def evaluate(self, name: str, source: Source, variables: dict[str, Any]) -> dict[str, float]:
         """Return loss and accuracy on data, by the running statistics."""
-        batches = Batches(source, len(source) if self.options.record else self.options.batch_size, self._mesh)
+        batches = Batches(source, len(source) if self.options.record else self.options.batch_size, self.mesh)
         parts = (batches.read(batches.in_order(index)) for index in range(batches.per_epoch))
         sums = [jax.device_get(evaluate(self.recipe.network, variables, part)) for part in parts]
         loss, right = (float(sum(map(float, values))) / len(source) for values in zip(*sums, strict=True))
@@ -138,8 +166,8 @@ class Job:
         """Return the state that the run begins with, or goes on from."""
         shape = self.parts.training.image_shape
         if checkpoints.steps() or at is not None:
-            return checkpoints.restore(jax.eval_shape(lambda: initial_state(self.recipe, shape)), self._mesh, at)
-        return State(*replicate(initial_state(self.recipe, shape), self._mesh))
+            return checkpoints.restore(jax.eval_shape(lambda: initial_state(self.recipe, shape)), self.mesh, at)
+        return State(*replicate(initial_state(self.recipe, shape), self.mesh))
 
     def steps(self, state: State, sent: list[int]) -> Iterator[tuple[State, Measures, Batch, float]]:
         """Make the steps that are left; yield the state after each, what it measured, its batch and its seconds."""
@@ -156,13 +184,14 @@ class Job:
             yield state, measured, used, time.perf_counter() - began
 
 
-def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, list[float]]:
-    """Make the steps that are left; return the last state and the seconds of each step but the first two."""
+def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, Pace]:
+    """Make the steps that are left; return the last state, and how long a step took."""
     here, first = f"process {jax.process_index()}", jax.process_index() == 0
-    record, steps, seconds = job.options.record, job.recipe.steps, list[float]()
-    with Checkpoints(place.out / directory.CHECKPOINTS, place.keep) as checkpoints, processes.note_signals() as sent:
+    record, steps = job.options.record, job.recipe.steps
+    with Checkpoints(place.out / directory.CHECKPOINTS, place.keep) as checkpoints, signals.note() as sent:
         state = begun = processes.agree(lambda: job.begin(checkpoints, place.at))
         step = int(begun.step)
+        pace = Pace(step, job.batches.per_epoch)
         if step:
             console.print(f"Going on with '{place.out}' after step {step} of {steps}", soft_wrap=True)
         for path in processes.agree(lambda: checkpoints.set_aside(step) if first else []):
@@ -173,8 +202,10 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, list[flo
             return f"{here} lost another process after step {step}; {saved[0]}. {directory.go_on()}"
 
         processes.set_last_words(words_of_loss)
-        with Metrics(place.out if first else None, step) as metrics, bar(console, job.options.title, steps) as show:
-            show(step)
+        with (
+            Metrics(place.out if first else None, step) as metrics,
+            bar(console, job.options.title, steps, step) as show,
+        ):
             if step == 0 and 0 in job.looks:
                 metrics.write(0, **job.look(begun))
             for state, measured, batch, took in job.steps(begun, sent):
@@ -183,7 +214,7 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, list[flo
                     raise Stopped(_not_finite(job, state, batch, measured, checkpoints.steps()), 1)
                 checkpoints.check()
                 step += 1
-                seconds.append(took)
+                pace.note(step, batch.valid is not None, took)
                 metrics.write(step, **{name: value for name, value in measured._asdict().items() if name != "signal"})
                 show(step, loss=f"loss {measured.loss:.3g}")
                 if step in job.looks:
@@ -192,7 +223,7 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, list[flo
                     show(step, accuracy=", ".join(_accuracies(found)))
                     if not record:
                         epoch = f"epoch {step // job.batches.per_epoch}, step {step}: loss {measured.loss:.3g}"
-                        console.print(", ".join([epoch, *_accuracies(found)]), soft_wrap=True)
+                        say(console, ", ".join([epoch, *_accuracies(found)]))
                 if step % place.save_every == 0 or step == steps or measured.signal:
                     checkpoints.save(state)
                 if measured.signal:
@@ -201,7 +232,7 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, list[flo
                     said = f"stopped by {signal.Signals(number).name} after step {step} of {steps}, which is saved"
                     raise Stopped(f"{said}. {directory.go_on()}", 128 + number)
         checkpoints.finish()
-    return state, seconds[2:]
+    return state, pace
 
 
 def _accuracies(found: dict[str, Any]) -> list[str]:

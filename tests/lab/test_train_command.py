@@ -186,6 +186,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_layer_is_named(tmp_path)
         (["--at", "5"], "--at", "got 5", "expected --resume beside it"),
         (["--coordinator", "localhost:1"], "--num-processes", "is missing", "--process-id together, or --cluster"),
         (["--process-id", "0", "--num-processes", "2"], "--coordinator", "is missing", "together, or --cluster"),
+        (["--coordinator", "host"], "--coordinator", "'host'", "such as HOST:8476"),
+        (["--coordinator", "::1:80"], "--coordinator", "'::1:80'", "such as HOST:8476"),
         (["--out", os.devnull], "--out", os.devnull, "expected a directory"),
         (["--out", Path(os.devnull) / "x"], "--out", os.devnull, "cannot write"),
         (["--resume"], "--out", "no run in", "expected the --out of an earlier run"),

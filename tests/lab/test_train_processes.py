@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jbn.cli.commands import app
+from jbn.lab.run import processes
 from tests.support.runs import arrays
 
 pytestmark = pytest.mark.usefixtures("smooth")
@@ -224,15 +225,46 @@ def test_an_option_that_differs_between_processes_is_named(tmp_path):
         assert f"'--seed': stands for {process} in process {process} and for {1 - process} in process" in output
 
 
+def answers(host, port):
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except ConnectionError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_processes_that_do_not_come_are_not_waited_for(process, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    alone = ("--coordinator", address, "--num-processes", 2, "--process-id", process, "--timeout", 5)
-    status, output = ended(begin(*DENSE, *alone, "--out", tmp_path / "run"))
+        port = probe.getsockname()[1]
+    alone = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", process, "--timeout", 5)
+    waiting = begin(*DENSE, *alone, "--out", tmp_path / "run")
+    while process == 0 and waiting.poll() is None and not answers("127.0.0.1", port):
+        time.sleep(0.05)
+    if process == 0 and sys.platform == "linux":  # where all of 127.0.0.0/8 is this machine
+        assert answers("127.0.0.1", port)
+        assert not answers("127.0.0.2", port)
+    status, output = ended(waiting)
     assert status == 75, output
     assert output.endswith(
         f"jbn: process {process} did not find the others; expected all of them within --timeout 5 seconds\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "expected"),
+    [
+        ("127.0.0.1:8476", "127.0.0.1:8476"),
+        ("localhost:8476", "127.0.0.1:8476"),
+        ("0.0.0.0:8476", "0.0.0.0:8476"),
+        ("192.0.2.1:8476", None),  # an address of documentation, which no machine has
+        ("host-of-process-0:8476", None),
+        (None, None),
+    ],
+)
+def test_process_0_listens_where_it_was_told_to(coordinator, expected):
+    assert processes.bind_address(coordinator) == expected
+    if coordinator and expected and socket.has_ipv6:
+        assert processes.bind_address("[::]:8476") in ("[::]:8476", None)  # None where IPv6 is switched off

@@ -19,15 +19,25 @@ from jbn.lab.errors import OptionError
 
 # The last layer has a unit for each class: a label beyond this is a mistake, and would not fit in memory.
 LARGEST_LABEL = 100_000
+# How many channels images have, when the axis of the channels is in question.
+CHANNELS = (1, 3, 4)
+ONE_KIND = (
+    "expected uint8 in all files, which is divided by 255, or floats in all, which are taken as they are: convert them"
+)
 
 
 class Folder(Source):
-    """The images and labels of a folder, numbered through in the order of the file names; see ``open_folder``."""
+    """The images and labels of a folder, numbered through in the order of the file names; see ``open_folder``.
+
+    Attributes:
+        kind: "uint8" or "float", which is what the images of all files are.
+    """
 
     def __init__(self, parts: "tuple[_Part, ...]", labels: np.ndarray) -> None:
         self.labels, self.image_shape, self._parts = labels, parts[0].image_shape, parts
-        # Of file names, shapes, dtypes and labels, not of images: equal where the same data are seen.
-        seen = repr([(part.path.name, part.images.shape, part.images.dtype.str) for part in parts])
+        self.kind = parts[0].kind
+        # Every byte of the images counts through the CRC-32 that the archive has of them, which costs no reading.
+        seen = repr([(part.path.name, part.images.shape, part.images.dtype.str, part.images.crc) for part in parts])
         self.fingerprint = hashlib.sha256(seen.encode() + labels.astype("<i4").tobytes()).hexdigest()[:16]
         self._starts = np.cumsum([0] + [part.images.shape[0] for part in parts[:-1]])
 
@@ -63,9 +73,11 @@ def open_folder(path: Path, option: str = "--data") -> Folder:
     """Return all ``.npz`` files of a folder as one data set; this reads the labels and no image.
 
     Each file has an array ``images``, (n, height, width) or (n, height, width, channels), and an array ``labels``,
-    (n,). uint8 images are divided by 255, float16, float32 and float64 ones are taken as they are. Labels are integers
-    in [0, 100000]. Images stored by ``numpy.savez`` stay on disk until their rows are asked for; those of a file that
-    ``numpy.savez_compressed`` wrote are unpacked into memory, all of them, when the first is asked for.
+    (n,). uint8 images are divided by 255, float16, float32 and float64 ones are taken as they are; a folder holds one
+    or the other. Labels are integers in [0, 100000]. Images stored by ``numpy.savez`` stay on disk until their rows are
+    asked for; those of a file that ``numpy.savez_compressed`` wrote are unpacked into memory, all of them, when the
+    first is asked for. The fingerprint sees every byte that was written as part of an archive; bytes that were patched
+    in place, without their checksum, it does not see.
 
     Args:
         path: the folder. Files whose name starts with a dot are left out.
@@ -87,18 +99,22 @@ def open_folder(path: Path, option: str = "--data") -> Folder:
             other, first = (f"'{each.path}' holds images of {each.image_shape}" for each in (part, parts[0]))
             fix = "expected one (height, width, channels) in all files: resize them first"
             raise OptionError(option, f"{other}, but {first}; {fix}")
+        if part.kind != parts[0].kind:
+            other, first = (f"'{each.path}' holds {each.kind} images" for each in (part, parts[0]))
+            raise OptionError(option, f"{other}, but {first}; {ONE_KIND}")
     if not sum(map(len, labels)):
         raise OptionError(option, f"no image in the .npz files of '{path}'; expected one at least")
     return Folder(parts, np.concatenate(labels))
 
 
 class _Array(NamedTuple):
-    """What the header of an array says, and where in its file the values begin: None if it is compressed."""
+    """What the header of an array says, where in its file the values begin (None: compressed), and their checksum."""
 
     shape: tuple[int, ...]
     order: Literal["C", "F"]
     dtype: np.dtype
     offset: int | None
+    crc: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +131,13 @@ class _Part:
         height, width, channels = (*self.images.shape[1:], 1)[:3]
         return height, width, channels
 
+    @property
+    def kind(self) -> str:
+        return "uint8" if self.images.dtype == np.uint8 else "float"
+
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Return some images of this file, float32 (k, height, width, channels)."""
-        shape, order, dtype, offset = self.images
+        shape, order, dtype, offset, _ = self.images
         with _name(self.path, self.option), self.path.open("rb") as file:
             if _stamp(file) != self.stamp:
                 fix = "expected it to stay as it was: write other data into another folder, or start again"
@@ -152,6 +172,11 @@ def _open_part(path: Path, option: str) -> tuple[_Part, np.ndarray]:
         check(known, f"{found}; expected uint8 in [0, 255], or float16, float32 or float64: convert them")
         shaped = len(images.shape) in (3, 4) and all(images.shape[1:])
         check(shaped, f"{found}; expected (n, height, width) or (n, height, width, channels), all but n above zero")
+        fix = (
+            "expected (n, height, width, channels): numpy.moveaxis(images, 1, -1), or, if images are as small as that,"
+        )
+        last = len(images.shape) == 3 or images.shape[1] not in CHANNELS or images.shape[3] <= max(CHANNELS)
+        check(last, f"{found}, whose channels seem to come first; {fix} numpy.swapaxes(images, 1, 2)")
         found, count = f"labels of dtype {head.dtype} and shape {head.shape}", images.shape[:1]
         known = head.dtype.kind in "iu" and head.shape == count
         check(known, f"{found}; expected integers of shape {count}, one for each of the images {images.shape}")
@@ -177,7 +202,7 @@ def _header(archive: zipfile.ZipFile, file: IO[bytes], name: str) -> _Array:
     if not dtype.hasobject and (min(shape, default=0) < 0 or size != info.file_size):
         raise ValueError(f"'{name}' has {info.file_size} bytes, but {dtype} {shape} takes {size}")
     stored = info.compress_type == zipfile.ZIP_STORED
-    return _Array(shape, "F" if fortran_order else "C", dtype, start + before if stored else None)
+    return _Array(shape, "F" if fortran_order else "C", dtype, start + before if stored else None, info.CRC)
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:

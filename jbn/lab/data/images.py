@@ -51,13 +51,14 @@ class Source(ABC):
 
 
 class Held(Source):
-    """A data set in memory, and its name."""
+    """A data set in memory, its name, and what it was made of where it was computed: other devices round otherwise."""
 
-    def __init__(self, name: str, held: Images) -> None:
+    def __init__(self, name: str, held: Images, origin: Images | None = None) -> None:
         self.name, self.held, self.labels = name, held, held.labels
         height, width, channels = held.images.shape[1:]
         self.image_shape = height, width, channels
-        self.fingerprint = hashlib.sha256(held.labels.tobytes()).hexdigest()[:16]
+        seen = b"".join(np.ascontiguousarray(part).tobytes() for part in origin or held)
+        self.fingerprint = hashlib.sha256(seen).hexdigest()[:16]
 
     def rows(self, rows: np.ndarray) -> Images:
         """Return the images of these rows, in this order."""

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from jbn.lab.data.folder import open_folder
+import numpy as np
+
+from jbn.lab.data.folder import ONE_KIND, open_folder
 from jbn.lab.data.images import Held, Source, digits, enlarge
 from jbn.lab.errors import OptionError
 from jbn.lab.options import TrainOptions
@@ -16,6 +18,11 @@ class Parts(NamedTuple):
     validation: Source | None = None
     test: Source | None = None
 
+    @property
+    def fingerprint(self) -> str:
+        """Those of data to fit and to watch: both decide what a run records."""
+        return "-".join(part.fingerprint for part in self[:2] if part is not None)
+
 
 def parts_of(options: TrainOptions) -> Parts:
     """Return the data of a run; ``OptionError`` where there are none, or where they do not fit each other."""
@@ -24,9 +31,14 @@ def parts_of(options: TrainOptions) -> Parts:
             raise OptionError(
                 "--validation", "is given without --data; expected both: the digits have a part of their own"
             )
-        sized = map(enlarge if options.model == "conv64" else lambda part: part, digits(options.seed))
-        return Parts(*map(Held, ("digits, training", "digits, validation", "digits, test"), sized))
+        names, parts = ("digits, training", "digits, validation", "digits, test"), digits(options.seed)
+        sized = map(enlarge, parts) if options.model == "conv64" else parts
+        return Parts(*map(Held, names, sized, parts))
     training = open_folder(Path(options.data))
+    labels = np.unique(training.labels)
+    if len(labels) == 1:
+        found = f"all labels in '{options.data}' are {labels[0]}"
+        raise OptionError("--data", f"{found}; expected two classes or more: of one there is nothing to learn")
     if options.validation is None:
         return Parts(training)
     validation = open_folder(Path(options.validation), option="--validation")
@@ -34,6 +46,8 @@ def parts_of(options: TrainOptions) -> Parts:
     if validation.image_shape != training.image_shape:
         shapes = [" x ".join(map(str, part.image_shape)) for part in (validation, training)]
         raise OptionError("--validation", f"{here} holds images of {shapes[0]}; expected {shapes[1]}, as in --data")
+    if validation.kind != training.kind:
+        raise OptionError("--validation", f"{here} holds {validation.kind} images, --data {training.kind}; {ONE_KIND}")
     if validation.classes > training.classes:
         largest = f"expected at most {training.classes - 1}, the largest in --data"
         raise OptionError("--validation", f"{here} has the label {validation.classes - 1}; {largest}")

@@ -107,9 +107,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         raise FileError(f"the checkpoint '{self.folder / str(step)}' cannot be used ({reason})")
 
     def set_aside(self, after: int) -> list[Path]:
-        """Move later checkpoints into a folder of their own, out of the way of a run that goes on."""
+        """Move later checkpoints into a folder of their own, out of the way of a run that goes on; the last one first.
+
+        A process killed meanwhile leaves none that is later than those that have moved.
+        """
         aside, moved = self.folder.with_name(f"{self.folder.name}-set-aside"), []
-        for step in [step for step in self.steps() if step > after]:
+        for step in [step for step in reversed(self.steps()) if step > after]:
             aside.mkdir(exist_ok=True)
             places = (aside / f"{step}{suffix}" for suffix in ("", *(f".{again}" for again in range(1, 1000))))
             moved.append((self.folder / str(step)).rename(next(place for place in places if not place.exists())))

@@ -1,5 +1,6 @@
 """Where a run lives on disk: its options and results, and the command that goes on with it."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,12 +8,12 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
-from typing import Any, TypeVar
+from platform import node, python_version
+from typing import Any, TextIO, TypeVar
 
 from jax.sharding import Mesh
 
@@ -21,7 +22,7 @@ from jbn.lab.errors import OptionError, file_errors
 from jbn.lab.options import DemoPlace, Options, TrainPlace, flag, options_of, words
 
 OPTIONS, CHECKPOINTS, METRICS = "options.json", "checkpoints", "metrics.jsonl"
-RESULTS, FIGURE = "results.json", "figure.png"
+RESULTS, FIGURE, LOCK = "results.json", "figure.png", "lock"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -73,18 +74,63 @@ def go_on() -> str:
     return f"Go on with:\n  {shlex.join([*program, *kept, '--resume'])}"
 
 
-def start(out: Path, options: Options) -> None:
-    """Make ``out`` and note the options of a new run in it; refuse a directory that holds a run already."""
+@contextlib.contextmanager
+def claim(out: Path, new: Options | None = None) -> Iterator[None]:
+    """Write to ``out`` alone: other processes are refused meanwhile. Begin a run of the options ``new``, if given.
+
+    The system lets go of the lock when this process ends, however it ends. Where there are no locks, on Windows and on
+    some file systems, nobody is refused.
+
+    Raises:
+        OptionError: there is a run already, another process writes, or nobody can.
+    """
+    with contextlib.ExitStack() as held:
+        with _writable(out):
+            if new is not None:
+                _refuse_run(out)  # before anything is made
+                out.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((out / LOCK).open("a+", encoding="utf-8"))
+        file.seek(0)
+        if not _lock(file):
+            who, fix = file.read().strip() or "another process", "wait until it has ended, or take another --out"
+            raise OptionError("--out", f"{who} writes to '{out}'; {fix}")
+        with _writable(out):
+            file.truncate()
+            print(f"process {os.getpid()} on {node()}", file=file, flush=True)
+            if new is not None:
+                _refuse_run(out)  # another process may have begun and ended meanwhile
+                write_json(out / OPTIONS, asdict(new))
+        yield
+
+
+def _lock(file: TextIO) -> bool:
+    """Lock a file; return whether nobody else has."""
     try:
-        present = [name for name in (OPTIONS, CHECKPOINTS, RESULTS, FIGURE) if (out / name).exists()]
-        if present:
-            fix = "go on with it by adding --resume, or start a new one in another --out"
-            raise OptionError("--out", f"'{out}' already holds a run ({', '.join(present)}); {fix}")
-        if out.exists() and not out.is_dir():
-            raise OptionError("--out", f"'{out}' is a file; expected a directory, or a name that is free")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / OPTIONS, asdict(options))
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
+
+
+def _refuse_run(out: Path) -> None:
+    present = [name for name in (OPTIONS, CHECKPOINTS, RESULTS, FIGURE) if (out / name).exists()]
+    if present:
+        fix = "go on with it by adding --resume, or start a new one in another --out"
+        raise OptionError("--out", f"'{out}' already holds a run ({', '.join(present)}); {fix}")
+
+
+@contextlib.contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    """Refuse a directory that cannot be made or written to."""
+    try:
+        yield
     except OSError as error:
+        if out.exists() and not out.is_dir():
+            raise OptionError("--out", f"'{out}' is a file; expected a directory, or a name that is free") from None
         expected = "expected a directory to write to"
         raise OptionError("--out", f"cannot write to '{out}' ({error.strerror}); {expected}") from None
 

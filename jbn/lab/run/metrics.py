@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import statistics
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -10,6 +11,28 @@ from jbn.lab.errors import file_errors
 from jbn.lab.run.directory import METRICS, json_numbers, write_atomically
 
 TENSORBOARD = "tensorboard"
+LEAST_TIMED = 10  # steps: the median of fewer tells of something else that the machine did
+
+
+class Pace:
+    """How long a step takes, of the steps that tell.
+
+    Those are none that compiles, the first of each kind of batch, and none of an epoch that another process began.
+    """
+
+    def __init__(self, done: int, per_epoch: int) -> None:
+        self._after, self._met, self._seconds = -(-done // per_epoch) * per_epoch, set[bool](), list[float]()
+
+    def note(self, step: int, masked: bool, seconds: float) -> None:
+        """Note how long a step took, the first of a run being 1, and whether a part of its batch is masked."""
+        if masked in self._met and step > self._after:
+            self._seconds.append(seconds)
+        self._met.add(masked)
+
+    @property
+    def milliseconds(self) -> float | None:
+        """The median; None where there are too few."""
+        return round(statistics.median(self._seconds) * 1e3, 4) if len(self._seconds) >= LEAST_TIMED else None
 
 
 class Metrics(contextlib.AbstractContextManager["Metrics"]):

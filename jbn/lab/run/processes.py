@@ -5,11 +5,11 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 import typer
 from jax.experimental import multihost_utils
 
+from jbn.lab import signals
 from jbn.lab.errors import FileError, OptionError, Stopped
 from jbn.lab.options import Options, TrainPlace, flag
 from jbn.lab.run.directory import OPTIONS, go_on
@@ -50,6 +51,7 @@ def join(place: TrainPlace) -> None:
             place.coordinator,
             place.num_processes,
             place.process_id,
+            coordinator_bind_address=bind_address(place.coordinator),
             initialization_timeout=place.timeout,
             heartbeat_timeout_seconds=place.timeout,
             shutdown_timeout_seconds=place.timeout,
@@ -61,6 +63,22 @@ def join(place: TrainPlace) -> None:
             option, expected = "--coordinator", f"{place.num_processes} processes {at} of their own, {within}"
         reason = str(error).splitlines()[0]
         raise OptionError(option, f"cannot join the other processes ({reason}); expected {expected}") from None
+
+
+def bind_address(coordinator: str | None) -> str | None:
+    """Return where process 0 listens, None for every address of its machine.
+
+    That is where it is reached, if that is an address of this machine. What a name stands for differs between machines,
+    and behind a gateway the address is not here at all.
+    """
+    host, _, port = (coordinator or "").rpartition(":")
+    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            socket.inet_pton(family, host)
+            probe.bind((host, 0))
+            return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+    return None
 
 
 def set_last_words(words: Callable[[], str]) -> None:
@@ -121,27 +139,14 @@ def _gather(said: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def note_signals() -> Iterator[list[int]]:
-    """Note SIGTERM and Ctrl-C in a list instead of ending; a second Ctrl-C ends at once."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    sent: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        sent.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield sent
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
 def exit_status(out: Path) -> Iterator[None]:
     """Say why the run in ``out`` ends before its time, and end with the exit status of that."""
+
+    def words() -> str:
+        begun = (out / OPTIONS).exists()
+        return f"stopped at once. {go_on()}" if begun else "stopped before training began."
+
+    before = signals.end_at_once(words)
     try:
         yield
         _leave()
@@ -155,10 +160,8 @@ def exit_status(out: Path) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         _desert(f"{error}\njbn: {_kept['words']()}", LOST)  # a collective failed: its other end has gone
-    except KeyboardInterrupt:
-        begun = (out / OPTIONS).exists()
-        typer.echo(f"jbn: stopped at once. {go_on()}" if begun else "jbn: stopped before training began.", err=True)
-        raise typer.Exit(130) from None
+    finally:
+        signals.restore(before)
 
 
 def _leave() -> None:
