@@ -114,6 +114,34 @@ def _few_rows(rows: int) -> Callable[[type[nn.Module]], str]:
     return look
 
 
+def _gradient_of_x(layer: type[nn.Module]) -> str:
+    """Measure dx for cotangents that are nearly constant, where its two parts nearly cancel."""
+    x, noise = _x(1.0, dtype=jnp.bfloat16), np.random.default_rng(1).standard_normal((4096, C))
+    g = jnp.asarray(1 + 0.01 * noise, jnp.bfloat16)
+    _, pull = jax.vjp(lambda x: _train(layer, x, dtype=jnp.bfloat16)[0], x)
+    wide, g64 = np.asarray(x, np.float64), np.asarray(g, np.float64)
+    c, var = wide - wide.mean(0), wide.var(0) + 1e-5
+    want = (g64 - g64.mean(0) - c * (g64 * c).mean(0) / var) / np.sqrt(var)
+    return f"{np.linalg.norm(np.asarray(pull(g)[0], np.float64) - want) / np.linalg.norm(want):.0e}"
+
+
+def _narrow_state(layer: type[nn.Module]) -> str:
+    x = _x(5.0)
+    variables = _variables(x)
+    variables["batch_stats"] = jax.tree.map(lambda v: v.astype(jnp.bfloat16), variables["batch_stats"])
+
+    def step(_: Any, stats: Any) -> Any:
+        new = _train(layer, x, {**variables, "batch_stats": stats})[1]["batch_stats"]
+        return jax.tree.map(lambda v: v.astype(jnp.bfloat16), new)
+
+    return _or_error(lambda: f"mean {jax.lax.fori_loop(0, 2000, step, variables['batch_stats'])['mean'][0]:.1f} for 5")
+
+
+def _flat_mask(layer: type[nn.Module]) -> str:
+    x = _x(rows=C)  # as many examples as features
+    return _or_error(lambda: "masks features" if _train(layer, x, mask=jnp.arange(C) < C - 1)[0].any() else "")
+
+
 def _traced_epsilon(layer: type[nn.Module]) -> str:
     return _or_error(lambda: "accepted" if jax.jit(lambda e: _train(layer, _x(), epsilon=e)[0])(1e-5).any() else "")
 
@@ -134,6 +162,7 @@ def _no_statistics(layer: type[nn.Module]) -> str:
 
 DIFFERENCES = [
     Difference("largest error of y at mean/std = 10⁴, float32", _accuracy),
+    Difference("error of dx for nearly constant dy, bfloat16, relative L2", _gradient_of_x),
     Difference("largest masked output", _masked_output),
     Difference("NaN in masked rows: the gradient of valid x is", _masked_nan),
     Difference("y of bfloat16 x, `dtype=None`", _output_dtype),
@@ -145,8 +174,10 @@ DIFFERENCES = [
     Difference("running statistics after a NaN in the batch", _not_finite),
     Difference("running statistics after one valid row in the mask", _few_rows(1)),
     Difference("running statistics after no valid row in the mask", _few_rows(0)),
+    Difference("a bfloat16 state in training", _narrow_state),
+    Difference("a mask of examples, (N,), for as many features", _flat_mask),
     Difference("one value per channel in training", _one_value),
-    Difference("`epsilon=0`", _option(epsilon=0.0)),
+    Difference("`epsilon=0` in training", _option(epsilon=0.0)),
     Difference("`epsilon` traced", _traced_epsilon),
     Difference("`momentum=1.5`", _option(momentum=1.5)),
     Difference("`use_fast_variance=False` at mean/std = 10³", _slow_variance),

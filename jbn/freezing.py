@@ -93,7 +93,8 @@ def trainable_mask(params: Tree, frozen: Patterns) -> Tree:
         A tree of the structure of ``params``. As labels of ``optax.multi_transform`` it keeps frozen parameters to the
         last bit, whatever their gradients and whatever weight decay and momentum would do. ``optax.masked(tx, mask)``
         does not: it adds raw gradients where the mask is False. Optax takes a function of params too, and
-        ``nnx.Optimizer`` needs one, for it passes boxed params first and arrays later.
+        ``nnx.Optimizer`` needs one: it is initialized with ``nnx.Param`` boxes and updated with arrays, and a tree of
+        bools fits one of them alone.
 
     Raises:
         ValueError: for a pattern that matches nothing.
@@ -117,7 +118,8 @@ def decay_mask(params: Tree) -> Tree:
         params: a tree of arrays, as in ``trainable_mask``; the last key of a path is the name.
 
     Returns:
-        A tree of the structure of ``params``. Optax takes the function itself; ``nnx.Optimizer`` needs that.
+        A tree of the structure of ``params``. Optax takes the function itself, which ``nnx.Optimizer`` needs, as for
+        ``trainable_mask``.
 
     >>> import jbn, jax.numpy as jnp, optax
     >>> jbn.decay_mask({"conv": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "bn": {"scale": jnp.ones(2)}})

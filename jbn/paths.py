@@ -51,7 +51,7 @@ def select(paths: Sequence[str], patterns: Patterns, kind: str = "paths") -> lis
 
 
 def name_few(items: Iterable[str], number: int | None = None, most: int = 4) -> str:
-    """Name the first few of some items, and how many more there are; ``number`` is that of all, where it is not theirs.
+    """Name the first few of some items, and how many more there are, of ``number`` in all where these are a sample.
 
     >>> from jbn.paths import name_few
     >>> name_few("abcdef")

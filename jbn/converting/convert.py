@@ -57,7 +57,7 @@ def convert(
         source: the library that ``tree`` comes from.
         target: the library that it is for.
         like: a tree of the target, of arrays or their shapes such as those of ``jax.eval_shape``. The result has its
-            structure, shapes, dtypes and, where it is committed, sharding; and all of it is fill. Haiku and Equinox
+            structure, shapes, dtypes and, where it is committed, sharding; and all of it is filled. Haiku and Equinox
             need it. Without it nothing says what is lacking, and arrays of no known name go along as they are, in jbn
             and Linen as parameters; those that may be none are refused: integers, what lies beside running statistics,
             and what the target would take for such.
@@ -264,7 +264,7 @@ def _check_complete(
             f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: "
             f"{name_few(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
             f"{name_few(map(repr, lacking))}. Expected names that bring them together, None for what is left "
-            "out; in like only what is to be fill; embeddings named in kinds."
+            "out; in like only what is to be filled; embeddings named in kinds."
         )
     pairs = {goal.spell(at): (value, theirs[at]) for at, value in ours.items()}
     other = [

@@ -57,7 +57,8 @@ class Sync:
         if self.groups is not None:
             # Chosen, not multiplied by 0 and 1, so that NaN stays in the row of its group.
             flat = where(arange(len(self.groups))[:, None] == self._row(), flat[None], 0)
-        # A value that does not vary over an axis counts once for each shard, and jax from 0.10 on wants to be told so.
+        # A value that is the same on all shards must be added once for each. From jax 0.10 on ``psum`` does so only for
+        # values whose type says that they vary, so that it is marked first, over the axes that have such types.
         marked = [name for name in self.names if name in varying_axes(lax.axis_index(name))]
         flat = lax.psum(_vary_over(flat, marked), self.names)
         pieces = split(flat, np.cumsum([part.size for part in parts])[:-1], axis=-1)

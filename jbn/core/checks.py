@@ -1,7 +1,7 @@
-"""Every error about an argument: what arrived, what was expected, and the likely fix.
+"""The errors about arguments of the core: what arrived, what was expected, and the likely fix.
 
-``read_...`` returns what an argument stands for, ``check_...`` refuses what does not fit to other arguments. Nothing is
-computed here, and everything here comes before anything is computed.
+``read_...`` returns what an argument stands for, ``check_...`` refuses what does not fit to other arguments. All of it
+comes before x is touched. The tools keep the errors about their own arguments.
 """
 
 import operator
@@ -378,7 +378,7 @@ def check_groups_on_mesh(layout: Layout, x: Array) -> None:
 
 
 def check_replicas(sync: Sync, x: Array, mask: Array | None, mean: Array) -> None:
-    """Refuse to give each shard a state of its own where all of them share the old one and JAX tells them apart."""
+    """Refuse statistics of one shard where x differs between shards and the state does not: it would differ then."""
     from_batch = varying_axes(x) | (frozenset() if mask is None else varying_axes(mask))
     loose = sorted(from_batch - varying_axes(mean) - frozenset(sync.names), key=str)
     if loose:

@@ -1,4 +1,4 @@
-"""The rooms joined: ``bn_init``, ``bn_forward``, and the stateless ``batch_norm`` and ``moments``."""
+"""The public functions: ``bn_init``, ``bn_forward``, and without a state ``batch_norm`` and ``moments``."""
 
 from dataclasses import dataclass
 from functools import partial

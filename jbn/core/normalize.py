@@ -71,7 +71,8 @@ def _hide(mask: Array | None, values: Array) -> Array:
 #
 # because dr = -½ r³ dσ². It holds for batch statistics, whose dμ and dσ² are those of ``statistics``, and for running
 # ones. The rule is linear in the tangents, and JAX transposes it: as u and w are vectors, the transpose is two sums,
-# Σ g c and Σ g, and one element-wise pass, with g the cotangent of z. dμ is that of the offset: a pilot has none.
+# Σ g c and Σ g, and one element-wise pass, with g the cotangent of z. μ = pilot + offset, and how it is split is
+# arbitrary, so that the offset can carry all of dμ and the pilot none.
 # Where the moments are those of the batch, dμ and dσ² depend on dx too. Both ways of dx are added in the dtype of the
 # arithmetic, and what reaches x is rounded once: for cotangents that are nearly constant the two nearly cancel.
 def _differentiate(
@@ -86,7 +87,8 @@ def _differentiate(
     w = -a * dmean
     w = w if d.bias is None else w + d.bias.astype(dtype)
     z, _ = _affine(recipe, m, operands)
-    # Of the three readers of x the first two are the sums of ``statistics``; Σ g c, the transpose of c u, is here.
+    # On CPUs each sum reads x by itself, see ``read_apart``. Two of the three readers are in ``statistics``; the third
+    # is this one, whose transpose is Σ g c. It is apart from the z above, which the slope of the activation needs.
     own, pilot, offset = read_apart(3, operands.x, m.pilot, m.offset)[-1]
     _, centred = _affine(recipe, replace(m, pilot=pilot, offset=offset), operands._replace(x=own))
     u, w = (repeat_rows(layout, vary_as(vector, operands.x), operands.x) for vector in (u, w))

@@ -1,4 +1,4 @@
-"""Arguments become what is computed with: everything is read and checked here, once, before any arithmetic."""
+"""Arguments become what is computed with: x, operands, state and sharing are read here, once, before any arithmetic."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace

@@ -15,9 +15,9 @@ _POLICY = jax.checkpoint_policies.save_only_these_names(INPUT, MOMENTS)
 def name_arrays(name: str, tree: Tree) -> Tree:
     """Name the arrays of a tree for the policies of ``jax.checkpoint``.
 
-    Readers take a second name, ``<name>_read``, that no policy saves. A saved value that passes through the
-    checkpointed tangent of a rule comes out of it as another buffer, which XLA cannot identify with the first; to make
-    the second name again from the saved first one is free.
+    Without a second name each saved array would be held twice, because a saved value that enters the checkpoint inside
+    a derivative rule leaves it as a new buffer, which XLA does not recognize. So readers get an alias,
+    ``<name>_read``, that no policy saves; to make it again from the saved array is free.
     """
     return jax.tree.map(lambda leaf: checkpoint_name(checkpoint_name(leaf, name), f"{name}_read"), tree)
 

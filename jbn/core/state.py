@@ -64,10 +64,10 @@ def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool)
 class Observation:
     """What a tool puts in the place of a running mean, to learn what the layer sees in a run.
 
-    It is a node of the tree of states, so it travels through every transformation like the array that it stands for,
-    and ``upstream``, which is part of its structure, is in the key of every cache: nothing that was compiled before can
-    answer a question that it was not asked. All its arrays have the shape and the sharding of that array, because what
-    shards or stacks states does it by the shape that it knows.
+    It is a node of the tree of states, so it travels through every transformation like the array that it stands for.
+    Its type and ``upstream`` are part of the structure of that tree, so that JAX compiles anew where they differ:
+    otherwise a function compiled for an ordinary state would be used again, and observe nothing. All its arrays have
+    the shape and the sharding of that array, because what shards or stacks states does it by the shape that it knows.
 
     A layer may be called more than once in a run, so the moments of its rows are merged.
 
@@ -78,7 +78,8 @@ class Observation:
         offset: what is missing to their mean.
         var: their biased variance.
         updates: how often the layer has taken statistics, int32.
-        upstream: what the layer normalizes by: "batch", as it is called, or "recalibrated", by the running statistics.
+        upstream: what the layer normalizes by: "batch", whatever its call asks for, or "recalibrated", the running
+            statistics.
     """
 
     mean: Array
@@ -97,7 +98,7 @@ class Observation:
         found = {name: getattr(both, name) for name in ("count", "pilot", "offset", "var")}
         return replace(self, **found, updates=self.updates + 1)
 
-    # What code of a user may ask of a state in passing has the answers of the array.
+    # A user's code may read the shape or the dtype of a running mean; an observation answers as the array would.
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -136,6 +136,8 @@ def _add(large: Array, small: Array) -> tuple[Array, Array]:
     return total, small - (total - large)
 
 
+# A sweep sums x - k and (x - k)² around a guess k of the mean, the pilot; d is the mean minus k. Where d is far from 0,
+# the guard sweeps again, around the mean that was found.
 # A pilot costs digits where d² is more than this many times σ²: the error of E[(x-k)²] - d² is a few ulps of σ² + d².
 # At 2 it is at most three times that of a two-pass variance; at 4 outputs come near the bound of test_accuracy.py.
 _FAR = 2.0
@@ -283,8 +285,8 @@ def _moments_of_sums(count: ArrayLike, pilot: Array, first: Array, second: Array
 #     μ = E[x]           dμ = E[dx]
 #     σ² = E[c²]         dσ² = 2 E[c (dx - dμ)] = 2 E[c dx]      because E[c] = 0
 #
-# It is linear in dx, so JAX transposes it; the pilot and the offset are two names for one number, μ, and the pilot is
-# held constant.
+# It is linear in dx, so JAX transposes it. μ = pilot + offset, and how it is split is arbitrary, so that the offset can
+# carry all of dμ and the pilot none.
 def differentiate_statistics(
     rows: SharedRows, x: Array, mask: Array | None, m: Moments, dx: Array
 ) -> tuple[Array, Array]:

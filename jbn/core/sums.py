@@ -1,4 +1,4 @@
-"""What compilers do badly with the sums and the differences of normalization, and what is done instead.
+"""How sums over rows are taken: what compilers, for GPUs, TPUs and CPUs, do badly, and what is done instead.
 
 Each function here stands for one of them. Its docstring tells the version that was seen to need it, the symptom
 without it, and the test in ``tests/core/test_sums.py``, or elsewhere, that shows the symptom: the day it fails, the
@@ -91,8 +91,8 @@ def split_few_rows(layout: Layout, x: Array) -> Layout | None:
     if any(count_cuts(x, i) > 1 for i in range(len(layout.shape))):
         return None
     examples, rest = layout.examples, math.prod(layout.shape[i] for i in axes[1:])
-    # Small examples are joined, by powers of two and to a multiple of 64 parts. An Auto mesh shards over the examples,
-    # and over up to 64 devices, or an odd number of examples, each part then stays where it is.
+    # Examples of few positions make parts that are too short to pay, so neighbours are joined. A joined part must not
+    # lie on two devices of an Auto mesh, which cuts the examples: hence powers of two, and a multiple of 64 parts left.
     joined = max(n for n in (1, 2, 4, 8, 16, 32, 64) if n == 1 or (examples % (64 * n) == 0 and n * rest <= 64))
     parts, rows, length = examples // joined, examples * rest, joined * rest
     few = rows <= _FEW_ROWS and parts >= 16 and length >= 8
@@ -178,10 +178,11 @@ def round_quotient(quotient: Array) -> Array:
 
 
 def keep_rounding(tree: Tree) -> Tree:
-    """Let sums such as the mean k + d be rounded.
+    """Let the means k + d in a tree be rounded to numbers before anything is subtracted from them.
 
-    XLA's simplifier, in jax 0.10.2, takes k out of (k + d) - k again, and with it the rounding of k + d that is counted
-    on where groups are merged around a pilot (``test_sums_of_a_pilot_and_an_offset_are_still_taken_apart``).
+    Where groups are merged, (k + d) - k is computed, and the rounding of k + d is counted on. XLA's simplifier, in jax
+    0.10.2, makes d of that expression; behind a barrier it sees no sum
+    (``test_sums_of_a_pilot_and_an_offset_are_still_taken_apart``).
     """
     return lax.optimization_barrier(tree)
 

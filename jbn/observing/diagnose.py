@@ -62,18 +62,18 @@ def diagnose(
     kind               what was found
     =================  =============================================================================================
     ``narrow``         running statistics of 16 bits
-    ``non-finite``     a parameter, running statistics, or those of the batch in the first layer where they are
+    ``non-finite``     NaN or inf in a parameter, in running statistics, or in those of the batch (the first such layer)
     ``few values``     fewer than 16 values per channel
     ``dead``           a channel that is constant in this batch
     ``near-constant``  one whose deviation is below a tenth of √ε, or a millionth of its mean
     ``below epsilon``  one whose variance is below ε
-    ``prior``          a gap, if only half of one, because the initial 0 and 1 are still in the running statistics
+    ``prior``          a gap, from half of that below on, because the running statistics still hold the initial 0 and 1
     ``stale``          a gap that the prior does not explain
     ``far mean``       |mean|/std of 100 or more, where other implementations lose digits
     =================  =============================================================================================
 
-    A gap is half a standard deviation of the output over a layer, or a whole one in one channel, and more for batches
-    below 64 examples. What follows from a finding is no finding of its own.
+    A gap is reported from half a standard deviation of the output on over a layer, or a whole one in one channel, and
+    later for batches below 64 examples. A layer has one finding for one cause, and not one for what follows from it.
 
     Args:
         apply: ``apply(params, state, batch)`` runs the model as in training and returns its new state, as in

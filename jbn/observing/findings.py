@@ -19,7 +19,7 @@ FEW = 16
 # y has the deviation √(σ²/(σ²+ε)): half of its variance is gone at σ² = ε, 99 % at ε/100, and at ε/10⁶ no more than a
 # thousandth of a deviation is left, which is the size of what one sweep leaves of a constant in float32.
 _SMALL, _NEAR, _CONSTANT = 1.0, 1e-2, 1e-6
-# |mean|/std in float32: from 2²⁴ on x varies by less than half a step of its mean, at 2²⁰ by sixteen steps.
+# |mean|/std in float32: at 2²⁴ a deviation is at most one step of the numbers near the mean, at 2²⁰ at most sixteen.
 _NEAR_RATIO, _CONSTANT_RATIO = 2.0**20, 2.0**24
 # |mean|/std from which batch norms lose digits of y, and what they keep (README, "How accurate").
 _KEPT = {
@@ -32,8 +32,8 @@ FAR = min(_KEPT)
 # deviation by 1/√n and more, and as much more is allowed: in healthy networks the gap of batches of 32 was up to 0.28
 # in a layer and 0.70 in a channel, of batches of 8 up to 0.52 and 1.45.
 _GAP_OF_LAYER, _GAP_OF_CHANNEL, _ENOUGH = 0.5, 1.0, 64
-# If the prior explains the gap in most of the channels that are off, the cause is known: it is reported from half the
-# usual gap on. What is allowed for chance stays.
+# A gap that the prior explains in most of the channels that are off has a known cause and needs less evidence: half the
+# usual gap is reported. The allowance for chance in small batches is not halved.
 _BY_PRIOR = 0.5
 LEAST_GAP = _GAP_OF_LAYER * _BY_PRIOR
 
@@ -55,8 +55,8 @@ class LayerStatistics:
         z_var: log(batch_var / running_var), in standard errors of such a logarithm.
         gap: root mean square of y in evaluation - y in training, in deviations of the output of the layer.
         prior: share of the initial mean 0 and variance 1 in the running statistics; NaN where nothing tells.
-        gap_by_prior: the gap if the running statistics were that prior and this batch, in these shares.
-        gap_beyond_prior: what lies between these and the running statistics, as a gap.
+        gap_by_prior: the gap between the batch and the mixture of prior and batch in these shares.
+        gap_beyond_prior: the gap between that mixture and the running statistics.
         ratio: |batch_mean| / √batch_var.
     """
 

@@ -125,13 +125,16 @@ class Survey:
             layer.path for layer, found in answers.items() if not _is_observation(found) or found.shape != before[layer]
         ]:
             raise ValueError(f"{name_few(strangers)} {_NO_MOMENTS}")
-        # An average of whole numbers is none any more.
+        # ``updates`` is int32, and ``lax.pmean`` makes a float of it: apply has averaged the states of shards.
         if averaged := [layer.path for layer, found in answers.items() if found.updates.dtype != np.int32]:
             raise ValueError(f"{name_few(averaged)} {_AVERAGED}")
         return answers
 
     def _strangers(self, apply: Apply, params: Any, question: Any, batch: Any) -> list[str]:
-        """Return the paths of layers that alone keep ``apply`` from running; none where it does not run anyway."""
+        """Return the paths of layers that make ``apply`` fail when they alone are observed.
+
+        None where it fails without any observation too: then the fault is elsewhere.
+        """
         asked = jax.tree.leaves(question, is_leaf=_is_observation)
 
         def runs(*indices: int) -> bool:
@@ -160,7 +163,7 @@ class Survey:
         return seen
 
     def fill(self, statistics: dict[Layer, Statistics]) -> Any:
-        """Return the state with these statistics, each where and what its leaf is."""
+        """Return the state with these statistics, each on the devices and in the dtype of the leaf it replaces."""
         leaves = list(self.leaves)
         for layer, found in statistics.items():
             for name, value, i in (("mean", found.mean, layer.mean), ("var", found.var, layer.var)):

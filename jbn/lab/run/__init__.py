@@ -1,1 +1,1 @@
-"""A run: its folder, its processes, what it records and saves, and the loop over its steps."""
+"""A run: its folder, its processes, what it records and saves, and where its loss went wrong."""
