@@ -145,7 +145,10 @@ def forbid_transformations(value: Array, error: Exception) -> Array:
 def place_as(value: Array, like: Array) -> Array:
     """Give ``value`` the sharding in the type of ``like``, on a mesh whose axes are Explicit."""
     wanted, found = (jax.typeof(a).sharding for a in (like, value))
-    return value if wanted.spec == found.spec else jax.sharding.reshard(value, NamedSharding(found.mesh, wanted.spec))
+    if wanted.spec == found.spec:
+        return value
+    mesh = wanted.mesh if found.mesh.empty else found.mesh  # Constants are on no mesh in jax 0.8.0.
+    return jax.sharding.reshard(value, NamedSharding(mesh, wanted.spec))
 
 
 def count_cuts(value: Array, axis: int) -> int:
