@@ -1,6 +1,7 @@
 """The second call compiles nothing and traces nothing."""
 
 import itertools
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -117,3 +118,25 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield events
     jax.monitoring.clear_event_listeners()
+
+
+def test_what_others_patch_in_jax_numpy_is_not_met(monkeypatch):
+    """Exporters put their own functions into jax.numpy while they trace; what JAX keeps of ours must not hold them."""
+
+    def refuse(*_args, **_options):
+        raise AssertionError("a function of jax.numpy was looked up in a call")
+
+    names = (
+        "add", "all", "any", "arange", "asarray", "broadcast_to", "concatenate", "divide", "full", "isfinite", "maximum",
+        "mean", "minimum", "moveaxis", "multiply", "ones", "ones_like", "reshape", "split", "sqrt", "square", "stack",
+        "subtract", "sum", "transpose", "var", "where", "zeros", "zeros_like",
+    )  # fmt: skip
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((12, 3, 7)), jnp.float32)  # no other test has this shape
+    params, state, mask = *jbn.bn_init(7), jnp.asarray(np.arange(12)[:, None, None] < 9)
+    for name in names:
+        monkeypatch.setattr(jnp, name, refuse)
+    for options in ({}, {"mask": mask}, {"group_size": 4}, {"residual": x}, {"activation": jax.nn.silu}):
+        for train in (True, False):
+            call = partial(jbn.bn_forward, train=train, **options)
+            jax.vjp(lambda params, x, call=call: call(params, state, x), params, x)[1](call(params, state, x))
+    jbn.merge(jbn.moments(x[:5]), jbn.moments(x[5:]))
