@@ -127,9 +127,9 @@ def test_what_others_patch_in_jax_numpy_is_not_met(monkeypatch):
         raise AssertionError("a function of jax.numpy was looked up in a call")
 
     names = (
-        "add", "all", "any", "arange", "asarray", "broadcast_to", "concatenate", "divide", "full", "isfinite", "maximum",
-        "mean", "minimum", "moveaxis", "multiply", "ones", "ones_like", "reshape", "split", "sqrt", "square", "stack",
-        "subtract", "sum", "transpose", "var", "where", "zeros", "zeros_like",
+        "add", "all", "any", "arange", "broadcast_to", "concatenate", "divide", "full", "isfinite",
+        "maximum", "mean", "minimum", "moveaxis", "multiply", "ones", "ones_like", "reshape", "split", "sqrt",
+        "square", "stack", "subtract", "sum", "transpose", "var", "where", "zeros", "zeros_like",
     )  # fmt: skip
     x = jnp.asarray(np.random.default_rng(3).standard_normal((12, 3, 7)), jnp.float32)  # no other test has this shape
     params, state, mask = *jbn.bn_init(7), jnp.asarray(np.arange(12)[:, None, None] < 9)

@@ -265,7 +265,7 @@ REFUSED = {
     "a frozen layer": (frozen, {}, ValueError, "^stem/norm gave no moments"),
     "y too": (lambda p, s, x: (x, s), {}, ValueError, "expected the new state"),
     "no function": (3, {}, TypeError, "apply is of type int"),
-    "an epsilon of 0": (apply, {"epsilon": 0}, ValueError, "epsilon is 0; expected a number above 0"),
+    "an epsilon below 0": (apply, {"epsilon": -1e-5}, ValueError, "epsilon is -1e-05; expected 0 or more"),
     "momentum alone": (apply, {"momentum": 0.9}, ValueError, "momentum is given without updates; expected both"),
     "updates alone": (apply, {"updates": 3}, ValueError, "updates is given without momentum; expected both"),
     "momentum": (apply, {"momentum": 1.5, "updates": 3}, ValueError, "momentum is 1.5; expected 0 to 1"),

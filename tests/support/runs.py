@@ -58,7 +58,8 @@ def arrays(out):
 
 
 def steps_of(path):
-    return sorted(int(folder.name) for folder in path.iterdir())
+    """Return the steps of whole checkpoints: one that is being written has another name."""
+    return sorted(int(folder.name) for folder in path.iterdir() if folder.name.isdigit())
 
 
 def lines_of(out):
