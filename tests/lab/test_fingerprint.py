@@ -17,7 +17,7 @@ from jbn.lab.run.metrics import LEAST_TIMED, Pace
 from jbn.lab.step import update
 from tests.lab.test_folder import IMAGES, LABELS
 from tests.lab.test_train import random_data
-from tests.support.runs import folder, options, steps_of, train
+from tests.support.runs import folder, options, train
 
 
 def fingerprint(path, *, name="b.npz", images=IMAGES, labels=LABELS, save=np.savez):
@@ -100,7 +100,8 @@ def test_a_data_file_that_goes_or_changes_meanwhile_ends_the_run_with_1(tmp_path
     line = next(line for line in result.output.splitlines() if line.startswith("jbn: "))
     assert f"'{where / 'part-1.npz'}'" in line
     assert reason in line
-    assert steps_of(out / "checkpoints")[-1] in (2, 3)
+    whole = [int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()]
+    assert max(whole) in (2, 3)  # the write of the last one goes on in a thread of its own
     assert "Traceback" not in result.output
 
 
