@@ -17,7 +17,7 @@ from jbn.lab.run.metrics import LEAST_TIMED, Pace
 from jbn.lab.step import update
 from tests.lab.test_folder import IMAGES, LABELS
 from tests.lab.test_train import random_data
-from tests.support.runs import folder, options, train
+from tests.support.runs import folder, options, steps_of, train
 
 
 def fingerprint(path, *, name="b.npz", images=IMAGES, labels=LABELS, save=np.savez):
@@ -95,13 +95,12 @@ def test_a_data_file_that_goes_or_changes_meanwhile_ends_the_run_with_1(tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "update", acting)
-        result = train(out, options(**{"--data": where, "--batch-size": 16, "--save-every": 1}))
+        result = train(out, options(**{"--data": where, "--batch-size": 16, "--save-every": 1, "--keep": 9}))
     assert result.exit_code == 1, result.output
     line = next(line for line in result.output.splitlines() if line.startswith("jbn: "))
     assert f"'{where / 'part-1.npz'}'" in line
     assert reason in line
-    whole = [int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()]
-    assert max(whole) in (2, 3)  # the write of the last one goes on in a thread of its own
+    assert steps_of(out / "checkpoints") in ([1, 2, 3], [1, 2])  # what was begun has been written
     assert "Traceback" not in result.output
 
 

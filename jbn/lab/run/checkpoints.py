@@ -42,6 +42,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         # Closing waits for the other processes, and after these errors they may not come.
         if kind is None or not issubclass(kind, FileError | RuntimeError):
             self._checkpointer.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # it may be this write that has failed
+                self._checkpointer.wait_until_finished()
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, in order."""
