@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import meta, unfreeze
+from flax.errors import ModifyScopeVariableError
 
 from jbn.folding.layers import TRAINS, call_marked, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
@@ -132,14 +133,18 @@ def _trace(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[Li
         (called.norms if is_norm else called.layers)[path] = layer
         before = layer.get_variable("batch_stats", "mean")
         whole = _shape(layer.variables, "", is_norm) == _shape(variables, path, is_norm)
-        y = call_marked(call, layer, path, args, kwargs, is_norm=is_norm, is_whole=whole)
+        try:
+            y = call_marked(call, layer, path, args, kwargs, is_norm=is_norm, is_whole=whole)
+        except ModifyScopeVariableError as error:
+            raise ValueError(TRAINS.format(path or "The norm")) from error
         if layer.get_variable("batch_stats", "mean") is not before:
             raise ValueError(TRAINS.format(path or "The norm"))
         return y
 
     def run(params: Any, others: Any, *args: Any, **kwargs: Any) -> Any:
         with nn.intercept_methods(intercept):
-            return model.apply({**others, "params": params}, *args, mutable=["batch_stats"], **kwargs)
+            # Nothing is mutable that the caller does not make so: there are models that train where it is.
+            return model.apply({**others, "params": params}, *args, **kwargs)
 
     others = {name: collection for name, collection in variables.items() if name != "params"}
     return find_links(run, args, kwargs, variables.get("params", {}), others, norms=norms), called
