@@ -12,34 +12,40 @@ from flax.errors import ModifyScopeVariableError
 from jbn.folding.layers import TRAINS, call_marked, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
 from jbn.linen.module import BatchNorm
+from jbn.linen.norms import Norms
+from jbn.linen.statistics import holds_statistics
+from jbn.norms import Classes, find_class
 from jbn.paths import join
 
-_NORMS = (BatchNorm, nn.BatchNorm)
 _LAYERS = (nn.Dense, nn.Conv, nn.ConvTranspose)
+_MEAN, _KERNEL = ("batch_stats", "mean"), ("params", "kernel")
 
 
 @dataclass(frozen=True)
 class _Called:
-    """The layers and norms of a traced call, by path."""
+    """The layers and norms of a traced call by path, norms as those of jbn that compute what they do."""
 
     layers: dict[str, Any]
-    norms: dict[str, Any]
+    norms: dict[str, BatchNorm]
 
 
-def foldable(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Folds:
+def foldable(model: nn.Module, variables: Any, *args: Any, also: Classes = (), **kwargs: Any) -> Folds:
     """Propose what ``fold`` can fold in a model, from a traced call; nothing is computed.
 
     Args:
         model: a Linen module.
         variables: its ``params`` and ``batch_stats``, arrays or shapes.
         args: what follows in ``model.apply(variables, ...)`` in evaluation, arrays or ``jax.ShapeDtypeStruct``.
+        also: see ``fold``.
         kwargs: likewise, such as ``train=False``.
 
     Returns:
-        ``Folds(pairs, kept)``: the pairs of paths that ``fold`` takes, and the norms in none of them.
+        ``Folds(pairs, kept)``: the pairs of paths that ``fold`` takes, and the norms in none of them: whatever else
+        holds a ``mean`` and a ``var`` in ``batch_stats``.
 
     Raises:
-        ValueError: for a norm that normalizes by the batch.
+        ValueError: for a norm that normalizes by the batch, and as ``fold`` for ``also``.
+        TypeError: likewise.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> import jbn.linen
@@ -47,11 +53,16 @@ def foldable(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Fol
     >>> jbn.linen.foldable(model, model.init(jax.random.key(0), x), x)
     Folds(pairs=(('layers_0', 'layers_1'),), kept=('layers_3',))
     """
-    return _trace(model, variables, args, kwargs)[0].choose(None)
+    return _trace(Norms.read(also), model, variables, args, kwargs)[0].choose(None)
 
 
 def fold(
-    model: nn.Module, variables: Any, *args: Any, pairs: Sequence[Pair] | None = None, **kwargs: Any
+    model: nn.Module,
+    variables: Any,
+    *args: Any,
+    pairs: Sequence[Pair] | None = None,
+    also: Classes = (),
+    **kwargs: Any,
 ) -> tuple[Callable[..., Any], dict[str, Any], Folds]:
     r"""Fold the norms of a model in evaluation into the convolutions and dense layers beside them.
 
@@ -69,6 +80,8 @@ def fold(
             is traced to see what follows what.
         pairs: which to fold, (layer, norm) or (norm, layer), paths joined by ``/``; what ``foldable`` proposes unless
             given.
+        also: classes of norms that compute what Flax's does, such as a copy of its code: fields of Flax's names, a call
+            like Flax's, the same variables.
         kwargs: keyword arguments of the call, such as ``train=False``.
 
     Returns:
@@ -78,7 +91,9 @@ def fold(
 
     Raises:
         ValueError: for pairs that the call does not show, with what it does show of their paths; for a norm that
-            normalizes by the batch, here or in ``apply``.
+            normalizes by the batch, here or in ``apply``; for layers of ``also`` whose variables are not those of
+            Flax's.
+        TypeError: for classes of ``also`` whose fields or call are not Flax's.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> import jbn.linen
@@ -90,7 +105,8 @@ def fold(
 
     Source: see ``jbn.fold``, which does one layer.
     """
-    links, called = _trace(model, variables, args, kwargs)
+    known = Norms.read(also)
+    links, called = _trace(known, model, variables, args, kwargs)
     folds = links.choose(pairs)
     new = {name: unfreeze(collection) for name, collection in variables.items()}
     for pair in folds.pairs:
@@ -102,10 +118,11 @@ def fold(
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer, path = context.module, join(context.module.path)
         called_itself = context.method_name == "__call__"
-        if called_itself and path in norms and _is_known(layer, _NORMS):
-            return _call_rest(layer, path, *args, **kwargs)
+        if called_itself and path in norms and (kind := known.find_class(layer)):
+            evaluate = getattr(layer, "use_running_average", None)
+            return _call_rest(called.norms[path], path, *args, ours=kind is BatchNorm, evaluate=evaluate, **kwargs)
         y = call(*args, **kwargs)
-        if called_itself and path in without_bias and _is_known(layer, _LAYERS):
+        if called_itself and path in without_bias and find_class(layer, _LAYERS):
             bias = meta.unbox(layer.get_variable("params", "bias")).astype(y.dtype)
             y = y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
         return y
@@ -117,27 +134,36 @@ def fold(
     return apply, new, folds
 
 
-def _trace(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[Links, _Called]:
+def _trace(known: Norms, model: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[Links, _Called]:
     """Trace a call of a model in evaluation."""
     called, norms = _Called({}, {}), list[str]()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer, path = context.module, join(context.module.path)
-        is_norm, is_layer = _is_known(layer, _NORMS), _is_known(layer, _LAYERS)
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
-        if isinstance(layer, _NORMS) and path not in norms:
-            norms.append(path)
-        if not (is_norm or is_layer):
-            return call(*args, **kwargs)
-        (called.norms if is_norm else called.layers)[path] = layer
-        before = layer.get_variable("batch_stats", "mean")
-        whole = _shape(layer.variables, "", is_norm) == _shape(variables, path, is_norm)
+        called_itself = context.method_name == "__call__"
         try:
-            y = call_marked(call, layer, path, args, kwargs, is_norm=is_norm, is_whole=whole)
+            if called_itself and known.find_class(layer):
+                y = call_norm(call, layer, path, args, kwargs)
+            elif called_itself and find_class(layer, _LAYERS):
+                called.layers[path] = layer
+                whole = _shape(layer.variables, "", _KERNEL) == _shape(variables, path, _KERNEL)
+                y = call_marked(call, layer, path, args, kwargs, is_norm=False, is_whole=whole)
+            else:
+                y = call(*args, **kwargs)
         except ModifyScopeVariableError as error:
-            raise ValueError(TRAINS.format(path or "The norm")) from error
-        if layer.get_variable("batch_stats", "mean") is not before:
+            if holds_statistics(layer) and 'collection "batch_stats"' in str(error):
+                raise ValueError(TRAINS.format(path or "The norm")) from error
+            raise
+        if holds_statistics(layer) and path not in norms:
+            norms.append(path)
+        return y
+
+    def call_norm(call: Any, layer: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        called.norms[path] = norm = BatchNorm(**known.read_fields(layer) | {"parent": None})
+        before = _mean(layer)
+        whole = _shape(layer.variables, "", _MEAN) == _shape(variables, path, _MEAN)
+        y = call_marked(call, norm, path, args, kwargs, is_norm=True, is_whole=whole)
+        if _mean(layer) is not before:
             raise ValueError(TRAINS.format(path or "The norm"))
         return y
 
@@ -150,16 +176,15 @@ def _trace(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[Li
     return find_links(run, args, kwargs, variables.get("params", {}), others, norms=norms), called
 
 
-def _shape(variables: Any, path: str, is_norm: bool) -> tuple[int, ...] | None:
+def _mean(layer: nn.Module) -> Any:
+    return layer.get_variable("batch_stats", "mean")
+
+
+def _shape(variables: Any, path: str, place: tuple[str, str]) -> tuple[int, ...] | None:
     """Return the shape of what a layer has: under ``nn.vmap`` it sees one of a stack, which cannot be folded."""
-    collection, name = ("batch_stats", "mean") if is_norm else ("params", "kernel")
+    collection, name = place
     held = meta.unbox(_at(variables.get(collection, {}), f"{path}/{name}"))
     return None if held is None else jnp.shape(held)
-
-
-def _is_known(layer: nn.Module, classes: tuple[type, ...]) -> bool:
-    """Say whether a layer computes what one of these classes does; subclasses may have code of their own."""
-    return any(isinstance(layer, known) and type(layer).__call__ is known.__call__ for known in classes)  # type: ignore[attr-defined]
 
 
 def _fold_pair(variables: dict[str, Any], called: _Called, pair: Pair) -> None:
@@ -200,13 +225,20 @@ def _drop(tree: dict[str, Any], path: str) -> None:
 
 
 def _call_rest(
-    layer: Any, path: str, x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None
+    norm: BatchNorm,
+    path: str,
+    x: Any,
+    use_running_average: bool | None = None,
+    *,
+    ours: bool,
+    evaluate: bool | None,
+    mask: Any = None,
+    residual: Any = None,
 ) -> Any:
-    """Call what is left of a folded norm."""
-    if not nn.merge_param("use_running_average", layer.use_running_average, use_running_average):
+    """Call what is left of a folded norm, jbn's or another."""
+    if not nn.merge_param("use_running_average", evaluate, use_running_average):
         raise ValueError(f"{path} is folded into the layer beside it and cannot train; use the model that was folded.")
-    ours = isinstance(layer, BatchNorm)
-    promoted = not ours and (layer.use_scale or layer.use_bias)
-    given = jnp.promote_types(x.dtype, layer.param_dtype) if promoted else x.dtype
-    activation, hidden = (layer.activation, mask) if ours else (None, None)
-    return do_the_rest(x, activation=activation, residual=residual, mask=hidden, dtype=layer.dtype or given)
+    promoted = not ours and (norm.use_scale or norm.use_bias)
+    given = jnp.promote_types(x.dtype, norm.param_dtype) if promoted else x.dtype
+    activation, hidden = (norm.activation, mask) if ours else (None, None)
+    return do_the_rest(x, activation=activation, residual=residual, mask=hidden, dtype=norm.dtype or given)

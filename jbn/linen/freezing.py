@@ -4,10 +4,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
 
 from jbn.freezing import Frozen
 from jbn.linen.contexts import Scope
-from jbn.paths import Patterns, match, select
+from jbn.linen.statistics import holds_statistics
+from jbn.paths import Patterns, join, match, name_few, select
 from jbn.replacing import Found
 
 
@@ -51,13 +55,14 @@ def freeze(
 
     Yields:
         ``Found(paths, skipped)``, which fills up as layers are traced or called: those that match, and those that do
-        not. Where all was compiled under the same context before, no layer is met again.
+        not or are not jbn's. Where all was compiled under the same context before, no layer is met again.
 
     Raises:
         TypeError: for patterns that are not strings, and flags that are not bools.
 
     Warns:
-        UserWarning: at the end, where a pattern has matched no layer.
+        UserWarning: at the end, where a pattern has matched no layer, and where it has matched one that is not jbn's:
+            whatever else holds a ``mean`` and a ``var`` in ``batch_stats``.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> import jbn.linen
@@ -72,8 +77,23 @@ def freeze(
     several = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     frozen = Frozen.read(use_running_average=use_running_average, update=update, affine=affine)
     rule = _Rule(several, frozen)
-    with _SCOPE.enter(rule) as found:
+    others = list[str]()
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        y, path = call(*args, **kwargs), join(context.module.path)
+        if holds_statistics(context.module) and path not in (*found.paths, *found.skipped):
+            found.meet(path, False)  # jbn's have been met by their own call
+            others.append(path)
+        return y
+
+    with _SCOPE.enter(rule) as found, nn.intercept_methods(intercept):
         yield found
+    if hits := [path for path in others if match(path, several)]:
+        warnings.warn(
+            f"freeze() leaves {name_few(map(repr, hits))} as they are, which match and are not jbn's; expected "
+            "jbn.linen.BatchNorm. Call the model inside jbn.linen.replace() too, or let the patterns leave them out.",
+            stacklevel=3,
+        )
     if _SCOPE.has_met(rule) and not (found.paths or found.skipped):
         return
     try:

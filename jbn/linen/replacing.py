@@ -1,6 +1,5 @@
 """``replace``: a context in which the norms of any Linen model compute with jbn."""
 
-import dataclasses
 import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,10 @@ import flax.linen as nn
 
 from jbn.linen.contexts import Scope
 from jbn.linen.module import BatchNorm
+from jbn.linen.norms import Norms
+from jbn.linen.statistics import holds_statistics
+from jbn.norms import Classes
+from jbn.paths import join
 from jbn.replacing import Found, check_overrides
 
 OPTIONS = ("momentum", "epsilon", "dtype", "axis_name", "axis_index_groups", "activation", "group_size", "unbiased")
@@ -27,7 +30,7 @@ class _StandIn(BatchNorm):
 
 
 @contextmanager
-def replace(**overrides: Any) -> Iterator[Found]:
+def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
     """Let every ``flax.linen.BatchNorm`` of any model compute with jbn inside a ``with`` block.
 
     The model and its variables stay what they are: names, shapes, dtypes, initial values, checkpoints. What differs in
@@ -36,15 +39,18 @@ def replace(**overrides: Any) -> Iterator[Found]:
     ahead of time, or exported, keeps the arithmetic with which it was traced.
 
     Args:
+        also: classes of norms that compute what Flax's does, such as a copy of its code: fields of Flax's names, a call
+            like Flax's, the same variables. Their variables are made by their own code.
         overrides: fields to set on each layer, jbn's own included: ``momentum``, ``epsilon``, ``dtype``, ``axis_name``,
             ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``. The others keep their values.
 
     Yields:
         ``Found(paths, skipped)``, which fills up as layers are traced or called: those that compute with jbn, and
-        those that keep their own code, because their class overrides ``__call__``.
+        those that keep their own code: whatever else holds a ``mean`` and a ``var`` in ``batch_stats``.
 
     Raises:
-        TypeError: for overrides of other names.
+        TypeError: for overrides of other names, and for classes of ``also`` whose fields or call are not Flax's.
+        ValueError: for layers of ``also`` whose variables are not those of Flax's.
 
     Warns:
         UserWarning: at the end, where no layer was met.
@@ -59,31 +65,39 @@ def replace(**overrides: Any) -> Iterator[Found]:
     Found(paths=('layers_1',), skipped=())
     """
     check_overrides(overrides, OPTIONS)
+    norms = Norms.read(also)
     inside = False
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal inside
         layer = context.module
-        if inside or context.method_name != "__call__" or not isinstance(layer, nn.BatchNorm | BatchNorm):
+        if inside:
             return call(*args, **kwargs)
-        ours = type(layer).__call__ is BatchNorm.__call__
-        known = ours or type(layer).__call__ is nn.BatchNorm.__call__
-        found.meet("/".join(layer.path), known)
-        if not known or (ours and not overrides):
-            return call(*args, **kwargs)
-        fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)} | overrides
-        mine = {name: value for name, value in fields.items() if name in BatchNorm.__dataclass_fields__}
+        kind = norms.find_class(layer) if context.method_name == "__call__" else None
+        if kind is not None:
+            found.meet(join(layer.path), True)
+        if kind is None or (kind is BatchNorm and not overrides):
+            y = call(*args, **kwargs)
+            if holds_statistics(layer) and join(layer.path) not in found.paths:
+                found.meet(join(layer.path), False)
+            return y
+        if kind in norms.also and layer.is_initializing():
+            y = call(*args, **kwargs)  # its own code makes its variables
+            norms.read_fields(layer)
+            return y
+        fields = norms.read_fields(layer) | overrides | {"parent": layer.scope}
         inside = True
         try:  # a call like any other, which freeze, contexts within this one and other interceptors see
-            return _StandIn(**mine | {"parent": layer.scope})(*args, **kwargs)
+            return _StandIn(**fields)(*args, **kwargs)
         finally:
             inside = False
 
-    rule = tuple((name, _key(value)) for name, value in sorted(overrides.items()))
+    rule = (("also", norms.also), *((name, _key(value)) for name, value in sorted(overrides.items())))
     with _SCOPE.enter(rule) as found, nn.intercept_methods(intercept):
         yield found
     if not found.paths and (found.skipped or not _SCOPE.has_met(rule)):
-        others = f" Subclasses, which keep their own code, are {', '.join(found.skipped)}." if found.skipped else ""
+        names = ", ".join(found.skipped)
+        others = f" Norms of other classes, which keep their own code, are {names}; see also." if found.skipped else ""
         acts = "It acts on what is called inside the block."
         warnings.warn(f"replace() met no flax.linen.BatchNorm.{others} {acts}", stacklevel=3)
 

@@ -6,9 +6,10 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from jbn.freezing import Frozen
-from jbn.nnx.module import NEW, BatchNorm
-from jbn.nnx.variables import become
-from jbn.paths import Patterns, join, name_few, select
+from jbn.nnx.module import BatchNorm
+from jbn.nnx.norms import Norms, become_ours, set_attribute
+from jbn.norms import Classes
+from jbn.paths import Patterns, name_few, select
 from jbn.replacing import Found, check_overrides
 
 ModelT = TypeVar("ModelT")
@@ -19,7 +20,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def replace(model: ModelT, **overrides: Any) -> tuple[ModelT, Found]:
+def replace(model: ModelT, *, also: Classes = (), **overrides: Any) -> tuple[ModelT, Found]:
     """Turn every ``flax.nnx.BatchNorm`` of a model into jbn's, in place.
 
     The modules stay the same objects with the same variables: optimizers, shared references and anything else that
@@ -27,15 +28,21 @@ def replace(model: ModelT, **overrides: Any) -> tuple[ModelT, Found]:
 
     Args:
         model: a module, or a list, tuple or dictionary of them; found are the norms at any depth.
+        also: classes of norms that compute what Flax's does, such as a copy of its code: attributes of Flax's names, a
+            call like Flax's, the same variables.
         overrides: options to set on each norm, those that are jbn's already included: ``use_running_average``,
             ``axis``, ``momentum``, ``epsilon``, ``dtype``, ``axis_name``, ``axis_index_groups``, ``activation``,
             ``group_size``, ``unbiased``. The others keep their values.
 
     Returns:
-        The model that was given, and ``Found(paths, skipped)``. A module at several places has one path.
+        The model that was given, and ``Found(paths, skipped)``: the norms that are jbn's now, and those that keep
+        their own code, whatever else holds ``nnx.BatchStat`` variables ``mean`` and ``var``. A module at several places
+        has one path.
 
     Raises:
-        TypeError: for overrides of other names; the model is as it was.
+        TypeError: for overrides of other names, and for classes of ``also`` whose attributes or call are not Flax's;
+            the model is as it was.
+        ValueError: for modules of ``also`` whose variables are not those of Flax's; likewise.
 
     Warns:
         UserWarning: where no norm was found.
@@ -49,21 +56,24 @@ def replace(model: ModelT, **overrides: Any) -> tuple[ModelT, Found]:
     Found(paths=('layers/1',), skipped=())
     """
     check_overrides(overrides, OPTIONS)
-    found = _norms(model)
-    ours = [(path, norm) for path, norm in found if type(norm) is nnx.BatchNorm or isinstance(norm, BatchNorm)]
-    done = Found(tuple(path for path, _ in ours), tuple(path for path, norm in found if (path, norm) not in ours))
+    norms, done = Norms.read(also), Found()
+    ours = []
+    for path, norm in norms.find(model):
+        flax_s = type(norm) is nnx.BatchNorm or norms.find_class(norm) in norms.also
+        acts = flax_s or isinstance(norm, BatchNorm)
+        done.meet(path, acts)
+        ours += [norm] * acts
     if not ours:
-        others = f"; subclasses, which keep their own code, are {', '.join(done.skipped)}" if done.skipped else ""
+        names = ", ".join(done.skipped)
+        others = f"; norms of other classes, which keep their own code, are {names}: see also" if done.skipped else ""
         warnings.warn(
             f"The model is of type {type(model).__name__} and holds no flax.nnx.BatchNorm{others}.", stacklevel=2
         )
-    for _, norm in ours:
-        new = {} if isinstance(norm, BatchNorm) else NEW
-        for name, value in (new | overrides).items():
-            # Named as one of the two, for NNX lets no attribute change from one into the other silently.
-            setattr(norm, name, nnx.data(value) if nnx.is_data(value) else nnx.static(value))
-        if new:
-            become(norm, BatchNorm)
+    for norm in ours:
+        if not isinstance(norm, BatchNorm):
+            become_ours(norm)
+        for name, value in overrides.items():
+            set_attribute(norm, name, value)
     return model, done
 
 
@@ -109,20 +119,14 @@ def freeze(
     (('layers/1',), True)
     """
     frozen = Frozen.read(use_running_average=use_running_average, update=update, affine=affine)
-    found = _norms(model)
+    found = Norms().find(model)
     hits = select([path for path, _ in found], patterns, "norms of the model")
     chosen = [(path, norm) for (path, norm), hit in zip(found, hits, strict=True) if hit]
     if others := [path for path, norm in chosen if not isinstance(norm, BatchNorm)]:
         raise ValueError(
             f"patterns match norms that are not jbn's and cannot be frozen: {name_few(map(repr, others))}; expected "
-            "jbn.nnx.BatchNorm. Call jbn.nnx.replace(model) first, or leave them out."
+            "jbn.nnx.BatchNorm. Call jbn.nnx.replace(model) first, with also= for copies of Flax's, or leave them out."
         )
     for _, norm in chosen:
         norm.frozen = frozen
     return model, tuple(path for path, _ in chosen)
-
-
-def _norms(model: Any) -> list[tuple[str, Any]]:
-    """Return the norms of a model with their paths, Flax's and jbn's."""
-    found = ((path, norm) for path, norm in nnx.iter_graph(model) if isinstance(norm, nnx.BatchNorm))
-    return [(join(path), norm) for path, norm in found]

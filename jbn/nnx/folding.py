@@ -12,12 +12,13 @@ from jax.typing import ArrayLike
 from jbn.folding.layers import TRAINS, call_marked, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
 from jbn.nnx.module import BatchNorm
+from jbn.nnx.norms import Norms, become_ours, holds_statistics
 from jbn.nnx.variables import become, read
+from jbn.norms import Classes, find_class
 from jbn.paths import join
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
-_NORMS = (BatchNorm, nnx.BatchNorm)
 _LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 
 
@@ -48,19 +49,22 @@ class Folded(nnx.Module):
         return do_the_rest(x, activation=self.activation, residual=residual, mask=mask, dtype=self.dtype or given)
 
 
-def foldable(model: nnx.Module, *args: Any, **kwargs: Any) -> Folds:
+def foldable(model: nnx.Module, *args: Any, also: Classes = (), **kwargs: Any) -> Folds:
     """Propose what ``fold`` can fold in a model, from a traced call; nothing is computed.
 
     Args:
         model: an NNX module; it is called in evaluation mode.
         args: what it is called with, arrays or ``jax.ShapeDtypeStruct``.
+        also: see ``fold``.
         kwargs: likewise.
 
     Returns:
-        ``Folds(pairs, kept)``: the pairs of paths that ``fold`` takes, and the norms in none of them.
+        ``Folds(pairs, kept)``: the pairs of paths that ``fold`` takes, and the norms in none of them: whatever else
+        holds ``nnx.BatchStat`` variables ``mean`` and ``var``.
 
     Raises:
-        ValueError: for a norm that normalizes by the batch.
+        ValueError: for a norm that normalizes by the batch, and as ``fold`` for ``also``.
+        TypeError: likewise.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, jbn.nnx
@@ -69,10 +73,12 @@ def foldable(model: nnx.Module, *args: Any, **kwargs: Any) -> Folds:
     >>> jbn.nnx.foldable(model, jnp.ones((2, 4)))
     Folds(pairs=(('layers/0', 'layers/1'),), kept=())
     """
-    return _trace(model, args, kwargs).choose(None)
+    return _trace(Norms.read(also), model, args, kwargs).choose(None)
 
 
-def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwargs: Any) -> tuple[ModelT, Folds]:
+def fold(
+    model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, also: Classes = (), **kwargs: Any
+) -> tuple[ModelT, Folds]:
     r"""Fold the norms of a model in evaluation into the convolutions and dense layers beside them, in a copy.
 
     .. math:: W'_o = a_o W_o,\quad b'_o = a_o (b_o - \mu_o) + \beta_o,\quad a = \gamma\,(\sigma^2 + \epsilon)^{-1/2}
@@ -87,6 +93,8 @@ def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwarg
         args: what it is called with, arrays or ``jax.ShapeDtypeStruct``: a call is traced to see what follows what.
         pairs: which to fold, (layer, norm) or (norm, layer), paths joined by ``/``; what ``foldable`` proposes unless
             given.
+        also: classes of norms that compute what Flax's does, such as a copy of its code: attributes of Flax's names, a
+            call like Flax's, the same variables.
         kwargs: keyword arguments of the call.
 
     Returns:
@@ -95,7 +103,9 @@ def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwarg
 
     Raises:
         ValueError: for pairs that the call does not show, with what it does show of their paths; for a norm that
-            normalizes by the batch, here or when the copy is called.
+            normalizes by the batch, here or when the copy is called; for modules of ``also`` whose variables are not
+            those of Flax's.
+        TypeError: for classes of ``also`` whose attributes or call are not Flax's.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, jbn.nnx
@@ -107,7 +117,7 @@ def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwarg
 
     Source: see ``jbn.fold``, which does one layer.
     """
-    folds = _trace(model, args, kwargs).choose(pairs)
+    folds = _trace(Norms.read(also), model, args, kwargs).choose(pairs)
     new = nnx.clone(model)
     new.eval()
     modules = {join(path): module for path, module in nnx.iter_graph(new)}
@@ -116,13 +126,16 @@ def fold(model: ModelT, *args: Any, pairs: Sequence[Pair] | None = None, **kwarg
     return new, folds
 
 
-def _trace(model: nnx.Module, args: Any, kwargs: Any) -> Links:
+def _trace(known: Norms, model: nnx.Module, args: Any, kwargs: Any) -> Links:
     """Trace a call of a copy of the model whose layers and norms mark what they take and return."""
-    copy, norms = nnx.clone(model), list[str]()
+    copy = nnx.clone(model)
     copy.eval()
-    for path, module in nnx.iter_graph(copy):
-        norms += [join(path)] if isinstance(module, _NORMS) else []
-        if _known_class(module):
+    norms = known.find(copy)
+    for _, norm in norms:
+        if known.find_class(norm) in known.also:
+            become_ours(norm)
+    for path, module in list(nnx.iter_graph(copy)):
+        if known.find_class(module) or find_class(module, _LAYERS):
             module.marked, module.marked_rank = join(path), _rank(module)
             become(module, _marking_class(type(module)))  # type: ignore[arg-type]
     graph, state = nnx.split(copy)
@@ -133,18 +146,12 @@ def _trace(model: nnx.Module, args: Any, kwargs: Any) -> Links:
         # What the call stores, such as intermediate values, is a result too.
         return y, nnx.state(model, nnx.Not(nnx.Param))
 
-    return find_links(run, args, kwargs, state, norms=norms)
+    return find_links(run, args, kwargs, state, norms=[path for path, _ in norms])
 
 
 def _rank(module: Any) -> int:
     """Return the rank of what a layer has: under ``nnx.vmap`` it sees one of a stack, which cannot be folded."""
     return jnp.ndim(read(module.mean if isinstance(module, nnx.BatchNorm) else module.kernel))
-
-
-def _known_class(module: Any) -> type | None:
-    """Return the class whose computation it is; subclasses may have code of their own."""
-    found = (known for known in (*_NORMS, *_LAYERS) if isinstance(module, known))
-    return next((known for known in found if type(module).__call__ is known.__call__), None)
 
 
 @cache
@@ -164,8 +171,11 @@ def _marking_class(kind: Any) -> type:
 
 
 def _fold_pair(modules: dict[str, Any], pair: Pair) -> None:
-    before = isinstance(modules[pair[1]], nnx.BatchNorm)
+    before = holds_statistics(modules[pair[1]])
     layer, norm = (modules[path] for path in (pair if before else pair[::-1]))
+    norm.ours = isinstance(norm, BatchNorm)
+    if not norm.ours:
+        become_ours(norm)
     held = {name: getattr(norm, name) for name in ("scale", "bias", "mean", "var")}
     arrays = {name: None if variable is None else read(variable) for name, variable in held.items()}
     kernel, bias = fold_layer(
@@ -183,8 +193,6 @@ def _fold_pair(modules: dict[str, Any], pair: Pair) -> None:
     layer.kernel = layer.kernel.replace(kernel)
     layer.bias = nnx.Param(bias) if layer.bias is None else layer.bias.replace(bias)
     layer.use_bias = True
-    norm.ours = isinstance(norm, BatchNorm)
-    norm.activation = norm.activation if norm.ours else nnx.static(None)
     for name in held:
         delattr(norm, name)
     become(norm, Folded)

@@ -235,7 +235,7 @@ def test_an_error_inside_a_layer_ends_there():
     [
         (lambda: nn.Dense(2).init(jax.random.key(0), ROWS), r"met no flax.linen.BatchNorm\. It acts on what is called"),
         (lambda: None, r"replace\(\) met no flax.linen.BatchNorm\. "),
-        (partial(moved, Own(False)), r"Subclasses, which keep their own code, are inner\.|are \."),
+        (partial(moved, Own(False)), r"Norms of other classes, which keep their own code, are ; see also\."),
     ],
     ids=["no norm", "no call", "only subclasses"],
 )

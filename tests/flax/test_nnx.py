@@ -357,7 +357,7 @@ def test_replace_warns_where_there_is_nothing():
     with pytest.warns(UserWarning, match=r"of type Linear and holds no flax.nnx.BatchNorm\.") as caught:
         assert [*replace(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))[1]] == [(), ()]
     assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match=r"subclasses, which keep their own code, are inner/own"):
+    with pytest.warns(UserWarning, match=r"norms of other classes, which keep their own code, are inner/own"):
         replace({"inner": {"own": Own(4, rngs=nnx.Rngs(0))}})
 
 
