@@ -86,7 +86,11 @@ CASES = [
 
 
 @pytest.mark.filterwarnings("ignore")  # what the exporter and its packages warn of is theirs
-@pytest.mark.parametrize(("make", "norm"), CASES, ids=lambda value: f"{value.__module__}.{value.__name__}".removeprefix("tests.folding.test_onnx."))
+@pytest.mark.parametrize(
+    ("make", "norm"),
+    CASES,
+    ids=lambda value: f"{value.__module__}.{value.__name__}".removeprefix("tests.folding.test_onnx."),
+)
 def test_onnx_gives_the_same(make, norm):
     exporter, runtime = pytest.importorskip("jax2onnx"), pytest.importorskip("onnxruntime")
     f = make(norm)
