@@ -19,6 +19,11 @@ from jbn.paths import join
 
 _LAYERS = (nn.Dense, nn.Conv, nn.ConvTranspose)
 _MEAN, _KERNEL = ("batch_stats", "mean"), ("params", "kernel")
+_BYPASSED = (
+    "{} ran past Flax's interceptors, so that the bias of the norm folded into it is missing; expected a call of the "
+    "class itself. Exporters that put code of their own in the place of Flax's layers do this: trace first, and give "
+    "them the program, jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(lambda x: apply(variables, x))(x))."
+)
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,12 @@ def fold(
     paths = {path for pair in folds.pairs for path in pair}
     norms, layers = paths & called.norms.keys(), paths & called.layers.keys()
     without_bias = {path for path in layers if not called.layers[path].use_bias}
+    met = set[str]()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer, path = context.module, join(context.module.path)
         called_itself = context.method_name == "__call__"
+        met.update([path] if called_itself else [])
         if called_itself and path in norms and (kind := known.find_class(layer)):
             evaluate = getattr(layer, "use_running_average", None)
             return _call_rest(called.norms[path], path, *args, ours=kind is BatchNorm, evaluate=evaluate, **kwargs)
@@ -128,8 +135,13 @@ def fold(
         return y
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        met.clear()
         with nn.intercept_methods(intercept):
-            return model.apply(variables, *args, **kwargs)
+            y = model.apply(variables, *args, **kwargs)
+        for pair in folds.pairs:
+            if lost := [path for path in pair if path in without_bias and path not in met and met & set(pair)]:
+                raise ValueError(_BYPASSED.format(lost[0]))
+        return y
 
     return apply, new, folds
 

@@ -1,0 +1,112 @@
+"""Models go to ONNX, folded or not, and nothing is lost on the way."""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("flax.nnx")  # without the warnings that Flax 0.12.0 gives while it is imported
+
+from flax import linen as nn
+from flax import nnx
+
+import jbn.linen
+import jbn.nnx
+from tests.support.oracle import relative_l2, tolerance
+
+X = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
+
+
+class Net(nn.Module):
+    norm: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(self.norm(True)(nn.Conv(8, (3, 3), use_bias=False)(x)))
+        return nn.Dense(4)(x.mean((1, 2)))
+
+
+class Twin(nnx.Module):
+    def __init__(self, norm):
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(3, 8, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = norm(8, use_running_average=True, rngs=rngs)
+        self.dense = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+
+def shift(tree):
+    """Move every array, so that no norm is the identity."""
+    return jax.tree.map(lambda leaf: leaf + 0.1, tree)
+
+
+def linen(norm):
+    model = Net(norm)
+    return model, shift(model.init(jax.random.key(0), X))
+
+
+def linen_evaluates(norm):
+    model, variables = linen(norm)
+    return lambda x: model.apply(variables, x)
+
+
+def linen_folded(norm):
+    """Trace first: an exporter that patches Flax's layers runs past the interceptors that add the bias."""
+    model, variables = linen(norm)
+    apply, folded, folds = jbn.linen.fold(model, variables, X)
+    assert not folds.kept
+    return jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(lambda x: apply(folded, x))(X))
+
+
+def nnx_evaluates(norm):
+    model = Twin(norm)
+    nnx.update(model, shift(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    return model
+
+
+def nnx_folded(norm):
+    model, folds = jbn.nnx.fold(nnx_evaluates(norm), X)
+    assert not folds.kept
+    return model
+
+
+CASES = [
+    (make, norm)
+    for make, norms in {
+        linen_evaluates: (nn.BatchNorm, jbn.linen.BatchNorm),
+        linen_folded: (nn.BatchNorm, jbn.linen.BatchNorm),
+        nnx_evaluates: (nnx.BatchNorm, jbn.nnx.BatchNorm),
+        nnx_folded: (nnx.BatchNorm, jbn.nnx.BatchNorm),
+    }.items()
+    for norm in norms
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # what the exporter and its packages warn of is theirs
+@pytest.mark.parametrize(
+    ("make", "norm"),
+    CASES,
+    ids=lambda value: f"{value.__module__}.{value.__name__}".removeprefix("tests.folding.test_onnx."),
+)
+def test_onnx_gives_the_same(make, norm):
+    exporter, runtime = pytest.importorskip("jax2onnx"), pytest.importorskip("onnxruntime")
+    f = make(norm)
+    expected = np.asarray(jax.tree.leaves(f(jnp.asarray(X)))[0])
+    with jax.numpy_rank_promotion("allow"):  # the exporter's own layers promote
+        model = exporter.to_onnx(f, [X.shape])
+    session = runtime.InferenceSession(model.SerializeToString())
+    (y,) = session.run(None, {session.get_inputs()[0].name: X})
+    assert relative_l2(y, expected) < tolerance(np.float32, X.size)
+    if "folded" in make.__name__:
+        assert not {"Sqrt", "BatchNormalization"} & {node.op_type for node in model.graph.node}
+
+
+def test_a_layer_that_an_exporter_replaces_does_not_lose_its_bias_silently(monkeypatch):
+    model, variables = linen(jbn.linen.BatchNorm)
+    apply, folded, _ = jbn.linen.fold(model, variables, X)
+    monkeypatch.setattr(nn.Conv, "__call__", lambda self, x: jnp.repeat(x[..., :1], 8, -1))
+    with pytest.raises(ValueError, match=r"^Conv_0 ran past Flax's interceptors.*jaxpr_as_fun"):
+        apply(folded, X)
