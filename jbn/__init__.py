@@ -7,15 +7,17 @@ Modules: ``jbn.linen.BatchNorm`` and ``jbn.nnx.BatchNorm``, in the place of Flax
 and ``fold`` for whole models.
 
 Tools: ``recalibrate`` (exact statistics after training), ``diagnose`` (what is wrong with a model), ``convert``,
-``convert_options``, ``load_arrays`` and ``save_arrays`` (from and to other libraries), ``affine`` and ``fold`` (a
-normalization as a multiply-add), ``keep_statistics``, ``trainable_mask``, ``norm_mask`` and ``decay_mask`` (what moves
-in training), ``remat_policy`` (what ``jax.checkpoint`` keeps), ``check`` (does it hold on these devices).
+``propose_names``, ``convert_options``, ``load_arrays`` and ``save_arrays`` (from and to other libraries), ``affine``
+and ``fold`` (a normalization as a multiply-add), ``keep_statistics``, ``trainable_mask``, ``norm_mask`` and
+``decay_mask`` (what moves in training), ``remat_policy`` (what ``jax.checkpoint`` keeps), ``check`` (does it hold on
+these devices).
 """
 
 from jbn.checking.check import check
 from jbn.checking.report import Report
 from jbn.converting.convert import convert
 from jbn.converting.options import convert_options
+from jbn.converting.propose import Match, Proposal, propose_names
 from jbn.core.forward import Params, State, batch_norm, bn_forward, bn_init, moments
 from jbn.core.saved import remat_policy
 from jbn.core.statistics import Moments, merge
@@ -29,8 +31,8 @@ from jbn.observing.recalibrate import recalibrate
 from jbn.version import __version__
 
 __all__ = [
-    "Diagnosis", "Finding", "Folds", "LayerStatistics", "Moments", "Params", "Report", "State", "__version__", "affine",
-    "batch_norm", "bn_forward", "bn_init", "check", "convert", "convert_options", "decay_mask", "diagnose", "fold",
-    "freeze", "keep_statistics", "load_arrays", "merge", "moments", "norm_mask", "recalibrate", "remat_policy",
-    "save_arrays", "trainable_mask",
+    "Diagnosis", "Finding", "Folds", "LayerStatistics", "Match", "Moments", "Params", "Proposal", "Report", "State",
+    "__version__", "affine", "batch_norm", "bn_forward", "bn_init", "check", "convert", "convert_options",
+    "decay_mask", "diagnose", "fold", "freeze", "keep_statistics", "load_arrays", "merge", "moments", "norm_mask",
+    "propose_names", "recalibrate", "remat_policy", "save_arrays", "trainable_mask",
 ]  # fmt: skip

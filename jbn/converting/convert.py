@@ -106,15 +106,15 @@ def convert(
     evaluates with that. What a layer is made with, such as epsilon, momentum and padding, is not in its arrays: see
     ``jbn.convert_options``.
     """
-    origin, goal = _read_dialect("source", source, unbiased), _read_dialect("target", target, unbiased)
-    layers = _read_layers("tree", origin.read, tree)
-    wanted = None if like is None else _read_layers("like", lambda like: index(goal.addresses(like), like), like)
+    origin, goal = read_dialect("source", source, unbiased), read_dialect("target", target, unbiased)
+    layers = read_layers("tree", origin.read, tree)
+    wanted = None if like is None else read_layers("like", lambda like: index(goal.addresses(like), like), like)
     if wanted is None and goal.make is None:
         raise ValueError(f"like is None; expected a tree of {target} to fill, for it holds more than arrays.")
     everywhere = count if count is None or isinstance(count, Mapping) else {"*": count}
-    kind = _read_by_path("kinds", kinds, origin, layers, KINDS.__contains__, f"one of {', '.join(map(repr, KINDS))}")
-    shape = _read_by_path("flattened", flattened, origin, layers, _is_shape, "a shape (C, H, W), features first")
-    number = _read_by_path("count", everywhere, origin, layers, _is_count, "2 or more values")
+    kind = read_by_path("kinds", kinds, origin, layers, KINDS.__contains__, f"one of {', '.join(map(repr, KINDS))}")
+    shape = read_by_path("flattened", flattened, origin, layers, _is_shape, "a shape (C, H, W), features first")
+    number = read_by_path("count", everywhere, origin, layers, _is_count, "2 or more values")
     found: dict[Path, Layer] = {}
     came: dict[Path, str] = {}
     for path, new in _rename(names, origin, goal, list(layers)).items():
@@ -144,14 +144,15 @@ def _kind_of(error: Exception) -> type[Exception]:
     return TypeError if isinstance(error, TypeError) else ValueError
 
 
-def _read_dialect(argument: str, name: str, unbiased: bool) -> Dialect:
+def read_dialect(argument: str, name: str, unbiased: bool) -> Dialect:
+    """Return the dialect of a library, or refuse an argument that names none."""
     if name not in DIALECTS:
         raise ValueError(f"{argument} is {name!r}; expected one of {', '.join(map(repr, DIALECTS))}.")
     dialect = DIALECTS[name]
     return replace(dialect, unbiased=unbiased) if dialect.unbiased is None else dialect
 
 
-def _read_layers(argument: str, read: Callable[[Any], Mapping[Address, Any]], tree: Any) -> dict[Path, dict[str, Any]]:
+def read_layers(argument: str, read: Callable[[Any], Mapping[Address, Any]], tree: Any) -> dict[Path, dict[str, Any]]:
     """Return the arrays of a tree by layer and name."""
     layers: dict[Path, dict[str, Any]] = {}
     try:
@@ -172,7 +173,7 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) > 1 and all(isinstance(n, int) and n > 0 for n in value)
 
 
-def _read_by_path(
+def read_by_path(
     argument: str,
     said: Mapping[str, Value] | None,
     origin: Dialect,
