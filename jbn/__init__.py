@@ -8,13 +8,15 @@ and ``fold`` for whole models.
 
 Tools: ``recalibrate`` (exact statistics after training), ``diagnose`` (what is wrong with a model), ``convert``,
 ``propose_names``, ``convert_options``, ``load_arrays`` and ``save_arrays`` (from and to other libraries), ``affine``
-and ``fold`` (a normalization as a multiply-add), ``keep_statistics``, ``trainable_mask``, ``norm_mask`` and
-``decay_mask`` (what moves in training), ``remat_policy`` (what ``jax.checkpoint`` keeps), ``check`` (does it hold on
-these devices).
+and ``fold`` (a normalization as a multiply-add), ``record`` and ``compare`` (where two models part),
+``keep_statistics``, ``trainable_mask``, ``norm_mask`` and ``decay_mask`` (what moves in training), ``remat_policy``
+(what ``jax.checkpoint`` keeps), ``check`` (does it hold on these devices).
 """
 
 from jbn.checking.check import check
 from jbn.checking.report import Report
+from jbn.comparing.compare import Comparison, compare
+from jbn.comparing.record import Call, record
 from jbn.converting.convert import convert
 from jbn.converting.options import convert_options
 from jbn.converting.propose import Match, Proposal, propose_names
@@ -31,8 +33,8 @@ from jbn.observing.recalibrate import recalibrate
 from jbn.version import __version__
 
 __all__ = [
-    "Diagnosis", "Finding", "Folds", "LayerStatistics", "Match", "Moments", "Params", "Proposal", "Report", "State",
-    "__version__", "affine", "batch_norm", "bn_forward", "bn_init", "check", "convert", "convert_options",
-    "decay_mask", "diagnose", "fold", "freeze", "keep_statistics", "load_arrays", "merge", "moments", "norm_mask",
-    "propose_names", "recalibrate", "remat_policy", "save_arrays", "trainable_mask",
+    "Call", "Comparison", "Diagnosis", "Finding", "Folds", "LayerStatistics", "Match", "Moments", "Params", "Proposal",
+    "Report", "State", "__version__", "affine", "batch_norm", "bn_forward", "bn_init", "check", "compare", "convert",
+    "convert_options", "decay_mask", "diagnose", "fold", "freeze", "keep_statistics", "load_arrays", "merge", "moments",
+    "norm_mask", "propose_names", "recalibrate", "record", "remat_policy", "save_arrays", "trainable_mask",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""``BatchNorm`` for Flax Linen, ``replace`` and ``freeze`` for any model in contexts, ``fold`` for a trained one."""
+"""``BatchNorm`` for Flax Linen; ``replace`` and ``freeze`` in contexts, ``fold`` and ``record`` for any model."""
 
 try:
     import flax as flax
@@ -14,7 +14,8 @@ from jbn.linen.folding import fold as fold
 from jbn.linen.folding import foldable as foldable
 from jbn.linen.freezing import freeze as freeze
 from jbn.linen.module import BatchNorm as BatchNorm
+from jbn.linen.recording import record as record
 from jbn.linen.replacing import replace as replace
 from jbn.replacing import Found as Found
 
-__all__ = ["BatchNorm", "Folds", "Found", "fold", "foldable", "freeze", "replace"]
+__all__ = ["BatchNorm", "Folds", "Found", "fold", "foldable", "freeze", "record", "replace"]

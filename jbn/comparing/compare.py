@@ -1,0 +1,278 @@
+"""``compare``: the first layer at which two models part by more than rounding."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jbn.comparing.explain import explain, relative
+from jbn.comparing.pairs import Names, Pair, find_pairs, nearest_layout
+from jbn.comparing.record import Call, Record
+from jbn.converting.trees import Array, as_numpy
+from jbn.paths import name_few
+
+# Half an ulp is rounded at each operation. An output is rounded a few times to its own dtype, and sums are in float32
+# or wider: of n terms they are off by a random walk of √n roundings, and no layer sums many more than 64² = 4096.
+_ROUNDINGS, _SUMS = 8, 64
+# What the errors before a layer may grow by in it, of whatever is between two calls. A layer that is well-conditioned
+# changes the relative error by a factor near one; in deep networks with batch normalization by 1.2 in the mean.
+_GROWTH = 8
+# A normalization divides by no less than the root of its epsilon.
+_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Match:
+    """A layer of one model and the same layer of another.
+
+    Attributes:
+        paths: its path in a and its path in b.
+        shape: that of its output in a.
+        error: ‖a - b‖ / ‖a‖ of its output, in L2, b laid out as a is; inf for another shape, and for NaN in one alone.
+        rounding: as large as it may be by rounding.
+        input_error: the same of what it took; NaN where that has another number, shape or layout.
+    """
+
+    paths: tuple[str, str]
+    shape: tuple[int, ...]
+    error: float
+    rounding: float
+    input_error: float
+
+    @property
+    def parts(self) -> bool:
+        """Whether the outputs differ by more than rounding."""
+        return not self.error <= self.rounding
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What ``jbn.compare`` found; printed, it is a table and a sentence.
+
+    Attributes:
+        matches: the layers that both models have, in the order of the first.
+        alone: paths of layers without a partner, of the first model and of the second.
+        first: the first match that parts, or None.
+        message: what the numbers say about it.
+    """
+
+    matches: tuple[Match, ...]
+    alone: tuple[tuple[str, ...], tuple[str, ...]]
+    first: Match | None
+    message: str
+
+    def lines(self) -> Iterator[tuple[str, ...]]:
+        """Yield the lines of the table, five cells each: paths, shape of a, error, rounding."""
+        yield "a", "b", "shape", "error", "rounding"
+        for match in self.matches:
+            mark = " <- first" if match is self.first else ""
+            paths = (path or "(model)" for path in match.paths)
+            shape = "x".join(map(str, match.shape))
+            yield *paths, shape, f"{match.error:.1e}", f"{match.rounding:.1e}{mark}"
+
+    def __repr__(self) -> str:
+        cells = list(self.lines())
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        for name, paths in zip("ab", self.alone, strict=True):
+            if paths:
+                table.append(f"without a partner, {name}: {name_few((path or '(model)' for path in paths), most=8)}")
+        return "\n".join([*table, self.message])
+
+
+def compare(
+    a: Mapping[str, Any], b: Mapping[str, Any], *, names: Names | None = None, tolerance: float | None = None
+) -> Comparison:
+    r"""Say where two models part that were given the same input: at which layer first, and in what way.
+
+    Layers are paired by what they return, up to the layout (features first or last), in the order of the calls; where
+    the models have parted, by path, class and order. A layer parts where :math:`\|a - b\|` is more than both
+
+    .. math::
+        (8 u + 64 u_{32})\,\|a\| \quad\text{and}\quad
+        8\,\max_{\text{before}} \frac{\|a - b\|}{\|a - \bar a\|}\; \|a - \bar a\|
+
+    with u the unit roundoff of the coarser of the two dtypes, u₃₂ that of float32, or of float64 where both have that,
+    and ā the mean of each channel. So errors that grow from layer to layer are rounding, and a jump is not: a far mean
+    costs digits where the numbers are held, not where a normalization takes the mean away. What a layer took counts
+    too, channel by channel, as a normalization would see it. A layer that parts, but whose output the layer after it
+    makes equal again, is not the first that parts: ``fold`` moves what a norm does into the layer before.
+
+    Args:
+        a: what ``jbn.linen.record``, ``jbn.nnx.record`` or ``jbn.record`` returned; or outputs by path, arrays of any
+            kind, in the order of the layers.
+        b: the same of the other model, with the same input and weights.
+        names: paths in a to paths in b, as in ``jbn.convert``: a mapping with ``*`` for any part of a key and None for
+            what is left out, or a function of a path.
+        tolerance: the relative error that one layer may add, instead of that of the dtype: where the device multiplies
+            in another precision than the arrays have. On a TPU run both in
+            ``jax.default_matmul_precision("highest")`` rather.
+
+    Returns:
+        ``Comparison(matches, alone, first, message)``; ``print`` shows it as a table. ``first`` is None where the
+        models part nowhere.
+
+    Raises:
+        ValueError: for records or ``names`` that pair no layers.
+        TypeError: for arguments of other kinds.
+
+    >>> import jbn, numpy as np
+    >>> x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    >>> print(jbn.compare({"norm": x, "act": np.maximum(x, 0), "out": 2 * x}, {"norm": x, "act": x, "out": 2 * x}))
+    a     b     shape  error    rounding
+    norm  norm  8x4    0.0e+00  4.3e-06
+    act   act   8x4    1.4e+00  4.3e-06 <- first
+    out   out   8x4    0.0e+00  4.3e-06
+    The models part at act (a) and act (b), whose inputs are not known: a equals relu(b): b lacks an activation.
+    """
+    first, second = _read("a", a), _read("b", b)
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance!r}; expected a relative error between 0 and 1, such as 2**-8.")
+    pairs = find_pairs(first, second, names)
+    if not pairs:
+        raise ValueError(
+            f"The {len(first)} calls of a and the {len(second)} of b have nothing in common, neither shapes nor "
+            "classes nor paths; expected records of two models, given the same input."
+        )
+    matches, before = list[Match](), 0.0
+    previous: Call | None = None
+    parting: list[tuple[Match, Call | None, float]] = []  # with what the explanation needs
+    for i, j in pairs:
+        match, seen = _match((i, j), first[i], second[j], before, tolerance)
+        matches.append(match)
+        if match.parts:
+            parting.append((match, previous, before))
+        else:
+            previous, before = first[i], max(before, seen)
+            parting = [entry for entry in parting if not _is_taken(entry[0], match, first, second)]
+    partners = [{pair[k] for pair in pairs} for k in range(2)]
+    alone = tuple(p for p in first if p not in partners[0]), tuple(p for p in second if p not in partners[1])
+    if parting:
+        match, previous, before = parting[0]
+        i, j = match.paths
+        return Comparison(tuple(matches), alone, match, _explain(match, first[i], second[j], previous, before))
+    meet = sum(match.parts for match in matches)
+    meet_again = f", {meet} of them meet again" * bool(meet)
+    message = f"The models part nowhere: {len(matches)} layers agree within rounding{meet_again}."
+    return Comparison(tuple(matches), alone, None, message)
+
+
+def _read(name: str, record: Any) -> Record:
+    if not isinstance(record, Mapping) or not record:
+        raise TypeError(
+            f"{name} is {'empty' if isinstance(record, Mapping) else 'of type ' + type(record).__name__}; expected "
+            "what jbn.linen.record, jbn.nnx.record or jbn.record returns, or outputs by path."
+        )
+    return {path: call if isinstance(call, Call) else Call("", (), (as_numpy(call),)) for path, call in record.items()}
+
+
+def _is_taken(old: Match, new: Match, a: Record, b: Record) -> bool:
+    """Say whether a layer takes in both models what another has returned."""
+    return all(
+        any(np.array_equal(x, y) for x in calls[old.paths[k]].outputs for y in calls[new.paths[k]].inputs)
+        for k, calls in enumerate((a, b))
+    )
+
+
+def _match(pair: Pair, a: Call, b: Call, before: float, tolerance: float | None) -> tuple[Match, float]:
+    """Compare two layers; the second value is the error that later layers may build on."""
+    taken, given = _Meeting.of(a.inputs, b.inputs, tolerance), _Meeting.of(a.outputs, b.outputs, tolerance)
+    shape, input_error = a.outputs[0].shape, taken.error if taken else np.nan
+    if given is None:
+        return Match(pair, shape, np.inf, 0.0, input_error), 0.0
+    if taken and taken.error <= taken.rounding(before):
+        return Match(pair, shape, given.error, given.rounding(max(before, taken.per_channel)), input_error), given.seen
+    return Match(pair, shape, given.error, given.rounding(before), input_error), given.seen
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """Arrays of two layers, in float64 and in the layout of the first.
+
+    Attributes:
+        arrays: the pairs.
+        own: the relative error that one layer may add.
+        error: the largest relative error in L2.
+        deviation: ‖a - mean of its channel‖ / ‖a‖ where that error is.
+        seen: the error in such deviations.
+        per_channel: the same as a normalization would see it, that of each channel in deviations of that channel.
+    """
+
+    arrays: tuple[tuple[Array, Array], ...]
+    own: float
+    error: float
+    deviation: float
+    seen: float
+    per_channel: float
+
+    @classmethod
+    def of(cls, a: tuple[Array, ...], b: tuple[Array, ...], tolerance: float | None) -> "_Meeting | None":
+        """Compare arrays; None where there are none, or of other shapes."""
+        views = [nearest_layout(x, y) for x, y in zip(a, b, strict=False)]
+        if not a or len(a) != len(b) or any(view is None for view in views):
+            return None
+        wide = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(a, views, strict=True)]
+        own = _own_rounding(a + b) if tolerance is None else tolerance
+        found = [_measure(x, y) for x, y in wide]
+        return cls(tuple(wide), own, *max(found)[:2], max(seen for _, _, seen, _ in found), max(c for *_, c in found))
+
+    def rounding(self, before: float) -> float:
+        """Return the relative error that is rounding, where that before is ``before`` in deviations."""
+        return max(self.own, _GROWTH * before * self.deviation)
+
+
+def _own_rounding(arrays: tuple[Array, ...]) -> float:
+    """Return the relative error that one layer adds in the coarsest dtype of these."""
+    units = [float(jnp.finfo(x.dtype).eps) / 2 for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    coarsest = max(units, default=0.0)
+    return _ROUNDINGS * coarsest + _SUMS * min(coarsest, 2.0**-24)
+
+
+def _measure(x: Array, y: Array) -> tuple[float, float, float, float]:
+    """Return the error, the deviation, the error in deviations, and the same channel by channel."""
+    bad = ~np.isfinite(x)
+    if (bad != ~np.isfinite(y)).any():
+        return np.inf, 1.0, 0.0, 0.0
+    x, y = np.where(bad, 0, x), np.where(bad, 0, y)
+    error, norm = relative(x, y), np.sqrt((x**2).sum())
+    deviation, per_channel = 1.0, 0.0
+    for axis in {x.ndim - 1, min(1, x.ndim - 1)} if x.ndim > 1 else ():  # features are last, or second
+        rows = tuple(i for i in range(x.ndim) if i != axis)
+        var, off = x.var(rows), ((x - y) ** 2).mean(rows)
+        per_channel = max(per_channel, np.sqrt((off / (var + _EPSILON)).mean()))
+        deviation = min(deviation, np.sqrt(var.sum() * (x.size // x.shape[axis])) / norm if norm else 1.0)
+    return error, deviation, error / deviation if deviation > 2.0**-53 else error, per_channel
+
+
+def _explain(match: Match, a: Call, b: Call, previous: Call | None, before: float) -> str:
+    """Say in a sentence where a match parts, and what the numbers there say."""
+    where = f"{match.paths[0] or 'the model'} (a) and {match.paths[1] or 'the model'} (b)"
+    taken, given = _Meeting.of(a.inputs, b.inputs, None), _Meeting.of(a.outputs, b.outputs, None)
+    if taken and taken.error > taken.rounding(before):
+        base = tuple(np.asarray(x, np.float64) for x in previous.outputs) if previous else ()
+        found = _look(taken, base, before)
+        origin = "after the layers before it" if previous else "from the first layer on: is the input the same?"
+        return f"The models part before {where}: what these take differs {origin}{found}."
+    if a.inputs and b.inputs and taken is None:
+        shapes = " and ".join(str([x.shape for x in call.inputs]) for call in (a, b))
+        return f"The models part before {where}: what these take has other shapes, {shapes}."
+    known = "whose inputs agree" if taken else "whose inputs are not known"
+    if given is None:
+        shapes = " and ".join(str([x.shape for x in call.outputs]) for call in (a, b))
+        return f"The models part at {where}, {known}: what they return has other shapes, {shapes}: stride or padding."
+    base = tuple(x for x, _ in taken.arrays) if taken else ()
+    return f"The models part at {where}, {known}{_look(given, base, before)}."
+
+
+def _look(meeting: _Meeting, base: tuple[Array, ...], before: float) -> str:
+    """Return the first explanation that holds of the arrays that differ, after a colon."""
+    allowed = meeting.rounding(before)
+    for x, y in meeting.arrays:
+        if not relative(x, y) <= allowed:
+            given = tuple(view for z in base for view in [nearest_layout(x, z)] if view is not None)
+            for axis in dict.fromkeys((-1, min(1, x.ndim - 1))):
+                if found := explain(x, y, allowed, axis, given):
+                    return f": {found}"
+    return ": nothing simple is seen in the numbers, such as an activation, a border or other statistics"

@@ -1,0 +1,235 @@
+"""compare: the first layer at which two models part is found, explained, and told from rounding."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jbn
+import jbn.linen
+import jbn.nnx
+
+TRAINING = {"train": True, "mutable": ["batch_stats"]}
+
+
+class Net(nn.Module):
+    """Convolutions, norms and an activation that is no layer; the second convolution has a stride of 2."""
+
+    activations: tuple = (nn.relu, nn.relu, nn.relu)
+    epsilon: float = 1e-5
+    padding: object = "SAME"
+    dtype: object = None
+    wide: int = 8
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i, activation in enumerate(self.activations):
+            strides, padding = (2, self.padding) if i == 1 else (1, "SAME")
+            x = nn.Conv(self.wide, (3, 3), strides=strides, padding=padding, use_bias=False, dtype=self.dtype)(x)
+            x = activation(nn.BatchNorm(not train, epsilon=self.epsilon, dtype=self.dtype)(x))
+        return nn.Dense(5, dtype=self.dtype)(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+
+
+@pytest.fixture(scope="module")
+def variables(x):
+    return randomize(Net().init(jax.random.key(1), x))
+
+
+@pytest.fixture(scope="module")
+def recorded(x, variables):
+    return jbn.linen.record(Net(), variables, x)
+
+
+def randomize(variables):
+    rng = np.random.default_rng(0)
+    shift = {"batch_stats": (0.5, 1.5), "params": (0, 0)}
+    return {
+        name: jax.tree.map(lambda leaf, span=shift[name]: leaf + rng.uniform(*span, leaf.shape).astype("f"), collection)
+        for name, collection in variables.items()
+    }
+
+
+def test_equal_models_part_nowhere(recorded):
+    found = jbn.compare(recorded, recorded)
+    assert found.first is None
+    assert [match.paths for match in found.matches] == [(path, path) for path in recorded]
+    assert not any(found.alone)
+    assert "part nowhere" in str(found)
+
+
+def test_a_missing_relu(x, variables, recorded):
+    other = Net(activations=(nn.relu, lambda x: x, nn.relu))
+    a, b = recorded, jbn.linen.record(other, variables, x)
+    found = jbn.compare(a, b)
+    assert found.first.paths == ("Conv_2", "Conv_2")
+    assert "part before Conv_2" in found.message
+    assert "a equals relu(b)" in found.message
+    assert "b equals relu(a)" in jbn.compare(b, a).message
+
+
+def test_another_activation(x, variables, recorded):
+    found = jbn.compare(recorded, jbn.linen.record(Net((nn.gelu, nn.relu, nn.relu)), variables, x))
+    assert found.first.paths[0] == "Conv_1"
+    assert "a is relu and b gelu (approximate)" in found.message
+
+
+def test_padding_of_a_stride(x, variables, recorded):
+    found = jbn.compare(recorded, jbn.linen.record(Net(padding=((1, 1), (1, 1))), variables, x))
+    assert found.first.paths[0] == "Conv_1"
+    assert "part at Conv_1 (a) and Conv_1 (b), whose inputs agree" in found.message
+    assert "windows that begin elsewhere" in found.message
+
+
+def test_padding_of_another_size(x, variables, recorded):
+    found = jbn.compare(recorded, jbn.linen.record(Net(padding="VALID"), variables, x))
+    assert found.first.paths[0] == "Conv_1"
+    assert "other shapes, [(4, 8, 8, 8)] and [(4, 7, 7, 8)]" in found.message
+
+
+def test_padding_by_other_values(x):
+    layer = nn.Conv(4, (3, 3)), nn.Conv(4, (3, 3), padding="CIRCULAR")
+    variables = layer[0].init(jax.random.key(0), x)
+    found = jbn.compare(*(jbn.linen.record(each, variables, x) for each in layer))
+    assert "equal but at the border, in so many lines from both ends: 1 + 1 along axis 1, 1 + 1 along" in found.message
+
+
+def test_another_epsilon(x, variables, recorded):
+    found = jbn.compare(recorded, jbn.linen.record(Net(epsilon=1e-3), variables, x))
+    assert found.first.paths[0] == "BatchNorm_0"
+    assert found.first.input_error == 0
+    assert "another epsilon" in found.message
+
+
+def test_training_beside_evaluation(x, variables, recorded):
+    found = jbn.compare(recorded, jbn.linen.record(Net(), variables, x, **TRAINING))
+    assert found.first.paths[0] == "BatchNorm_0"
+    assert "other statistics (running or of the batch)" in found.message
+
+
+def test_swapped_weights(x, variables, recorded):
+    params = dict(variables["params"])
+    swapped = {**params, "BatchNorm_1": params["BatchNorm_2"], "BatchNorm_2": params["BatchNorm_1"]}
+    swapped |= {"Conv_1": params["Conv_2"], "Conv_2": params["Conv_1"]}
+    found = jbn.compare(recorded, jbn.linen.record(Net(), {**variables, "params": swapped}, x))
+    assert found.first.paths == ("Conv_1", "Conv_1")
+    assert "nothing simple" in found.message
+    assert [match.parts for match in found.matches] == [False, False] + [True] * 6, found
+
+
+def test_nan_in_one_model(x, variables, recorded):
+    broken = jax.tree.map(jnp.asarray, variables)
+    broken["params"]["BatchNorm_1"]["scale"] = broken["params"]["BatchNorm_1"]["scale"].at[3].set(jnp.nan)
+    found = jbn.compare(recorded, jbn.linen.record(Net(), broken, x))
+    assert found.first.paths[0] == "BatchNorm_1"
+    assert "of 2048 values 0 in a and 256 in b are NaN or inf" in found.message
+
+
+def test_nan_in_both_models_is_no_difference(variables):
+    x = jnp.full((4, 16, 16, 3), jnp.nan)
+    a, b = (jbn.linen.record(Net(), variables, x) for _ in range(2))
+    assert jbn.compare(a, b).first is None
+
+
+@pytest.mark.parametrize("call", [{}, TRAINING], ids=["evaluation", "training"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_deep_network_is_not_blamed_for_rounding(x64, dtype, call):
+    deep = (nn.relu,) * 30
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 3), jnp.float32)
+    variables = randomize(Net(deep).init(jax.random.key(1), x))
+    wider = "float64" if dtype == "float32" else "float32"
+    narrow, wide = (jbn.linen.record(Net(deep, dtype=dtype), variables, x, **call) for dtype in (dtype, wider))
+    found = jbn.compare(wide, narrow)
+    assert found.first is None, found
+    assert len(found.matches) == 62
+    # It is not so tolerant that it would see nothing.
+    missing = Net((*deep[:5], lambda x: x, *deep[6:]), dtype=dtype)
+    found = jbn.compare(wide, jbn.linen.record(missing, variables, x, **call))
+    assert found.first.paths == ("Conv_6", "Conv_6")
+    assert "relu" in found.message
+
+
+@pytest.mark.parametrize("norm", [jbn.linen.BatchNorm, nn.BatchNorm])
+def test_digits_that_a_far_mean_has_lost_are_rounding_and_those_that_a_norm_loses_are_not(x64, norm):
+    model = nn.Sequential([nn.Dense(8), nn.Dense(8), norm(False), nn.Dense(8)])
+    x = jax.random.normal(jax.random.key(0), (64, 4), jnp.float32)
+    variables = model.init(jax.random.key(1), x)
+    variables["params"]["layers_1"]["bias"] += 1e4
+    calls = []
+    for dtype in (jnp.float32, jnp.float64):
+        cast = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), variables)
+        calls.append(jbn.linen.record(model, cast, x.astype(dtype), mutable=["batch_stats"]))
+    found = jbn.compare(*calls)
+    assert found.matches[2].error > 1e-4
+    if norm is jbn.linen.BatchNorm:
+        assert found.first is None, found
+    else:  # its variance is a difference of squares
+        assert found.first.paths[0] == "layers_2"
+
+
+def test_replace_parts_nowhere(x, variables):
+    theirs = jbn.linen.record(Net(), variables, x, **TRAINING)
+    with jbn.linen.replace():
+        ours = jbn.linen.record(Net(), variables, x, **TRAINING)
+    found = jbn.compare(theirs, ours)
+    assert found.first is None, found
+    assert [match.paths for match in found.matches] == [(path, path) for path in theirs]
+
+
+def test_fold_meets_again(x, variables, recorded):
+    apply, folded, folds = jbn.linen.fold(Net(), variables, x)
+    assert len(folds.pairs) == 3
+    found = jbn.compare(recorded, jbn.linen.record(apply, folded, x))
+    assert found.first is None, found
+    assert "3 of them meet again" in found.message
+
+
+def test_a_copied_model_of_nnx_stays_as_it_is():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.relu, nnx.Dropout(0.5, rngs=rngs)
+    )
+    before = jax.tree.leaves(nnx.state(model))
+    x = jax.random.normal(jax.random.key(0), (16, 4))
+    training = jbn.nnx.record(model, x)
+    assert all(
+        np.array_equal(*map(jax.random.key_data, pair))
+        if jnp.issubdtype(pair[0].dtype, jax.dtypes.prng_key)
+        else np.array_equal(*pair)
+        for pair in zip(before, jax.tree.leaves(nnx.state(model)), strict=True)
+    )
+    assert list(training) == ["layers/0", "layers/1", "layers/3", ""]
+    assert [type(layer) for layer in model.layers][:2] == [nnx.Linear, nnx.BatchNorm]
+    model.eval()
+    found = jbn.compare(training, jbn.nnx.record(model, x))
+    assert found.first.paths == ("layers/1", "layers/1")
+
+
+def test_linen_beside_nnx(x):
+    class Twin(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.head = nnx.Linear(8, 5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.norm(self.stem(x))).mean((1, 2)))
+
+    twin = Twin(nnx.Rngs(0))
+    arrays = jbn.convert(
+        nnx.state(twin, (nnx.Param, nnx.BatchStat)), "nnx", "linen",
+        names={"stem": "layers_0", "norm": "layers_1", "head": "layers_4"},
+    )  # fmt: skip
+    model = nn.Sequential([nn.Conv(8, (3, 3)), nn.BatchNorm(True), nn.relu, lambda x: x.mean((1, 2)), nn.Dense(5)])
+    twin.eval()
+    found = jbn.compare(jbn.nnx.record(twin, x), jbn.linen.record(model, arrays, x))
+    assert found.first is None, found
+    assert [match.paths for match in found.matches] == [
+        ("stem", "layers_0"), ("norm", "layers_1"), ("head", "layers_4"), ("", ""),
+    ]  # fmt: skip
