@@ -169,7 +169,7 @@ def table_of(diagnosis: Diagnosis) -> Table:
         caption="all of the worst channel: values in the batch; z: batch against running statistics, in standard "
         "errors; gap: y in evaluation against training, in standard deviations of the output",
     )
-    flagged = {finding.path for finding in diagnosis.findings}
+    flagged = {path for finding in diagnosis.findings for path in (finding.path, *finding.layers)}
     for layer in diagnosis.layers:
         table.add_row(
             layer.path,
@@ -179,7 +179,7 @@ def table_of(diagnosis: Diagnosis) -> Table:
             _largest(np.abs(layer.z_var)),
             _largest(layer.gap),
             "-" if np.isnan(layer.prior) else f"{layer.prior:.0%}",
-            f"{layer.batch_var.min():.0e}",
+            "-" if np.isnan(layer.batch_var).all() else f"{layer.batch_var.min():.0e}",
             _largest(layer.ratio),
             style="bold" if layer.path in flagged else None,
         )
@@ -193,7 +193,10 @@ def _largest(values: np.ndarray) -> str:
 
 
 def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -> Figure:
-    """Draw every channel of every layer, in the order of the data: gap, variance and |mean|/std."""
+    """Draw every channel of every layer, in the order of the data: gap, variance and |mean|/std.
+
+    Of layers that were not observed there is the running variance alone, and why beside the name.
+    """
     layers = diagnosis.layers
     figure = Figure(figsize=(max(8, 3 + 0.8 * len(layers)), 9), layout="constrained")
     gap, variance, ratio = figure.subplots(3, sharex=True)
@@ -207,8 +210,10 @@ def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -
         return np.concatenate([getattr(layer, name).ravel() for layer in layers])
 
     _draw(variance, places, of("running_var"), np.zeros_like(marked), "0.3", "running", dot="_")
+    why = {path: f"\n({finding.kind})" for finding in diagnosis.findings for path in finding.layers}
+    seen = np.concatenate([np.full(layer.count.size, layer.path not in why) for layer in layers])
     for axis, name, limit in ((gap, "gap", LEAST_GAP), (variance, "batch_var", epsilon), (ratio, "ratio", FAR)):
-        _draw(axis, places, of(name), marked, COLOURS[True], "batch")
+        _draw(axis, places[seen], of(name)[seen], marked[seen], COLOURS[True], "batch")
         axis.axhline(limit, color="0.3", linewidth=0.8, linestyle=":", label="findings begin here, at the earliest")
         axis.set_yscale("log")
         axis.grid(color="0.4", alpha=0.2)
@@ -216,7 +221,8 @@ def figure_of(diagnosis: Diagnosis, title: str = "", epsilon: float = EPSILON) -
     gap.set(title=title, ylabel="gap of y between evaluation\nand training (standard deviations)")
     variance.set_ylabel("variance")
     ratio.set(ylabel="|mean| / standard deviation", xticks=range(len(layers)), xlim=(-0.5, len(layers) - 0.5))
-    ratio.set_xticklabels([layer.path for layer in layers], rotation=30, ha="right", rotation_mode="anchor")
+    names = [layer.path + why.get(layer.path, "") for layer in layers]
+    ratio.set_xticklabels(names, rotation=30, ha="right", rotation_mode="anchor")
     named = [axis.get_legend_handles_labels() for axis in (variance, gap, ratio)]
     handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)

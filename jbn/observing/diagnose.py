@@ -10,8 +10,9 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from jbn.core.checks import read_epsilon, read_momentum
-from jbn.observing.findings import Examination, Finding, LayerStatistics, in_words, indices
-from jbn.observing.survey import Layer, Seen, Statistics, Survey, Vector, survey
+from jbn.core.state import Observation
+from jbn.observing.findings import Examination, Finding, LayerStatistics, find_unobserved, in_words, indices
+from jbn.observing.survey import ForeignLayers, Layer, Seen, Statistics, Survey, Vector, survey
 from jbn.paths import Keys, flatten, join, name_few
 
 # A fit of the prior whose standard error is larger tells nothing: the prior and the batch are too much alike.
@@ -61,6 +62,8 @@ def diagnose(
     =================  =============================================================================================
     kind               what was found
     =================  =============================================================================================
+    ``evaluates``      layers that evaluate in this call, or that it does not reach, all in one finding
+    ``foreign``        layers that are not jbn's and could not be observed, all in one finding
     ``narrow``         running statistics of 16 bits
     ``non-finite``     NaN or inf in a parameter, in running statistics, or in those of the batch (the first such layer)
     ``few values``     fewer than 16 values per channel
@@ -92,11 +95,14 @@ def diagnose(
         ``count`` and ``independent``, values per channel; ``running_mean``, ``running_var``, ``batch_mean``,
         ``batch_var``; ``z_mean``, ``z_var``; ``gap``, and what it is between the batch and a mixture of p prior and
         1 - p batch, ``gap_by_prior``, and between this and the running statistics, ``gap_beyond_prior``; ``ratio``,
-        |mean|/std of the batch; and p, ``prior``, a number, NaN where nothing tells. Of each finding ``path``,
-        ``kind``, ``channels`` (indices, or index tuples) and ``message``, which says what it means and what to do.
+        |mean|/std of the batch; and p, ``prior``, a number, NaN where nothing tells. A layer that was not observed is
+        judged by what it remembers, with a count of 0 and NaN for the batch. Of each finding ``path``, ``kind``,
+        ``channels`` (indices, or index tuples), ``message``, which says what it means and what to do, and ``layers``,
+        all paths of a finding about several.
 
     Raises:
-        ValueError: for a state without statistics, and layers that are not jbn's or do not update, with their paths.
+        ValueError: for a state without statistics, and where no layer can be observed, with their paths: they are not
+            jbn's, or evaluate.
         TypeError: for arguments of other kinds.
 
     >>> import jax, jbn
@@ -117,23 +123,55 @@ def diagnose(
         raise TypeError(f"apply is of type {type(apply).__name__}; expected a function of params, state and batch.")
     model = survey(state)
     remembered = model.remembered()
-    question, compiled = model.question(remembered, "batch"), jax.jit(apply)
-    seen = model.merge([model.ask(compiled, params, question, batch)])
+    compiled = jax.jit(apply)
+    question, answers = _observe(compiled, params, model, remembered, batch)
+    seen, idle = model.select(model.merge([answers]))
+    foreign = [layer for layer in model.layers if layer not in answers]
     before = _layers_before(compiled.trace(params, question, batch).jaxpr, model, question, params)
     paths, leaves, _ = flatten(params)
     scales = {keys[:-1]: leaf for keys, leaf in zip(paths, leaves, strict=True) if keys[-1:] == ("scale",)}
     examples = _count_examples(batch)
-    layers = [
-        _compare(
-            layer, model.dtype(layer), remembered[layer], seen[layer], scales.get(layer.keys), examples, epsilon, prior
-        )
-        for layer in sorted(model.layers, key=lambda layer: len(before[layer]))
-    ]
+
+    def compare(layer: Layer) -> LayerStatistics:
+        running, scale = remembered[layer], scales.get(layer.keys)
+        found, p = (seen[layer], prior) if layer in seen else (_see_nothing(running), np.nan)
+        return _compare(layer, model.dtype(layer), running, found, scale, examples, epsilon, p)
+
+    def depth(layer: Layer) -> float:
+        # What an idle layer returns says nothing of where it is: it is before those that depend on it.
+        after = (len(before[other]) - 0.5 for other in seen if layer in before[other])
+        return len(before[layer]) if layer in seen or layer in foreign else min(after, default=np.inf)
+
+    layers = {layer: compare(layer) for layer in sorted(model.layers, key=depth)}
     findings = [
-        *_find_non_finite(params, batch, seen, before),
-        *(finding for layer in layers for finding in Examination(layer, epsilon).findings()),
+        *find_unobserved([layer.path for layer in idle], [layer.path for layer in foreign], len(layers)),
+        *_find_non_finite(params, batch, {layer: remembered[layer] for layer in idle}, seen, before),
+        *(f for layer, shown in layers.items() for f in Examination(shown, epsilon, layer in seen).findings()),
     ]
-    return Diagnosis(tuple(layers), tuple(findings))
+    return Diagnosis(tuple(layers.values()), tuple(findings))
+
+
+def _observe(
+    apply: Any, params: Any, model: Survey, statistics: dict[Layer, Statistics], batch: Any
+) -> tuple[Any, dict[Layer, Observation]]:
+    """Return the state that the layers were asked with, and the answers of those that can observe.
+
+    The others run on the statistics that they know.
+    """
+    question = model.question(statistics, "batch")
+    try:
+        return question, model.ask(apply, params, question, batch)
+    except ForeignLayers as error:
+        others = {layer: known for layer, known in statistics.items() if layer not in error.layers}
+        if not others:
+            raise
+        return _observe(apply, params, model, others, batch)
+
+
+def _see_nothing(running: Statistics) -> Seen:
+    """Return what a layer has seen that was not observed."""
+    none, unknown = np.zeros_like(running.mean), np.full_like(running.mean, np.nan)
+    return Seen(none, unknown, unknown, none)
 
 
 def _compare(
@@ -198,7 +236,11 @@ def _fit_prior(running: Statistics, seen: Seen, independent: Vector, usable: Any
 
 
 def _find_non_finite(
-    params: Any, batch: Any, seen: dict[Layer, Seen], before: dict[Layer, set[Layer]]
+    params: Any,
+    batch: Any,
+    evaluated: dict[Layer, Statistics],
+    seen: dict[Layer, Seen],
+    before: dict[Layer, set[Layer]],
 ) -> Iterator[Finding]:
     """Find what is not finite, where it begins."""
     in_params = list(_non_finite_leaves(params))
@@ -211,9 +253,18 @@ def _find_non_finite(
     if in_params:
         return
     in_batch = [join(("batch", *keys)) for keys, _ in _non_finite_leaves(batch)]
+    in_state = [
+        layer.path
+        for layer, known in evaluated.items()
+        if not (np.isfinite(known.mean + known.var) & (known.var >= 0)).all()
+    ]
     why = "Params and batch are finite: what comes before it overflowed, so look for values too large for their dtype."
     if in_batch:
         why = f"So are values of {name_few(in_batch)}: mend or mask them."
+    elif in_state:
+        why = (
+            f"So is what evaluates before it by running statistics that are NaN, inf or negative: {name_few(in_state)}."
+        )
     broken = {layer for layer, found in seen.items() if not np.isfinite(found.mean + found.var).all()}
     # It begins in the layers that have no broken one before them; of layers in a circle, in those with the fewest.
     least = min((len(before[layer] & broken) for layer in broken), default=0)

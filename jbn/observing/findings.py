@@ -1,6 +1,6 @@
 """What the statistics of a layer say about it: thresholds, each with its reason, and a sentence for each finding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,6 +42,8 @@ LEAST_GAP = _GAP_OF_LAYER * _BY_PRIOR
 class LayerStatistics:
     """What a layer saw in a batch, beside what it remembers; arrays are float64, of the shape of its features.
 
+    A layer that was not observed, because it evaluates or is not jbn's, has a count of 0, and NaN for what is seen.
+
     Attributes:
         path: keys joined by "/".
         dtype: the dtype of the running statistics.
@@ -79,19 +81,21 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a layer or a parameter.
+    """Something that is wrong with a layer, with several or with a parameter.
 
     Attributes:
-        path: keys joined by "/".
+        path: keys joined by "/"; empty where it is about several layers.
         kind: one of the kinds in ``jbn.diagnose``.
         channels: the indices of the channels, or index tuples.
         message: what it means and what to do.
+        layers: the paths of all layers that it is about, where it is about several.
     """
 
     path: str
     kind: str
     channels: tuple[int, ...] | tuple[tuple[int, ...], ...]
     message: str
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,14 @@ class Examination:
 
     layer: LayerStatistics
     epsilon: float
+    is_observed: bool = True
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what is found, kind by kind."""
+        """Yield what is found, kind by kind; of a layer that was not observed, in what it remembers."""
         yield from self._narrow_memory()
         yield from self._broken_memory()
+        if not self.is_observed:
+            return
         yield from self._few_values()
         yield from self._constant()
         yield from self._nearly_constant()
@@ -257,6 +264,30 @@ class Examination:
             f"jbn is exact here. {kept[-1] if kept else ''}; in bfloat16 x itself comes in steps of up to "
             f"{largest / 128:.1g} standard deviations. Take the mean out of what comes before.",
         )
+
+
+def find_unobserved(idle: Sequence[str], foreign: Sequence[str], number: int) -> Iterator[Finding]:
+    """Find layers that have shown nothing, so that this is known of them alone.
+
+    Args:
+        idle: the paths of those that evaluate, or are not called.
+        foreign: the paths of those whose code is not jbn's.
+        number: how many layers there are.
+    """
+    if idle:
+        message = (
+            f"{len(idle)} of {number} layers evaluate in a training call, or it does not reach them: they normalize by "
+            f"running statistics and never move: {name_few(idle)}. Is the flag of training passed on to them? If they "
+            "are frozen on purpose, all is well."
+        )
+        yield Finding("", "evaluates", (), message, tuple(idle))
+    if foreign:
+        message = (
+            f"{len(foreign)} of {number} layers are not jbn's, and what they see is not known: {name_few(foreign)}. "
+            "For Flax's own use jbn.linen.replace() or jbn.nnx.replace(model); for a norm class of its own name it "
+            "there: replace(also=(Class,))."
+        )
+        yield Finding("", "foreign", (), message, tuple(foreign))
 
 
 def _off(gap: Vector, both: Flags, allowed: Vector) -> tuple[float, Flags]:

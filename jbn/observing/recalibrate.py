@@ -1,6 +1,7 @@
 """``recalibrate``: the population statistics of every layer of a model, exact over all batches."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from typing import Any, TypeVar, get_args
@@ -58,13 +59,17 @@ def recalibrate(
 
     Returns:
         A state of the type, shapes, dtypes and sharding of the one given. A feature with fewer than two valid rows
-        keeps its statistics.
+        keeps its statistics, and so does a layer that evaluates in this call, such as one that is frozen, or that the
+        call does not reach.
 
     Raises:
         ValueError: for no batches, a state without statistics, a layer without two valid rows or, with upstream
-            "batch", with one row a batch, statistics that are not finite, and layers that are not jbn's or do not
-            update, with their paths.
+            "batch", with one row a batch, statistics that are not finite, and layers that are not jbn's, with their
+            paths; and where no layer takes statistics.
         TypeError: for arguments of other kinds, such as one batch instead of several.
+
+    Warns:
+        UserWarning: where layers keep their statistics, because they evaluate or are not reached, with their paths.
 
     >>> import jax, jbn
     >>> params, state = jbn.bn_init(3)
@@ -89,25 +94,32 @@ def recalibrate(
     for number in count(1):
         question = model.question(statistics, upstream)
         answers = (model.ask(compiled, params, question, batch) for batch in batches)
-        seen = model.merge(_look_ahead(answers, number, progress))
-        if empty := [layer.path for layer in model.layers if not (seen[layer].count > 1).any()]:
+        seen, idle = model.select(model.merge(_look_ahead(answers, number, progress)))
+        if empty := [layer.path for layer, found in seen.items() if not (found.count > 1).any()]:
             raise ValueError(f"Fewer than two valid rows reached {name_few(empty)}; expected some batch to have them.")
-        if upstream == "batch" and (alone := [layer.path for layer in model.layers if seen[layer].is_alone]):
+        if upstream == "batch" and (alone := [layer.path for layer, found in seen.items() if found.is_alone]):
             raise ValueError(
                 f"{name_few(alone)} saw no more rows than batches, one value per channel: no batch to normalize by. "
                 "Expected larger batches, a last one of one row excepted, or upstream='recalibrated'."
             )
-        new = {layer: _take(seen[layer], statistics[layer], unbiased) for layer in model.layers}
-        settled = all(_agree(statistics[layer], new[layer]) for layer in model.layers)
-        statistics = new
+        new = {layer: _take(found, statistics[layer], unbiased) for layer, found in seen.items()}
+        settled = all(_agree(statistics[layer], found) for layer, found in new.items())
+        statistics |= new
         if settled or number >= passes:
             break
-    if broken := [layer.path for layer in model.layers if not np.isfinite(seen[layer].var + seen[layer].mean).all()]:
+    if broken := [layer.path for layer, found in seen.items() if not np.isfinite(found.var + found.mean).all()]:
         raise ValueError(
             f"The statistics of {name_few(broken)} are not finite; expected finite activations: look for NaN or inf in "
             "params and in batches, or mask the rows."
         )
-    return model.fill(statistics)  # type: ignore[no-any-return]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} of {len(model.layers)} layers keep their statistics: they evaluate in this call, or it does "
+            f"not reach them: {name_few(layer.path for layer in idle)}. If they are not frozen on purpose, pass them "
+            "the flag of training.",
+            stacklevel=2,
+        )
+    return model.fill({layer: statistics[layer] for layer in seen})  # type: ignore[no-any-return]
 
 
 Answers = Iterator[dict[Layer, Observation]]

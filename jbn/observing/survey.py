@@ -15,10 +15,14 @@ from jbn.paths import Keys, flatten, join, name_few
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 Apply = Callable[[Any, Any, Any], Any]
 
-_NO_MOMENTS = (
-    "gave no moments; expected every layer to call jbn.bn_forward, once or more, and to update its state. For Flax's "
-    "own layers use jbn.linen.replace() or jbn.nnx.replace(model); run apply as in training, with no layer frozen and "
-    "nothing that was exported or compiled ahead of time."
+_FOREIGN = (
+    "gave no moments; expected every layer to call jbn.bn_forward and to return what it returns. Flax's own layers do "
+    "inside jbn.linen.replace() or after jbn.nnx.replace(model), a norm class of its own where it is named there: "
+    "replace(also=(Class,)). Nothing may be exported or compiled ahead of time."
+)
+_IDLE = (
+    "gave no moments: in this call they evaluate, or it does not reach them. Expected a call as in training: with the "
+    "flag of the model, such as train=True or use_running_average=False, and not all of its layers frozen."
 )
 _AVERAGED = (
     "returned statistics that were averaged over shards, and those of all their rows do not follow from averages. "
@@ -39,6 +43,14 @@ class Layer:
     def path(self) -> str:
         """The keys, for a message."""
         return join(self.keys) or "the layer"
+
+
+class ForeignLayers(ValueError):
+    """Layers whose code is not jbn's, so that they cannot be observed."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        super().__init__(f"{name_few(layer.path for layer in layers)} {_FOREIGN}")
+        self.layers = layers
 
 
 @dataclass(frozen=True)
@@ -104,12 +116,18 @@ class Survey:
         return jax.tree.unflatten(self.structure, leaves)
 
     def ask(self, apply: Apply, params: Any, question: Any, batch: Any) -> dict[Layer, Observation]:
-        """Run one batch and return what every layer has observed; where a layer cannot observe, say which."""
+        """Run one batch and return what the layers have observed that the question asks.
+
+        Raises:
+            ForeignLayers: some of them cannot observe.
+        """
+        asked = jax.tree.leaves(question, is_leaf=_is_observation)
+        layers = [layer for layer in self.layers if _is_observation(asked[layer.mean])]
         try:
             new = apply(params, question, batch)
         except Exception as error:
-            if strangers := self._strangers(apply, params, question, batch):
-                raise ValueError(f"{name_few(strangers)} {_NO_MOMENTS}") from error
+            if strangers := self._strangers(apply, params, layers, asked, batch):
+                raise ForeignLayers(strangers) from error
             raise
         expected: Any = jax.tree.structure(question, is_leaf=_is_observation)
         found = jax.tree.structure(new, is_leaf=_is_observation)
@@ -119,25 +137,26 @@ class Survey:
                 f"{expected}: a new state alone, without y."
             )
         leaves = jax.tree.leaves(new, is_leaf=_is_observation)
-        answers = {layer: leaves[layer.mean] for layer in self.layers}
-        before = {layer: jax.tree.leaves(question, is_leaf=_is_observation)[layer.mean].shape for layer in self.layers}
+        answers = {layer: leaves[layer.mean] for layer in layers}
         if strangers := [
-            layer.path for layer, found in answers.items() if not _is_observation(found) or found.shape != before[layer]
+            layer
+            for layer, found in answers.items()
+            if not _is_observation(found) or found.shape != asked[layer.mean].shape
         ]:
-            raise ValueError(f"{name_few(strangers)} {_NO_MOMENTS}")
+            raise ForeignLayers(strangers)
         # ``updates`` is int32, and ``lax.pmean`` makes a float of it: apply has averaged the states of shards.
         if averaged := [layer.path for layer, found in answers.items() if found.updates.dtype != np.int32]:
             raise ValueError(f"{name_few(averaged)} {_AVERAGED}")
         return answers
 
-    def _strangers(self, apply: Apply, params: Any, question: Any, batch: Any) -> list[str]:
-        """Return the paths of layers that make ``apply`` fail when they alone are observed.
+    def _strangers(self, apply: Apply, params: Any, layers: list[Layer], asked: list[Any], batch: Any) -> list[Layer]:
+        """Return the layers that make ``apply`` fail when they are observed.
 
         None where it fails without any observation too: then the fault is elsewhere.
         """
-        asked = jax.tree.leaves(question, is_leaf=_is_observation)
 
-        def runs(*indices: int) -> bool:
+        def runs(observed: list[Layer]) -> bool:
+            indices = {i for layer in observed for i in (layer.mean, layer.var)}
             leaves = [asked[i] if i in indices else leaf for i, leaf in enumerate(self.leaves)]
             try:
                 jax.eval_shape(apply, params, jax.tree.unflatten(self.structure, leaves), batch)
@@ -145,22 +164,43 @@ class Survey:
                 return False
             return True
 
-        return [layer.path for layer in self.layers if not runs(layer.mean, layer.var)] if runs() else []
+        def search(suspects: list[Layer]) -> list[Layer]:
+            # By halves, because each trial traces the whole model.
+            if runs(suspects):
+                return []
+            half = len(suspects) // 2
+            return search(suspects[:half]) + search(suspects[half:]) if half else suspects
+
+        return search(layers) if runs([]) else []
 
     def merge(self, answers: Iterable[dict[Layer, Observation]]) -> dict[Layer, Seen]:
-        """Return what every layer has seen in all runs."""
+        """Return what every layer that was asked has seen in all runs."""
         seen: dict[Layer, Seen] = {}
         with np.errstate(invalid="ignore", over="ignore"):
             for answer in answers:
                 for layer, found in answer.items():
-                    if not np.asarray(found.updates).all():
-                        raise ValueError(f"{layer.path} {_NO_MOMENTS}")
                     count, pilot, offset, var = (
                         np.asarray(value, np.float64) for value in (found.count, found.pilot, found.offset, found.var)
                     )
                     new = Seen(count, pilot + offset, var, np.asarray(found.updates, np.float64))
                     seen[layer] = seen[layer].merge(new) if layer in seen else new
         return seen
+
+    def select(self, seen: dict[Layer, Seen]) -> tuple[dict[Layer, Seen], list[Layer]]:
+        """Return what was seen by the layers that took statistics, and the layers that took none in this run.
+
+        Of a stack of layers some may have taken statistics and others not; it is in both.
+
+        Raises:
+            ValueError: none has taken any.
+        """
+        took = {layer: found for layer, found in seen.items() if found.updates.any()}
+        idle = [layer for layer, found in seen.items() if not found.updates.all()]
+        if not took:
+            foreign = [layer for layer in self.layers if layer not in seen]
+            others = f" {ForeignLayers(foreign)}" if foreign else ""
+            raise ValueError(f"{name_few(layer.path for layer in idle)} {_IDLE}{others}")
+        return took, idle
 
     def fill(self, statistics: dict[Layer, Statistics]) -> Any:
         """Return the state with these statistics, each on the devices and in the dtype of the leaf it replaces."""

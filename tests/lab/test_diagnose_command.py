@@ -26,7 +26,7 @@ from jbn.linen import BatchNorm
 from jbn.observing import findings
 from jbn.observing.findings import Examination
 from tests.lab.test_train import random_data
-from tests.observing.test_diagnose import HEAD, PARAMS, PLANTED, STATE, apply, changed, rows
+from tests.observing.test_diagnose import HEAD, PARAMS, PLANTED, STATE, STEM, apply, changed, forward, rows
 from tests.support.runs import contents, folder
 
 LAYERS = ("BatchNorm_0", "BatchNorm_1")
@@ -165,6 +165,30 @@ def test_table_and_figure_of_what_is_broken(name, tmp_path):
     lab.figure_of(found.diagnosis, found.title).savefig(tmp_path / "figure.png")
     marked = lab._marks(found.diagnosis, expected[0], (6,))
     assert tuple(np.flatnonzero(marked)) == expected[2]
+
+
+def test_table_and_figure_show_what_was_not_observed():
+    def stem_evaluates(params, state, batch):
+        return forward(params, state, batch, True)[1] | {"stem": state["stem"]}
+
+    diagnosis = lab.diagnose(stem_evaluates, PARAMS, STATE, rows(32))
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(lab.table_of(diagnosis))
+    (row,) = [line.split() for line in capture.get().splitlines() if STEM in line]
+    assert row == [STEM, "6", "0", *"------"]
+    figure = lab.figure_of(diagnosis)
+    assert {label.get_text() for label in figure.axes[2].get_xticklabels()} == {f"{STEM}\n(evaluates)", HEAD}
+    place = [layer.path for layer in diagnosis.layers].index(STEM)
+    drawn = [
+        line
+        for axis in figure.axes
+        for line in axis.lines
+        if np.any(np.abs(np.asarray(line.get_xdata()) - place) < 0.4)
+    ]
+    assert {line.get_label() for line in drawn} == {"running"} | {
+        line.get_label() for line in drawn if line.get_label().startswith("findings begin")
+    }
 
 
 def lines_of(figure):

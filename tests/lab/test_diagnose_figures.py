@@ -251,18 +251,20 @@ def test_nothing_that_was_given_changes():
 
 def by_flax(params, state, x):
     norm = nn.BatchNorm(use_running_average=False)
-    given = {"params": params["head"]["norm"], "batch_stats": state["head"]["norm"]}
-    _, new = norm.apply(given, x, mutable=["batch_stats"])
-    return apply(params, state, x) | {"head": {"norm": new["batch_stats"]}}
+    new = {}
+    for name in ("stem", "head"):
+        given = {"params": params[name]["norm"], "batch_stats": state[name]["norm"]}
+        new[name] = {"norm": norm.apply(given, x, mutable=["batch_stats"])[1]["batch_stats"]}
+    return new
 
 
 def frozen(params, state, x):
-    return apply(params, state, x) | {"stem": state["stem"]}
+    return forward(params, state, x, False)[1]
 
 
 REFUSED = {
-    "a layer of Flax": (by_flax, {}, ValueError, r"^head/norm gave no moments.*jbn.linen.replace\(\)"),
-    "a frozen layer": (frozen, {}, ValueError, "^stem/norm gave no moments"),
+    "layers of Flax": (by_flax, {}, ValueError, r"^\w+/norm, \w+/norm gave no moments.*jbn.linen.replace\(\)"),
+    "frozen layers": (frozen, {}, ValueError, "^head/norm, stem/norm gave no moments: in this call they evaluate"),
     "y too": (lambda p, s, x: (x, s), {}, ValueError, "expected the new state"),
     "no function": (3, {}, TypeError, "apply is of type int"),
     "an epsilon below 0": (apply, {"epsilon": -1e-5}, ValueError, "epsilon is -1e-05; expected 0 or more"),
