@@ -40,17 +40,19 @@ def convert(
 
     ===========  =========================================================================================
     "jbn"        ``(params, state)``, such as those of ``jbn.bn_init``, or mappings of them by layer
-    "linen"      ``{"params": ..., "batch_stats": ...}``
+    "linen"      ``{"params": ..., "batch_stats": ...}``, or a ``TrainState`` that has them
     "nnx"        ``nnx.state(model, (nnx.Param, nnx.BatchStat))``, for ``nnx.update(model, ...)``
-    "torch"      ``model.state_dict()``
-    "keras"      ``{v.path: v.numpy() for v in model.weights}``, ``v.name`` for a single layer
-    "haiku"      ``(params, state)`` of ``hk.transform_with_state``
+    "torch"      ``model.state_dict()``, or the model
+    "keras"      the model, or ``{v.path: v.numpy() for v in model.weights}``, ``v.name`` for a single layer
+    "haiku"      ``(params, state)`` of ``hk.transform_with_state``, or names such as "net/~/conv/w" to arrays,
+                 as they are in files
     "equinox"    ``(model, state)`` of ``eqx.nn.make_with_state``
     ===========  =========================================================================================
 
     Running statistics are those that the source evaluates with, so that both evaluate alike: with Haiku and Equinox the
     debiased ones. These two go on from them as after 2³⁰ updates, not as from the first. In Keras two models inside of
-    one may have layers of the same path, of which a mapping keeps the last: give them names of their own.
+    one may have layers of the same path, of which a mapping keeps the last: give them names of their own. Arrays that
+    no other library has, such as those of Keras's ``Normalization``, are refused: leave the layer out, by ``names``.
 
     Args:
         tree: what the source has; leaves may be of NumPy, jax or PyTorch, in bfloat16 too.
@@ -58,9 +60,10 @@ def convert(
         target: the library that it is for.
         like: a tree of the target, of arrays or their shapes such as those of ``jax.eval_shape``. The result has its
             structure, shapes, dtypes and, where it is committed, sharding; and all of it is filled. Haiku and Equinox
-            need it. Without it nothing says what is lacking, and arrays of no known name go along as they are, in jbn
-            and Linen as parameters; those that may be none are refused: integers, what lies beside running statistics,
-            and what the target would take for such.
+            need it. Of a model of PyTorch or Keras the result is the mapping of its arrays; in a ``TrainState`` the
+            step and the optimizer stay as they are. Without it nothing says what is lacking, and arrays of no known
+            name go along as they are, in jbn and Linen as parameters; those that may be none are refused: integers,
+            what lies beside running statistics, and what the target would take for such.
         names: paths in the source to paths in the target; the first that matches counts, so that the most special ones
             come first, and each must decide about a layer. What lies under a path goes
             with it, ``*`` is any part of a key, the same on both sides, ``""`` is the root, and None leaves out:
@@ -70,7 +73,8 @@ def convert(
             ``jbn.keep_statistics``. "transposed": a transposed convolution; "transpose_kernel": one that has
             ``transpose_kernel=True`` in Flax; "depthwise": a depthwise convolution, to or from Keras; "embedding": an
             embedding, from PyTorch or Equinox. Name every one of the first three: with as many channels in as out,
-            shapes do not tell. What their layout does not say, groups and channels, is read from ``like``.
+            shapes do not tell. Models of PyTorch and Keras tell it themselves, as ``tree`` and as ``like``, all but
+            "transpose_kernel". What their layout does not say, groups and channels, is read from ``like``.
         flattened: the shapes (C, H, W), features first, by patterns as above, of examples that are flattened before a
             dense layer or a normalization; or unflattened after it, if that is the size of what comes out. PyTorch and
             Equinox flatten the features first, the others last.
@@ -107,6 +111,8 @@ def convert(
     ``jbn.convert_options``.
     """
     origin, goal = read_dialect("source", source, unbiased), read_dialect("target", target, unbiased)
+    tree, known = _unpack("tree", origin, tree)
+    like, known_there = _unpack("like", goal, like)
     layers = read_layers("tree", origin.read, tree)
     wanted = None if like is None else read_layers("like", lambda like: index(goal.addresses(like), like), like)
     if wanted is None and goal.make is None:
@@ -127,7 +133,7 @@ def convert(
         try:
             place = None if wanted is None else wanted.get(new, {})
             arrays = {name: as_numpy(leaf) for name, leaf in layers[path].items()}
-            said = Said(kind.get(path), shape.get(path), number.get(path))
+            said = Said(kind.get(path) or known.get(path) or known_there.get(new), shape.get(path), number.get(path))
             found[new] = translate(arrays, origin, goal, place, said)
             came[new] = old
         except (ValueError, TypeError) as error:
@@ -150,6 +156,13 @@ def read_dialect(argument: str, name: str, unbiased: bool) -> Dialect:
         raise ValueError(f"{argument} is {name!r}; expected one of {', '.join(map(repr, DIALECTS))}.")
     dialect = DIALECTS[name]
     return replace(dialect, unbiased=unbiased) if dialect.unbiased is None else dialect
+
+
+def _unpack(argument: str, dialect: Dialect, tree: Any) -> tuple[Any, Mapping[Path, str]]:
+    try:
+        return dialect.unpack(tree)
+    except ValueError as error:
+        raise ValueError(f"{argument} {error}") from error
 
 
 def read_layers(argument: str, read: Callable[[Any], Mapping[Address, Any]], tree: Any) -> dict[Path, dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jbn.converting import trees as trees
+from jbn.converting import models, trees
 from jbn.converting.trees import OTHER, STATISTICS, VECTORS, Address, Addresses, Array, Layer, Path
 from jbn.paths import name_few
 
@@ -46,6 +46,8 @@ class Dialect:
     addresses: Callable[[Any], Addresses]
     # Makes a tree of layers; None where a tree holds more than arrays.
     make: Callable[[Mapping[Path, Layer]], Any] | None
+    # The tree of what is held in its place, such as a model, and the kinds of layers that it tells.
+    unpack: Callable[[Any], tuple[Any, models.Kinds]] = models.unpack_nothing
     # The names that are not Flax's, and that of the bias of a normalization.
     names: Mapping[str, str] = field(default_factory=dict)
     shift: str = "bias"
@@ -289,6 +291,7 @@ DIALECTS = {
     "torch": Dialect(
         trees.address_mapping(".", "a state_dict"),
         trees.make_mapping("."),
+        models.unpack_torch,
         names={**_WEIGHT, "mean": "running_mean", "var": "running_var"},
         memory={"num_batches_tracked": _update_count},
         inward=_move_inward,
@@ -301,6 +304,7 @@ DIALECTS = {
     "keras": Dialect(
         trees.address_mapping("/", "{v.path: v.numpy() for v in model.weights}"),
         trees.make_mapping("/"),
+        models.unpack_keras,
         names={"scale": "gamma", "mean": "moving_mean", "var": "moving_variance", "embedding": "embeddings"},
         shift="beta",
         inward=_join_channels,
@@ -310,6 +314,7 @@ DIALECTS = {
     "haiku": Dialect(
         trees.address_modules,
         None,
+        models.unpack_haiku,
         names={
             "kernel": "w",
             "bias": "b",

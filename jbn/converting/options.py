@@ -21,6 +21,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# What else the layers of Keras have, which changes no number of an evaluation, and what it must be for training too.
+_KERAS = (
+    *("name", "trainable", "dtype", "axis", "synchronized", "renorm", "renorm_clipping", "renorm_momentum"),
+    *(f"{name}_initializer" for name in ("beta", "gamma", "moving_mean", "moving_variance")),
+    *(f"{name}_{kind}" for name in ("beta", "gamma") for kind in ("regularizer", "constraint")),
+)
+
+
 class _Norm(NamedTuple):
     """A batch norm in the words of jbn."""
 
@@ -31,7 +39,7 @@ class _Norm(NamedTuple):
     unbiased: bool = False
 
 
-def convert_options(options: Mapping[str, Any], source: str, target: str) -> dict[str, Any]:
+def convert_options(options: Any, source: str, target: str) -> dict[str, Any]:
     r"""Return the options of a batch norm as another library takes them, those that were not given included.
 
     .. math:: \text{momentum} = 1 - \text{momentum}_\text{PyTorch}
@@ -55,13 +63,16 @@ def convert_options(options: Mapping[str, Any], source: str, target: str) -> dic
 
     Args:
         options: some of the options above, as the constructor takes them; for PyTorch ``track_running_stats`` and for
-            Equinox ``mode`` too.
+            Equinox ``mode`` too. Or the layer, but for Haiku; or ``layer.get_config()`` of Keras, of which names,
+            initializers and the like are skipped: what starts, freezes or synchronizes a layer goes along with arrays,
+            ``jbn.freeze`` and axis names.
         source: the library that they come from.
         target: the library that they are for.
 
     Returns:
         All options of the target that are above, for Equinox with ``mode="batch"``; ``bias`` for PyTorch where it is
-        False only, because older ones lack it.
+        False only, because older ones lack it. From a layer of Keras to a Flax module also ``axis``, if not the last,
+        and ``dtype``, if not float32.
 
     Raises:
         ValueError: for options that are not above or lacking, values out of range, and what the target cannot express.
@@ -79,6 +90,7 @@ def convert_options(options: Mapping[str, Any], source: str, target: str) -> dic
         if name not in DEFAULTS:
             raise ValueError(f"{argument} is {name!r}; expected one of {', '.join(map(repr, DEFAULTS))}.")
     known = DEFAULTS[source]
+    options, more = _read_layer(options, source, target)
     if strange := [name for name in options if name not in known]:
         raise ValueError(f"options of {source}: {', '.join(strange)} cannot be mapped; expected {', '.join(known)}.")
     if lacking := [name for name, value in known.items() if value is None and name not in options]:
@@ -87,7 +99,47 @@ def convert_options(options: Mapping[str, Any], source: str, target: str) -> dic
         fits, expected = _CHECKS.get(name, _FLAG)
         if not fits(value) and (source, name, value) != ("torch", "momentum", None):
             raise ValueError(f"options of {source}: {name} is {value!r}; expected {expected}.")
-    return _WRITTEN[target](_READ[source]({**known, **options}))
+    return {**_WRITTEN[target](_READ[source]({**known, **options})), **more}
+
+
+def _read_layer(options: Any, source: str, target: str) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return the options of a layer or of its configuration, and what a Flax module takes beside them."""
+    config = options.get_config() if source == "keras" and hasattr(options, "get_config") else options
+    if not isinstance(config, Mapping):
+        found = {name: getattr(config, name) for name in DEFAULTS[source] if hasattr(config, name)}
+        if source == "haiku" or not {"eps", "epsilon"} & found.keys():
+            raise TypeError(
+                f"options is of type {type(options).__name__}; expected a mapping of the options of {source}"
+                f"{'' if source == 'haiku' else ', or such a layer'}."
+            )
+        if source == "torch":  # there it is the array
+            found["bias"] = found.get("bias") is not None or not found["affine"]
+        return found, {}
+    if source != "keras":
+        return config, {}
+    if refused := [
+        name for name in _KERAS if name.endswith(("renorm", "regularizer", "constraint")) and config.get(name)
+    ]:
+        raise ValueError(
+            f"options of keras: {refused[0]} is {config[refused[0]]!r}, which other libraries lack and training needs; "
+            "expected none: leave it out if evaluation is all you need, and put regularizers into the loss."
+        )
+    return {name: value for name, value in config.items() if name not in _KERAS}, _read_module(config, target)
+
+
+def _read_module(config: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """Return the axis and the dtype of a layer of Keras where a Flax module needs to be told."""
+    policy, axis = config.get("dtype") or "float32", config.get("axis", -1)
+    policy = policy["config"]["name"] if isinstance(policy, Mapping) else getattr(policy, "name", policy)
+    dtype = str(policy).removeprefix("mixed_")
+    if target not in ("linen", "nnx"):
+        if dtype != "float32":
+            raise ValueError(
+                f"options of keras: dtype is {policy!r}, which is no option in {target}; expected float32: leave it "
+                "out, and give the layer x of that dtype."
+            )
+        return {}
+    return {**({} if axis == -1 else {"axis": axis}), **({} if dtype == "float32" else {"dtype": dtype})}
 
 
 def _is_number(value: Any) -> bool:

@@ -43,14 +43,15 @@ def address_mapping(separator: str, expected: str) -> Callable[[Any], Addresses]
 
 
 def address_variables(tree: Any) -> Addresses:
-    """Read the variables of a Linen model."""
-    paths = flatten(tree)[0]
-    if strange := {path[0] if len(path) > 1 else "an array" for path in paths} - {"params", "batch_stats"}:
+    """Read the variables of a Linen model, and those in an object that has them, such as a ``TrainState``."""
+    paths, parts = flatten(tree)[0], {"params", "batch_stats"}
+    held = hasattr(tree, "params") and not isinstance(tree, Mapping)
+    if not held and (strange := {path[0] if len(path) > 1 else "an array" for path in paths} - parts):
         raise ValueError(
             f"holds {', '.join(sorted(strange))}; expected the variables of Flax Linen, a mapping with 'params' and, "
             "where there are normalizations, 'batch_stats', and nothing else."
         )
-    return [_address_part(path[1:], path[0] == "params") for path in paths]
+    return [_address_part(path[1:], path[0] == "params") if path[0] in parts else None for path in paths]
 
 
 def address_model(tree: Any) -> Addresses:

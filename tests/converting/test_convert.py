@@ -333,6 +333,31 @@ def test_nothing_is_shared_with_the_source():
     got[0]["bn.weight"][:] = 5  # and can be written to
 
 
+def test_the_state_of_a_training_run():
+    """Its variables are converted, from it and into it; the step and the optimizer stay as they are."""
+    optax, train_state = pytest.importorskip("optax"), pytest.importorskip("flax.training.train_state")
+
+    class TrainState(train_state.TrainState):
+        batch_stats: dict
+
+    variables = nets.linen_variables(nets.Net())
+    kept = {"apply_fn": nets.Net().apply, "tx": optax.adam(1e-3), "params": variables["params"]}
+    state = TrainState.create(**kept, batch_stats=variables["batch_stats"]).replace(step=7)
+    model = jbn.convert(state, "linen", "nnx")
+    assert all(
+        (a == b).all()
+        for a, b in zip(*map(jax.tree.leaves, (model, jbn.convert(variables, "linen", "nnx"))), strict=True)
+    )
+    twice = jbn.convert(jax.tree.map(lambda a: 2 * a, model), "nnx", "linen", like=state)
+    assert (twice.step, twice.tx) == (7, state.tx)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(twice.opt_state))
+    for name in ("params", "batch_stats"):
+        pairs = zip(*(jax.tree.leaves(getattr(s, name)) for s in (state, twice)), strict=True)
+        assert all((2 * a == b).all() for a, b in pairs)
+    without = train_state.TrainState.create(**kept)
+    assert set(jbn.convert(without, "linen", "linen")) == {"params"}
+
+
 def test_what_is_left_out_is_not_read():
     model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Dropout(0.1, rngs=nnx.Rngs(1)))
     state = nnx.state(model)

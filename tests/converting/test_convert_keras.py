@@ -76,6 +76,45 @@ def test_a_model_evaluates_alike(model, kind):
     assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (back, variables)), strict=True))
 
 
+def test_a_model_tells_its_kinds(model):
+    """No mapping, no kinds: both are read from the model, as what is converted and as what is wanted."""
+    net = nets.Net()
+    variables, (x, _) = nets.linen_variables(net), nets.batch(0)
+    filled(model, jbn.convert(variables, "linen", "keras", like=model, names=UNDER))
+    assert gap(model(x, training=False), nets.evaluate(net, variables, x)) <= EVALUATED
+    back = jbn.convert(model, "keras", "linen", like=variables, names={"net": ""})
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (back, variables)), strict=True))
+
+
+def test_what_no_other_library_has_is_named(keras):
+    layers = [
+        keras.Input((3,)),
+        keras.layers.Normalization(name="scaled"),
+        keras.layers.Dense(2),
+        keras.layers.Dropout(0.5),
+    ]
+    model = keras.Sequential(layers, name="net")
+    with pytest.raises(ValueError, match=r"net/scaled of tree has count, mean, .* leave the layer out, by names"):
+        jbn.convert(model, "keras", "linen")
+    found = jbn.convert(model, "keras", "linen", names={"net/scaled": None})
+    assert set(found["params"]["net"]) == {"dense"}
+    norm = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(renorm=True, name="norm")], name="net")
+    with pytest.raises(
+        ValueError, match="net/norm of tree has moving_stddev, renorm_mean, renorm_stddev, which may be"
+    ):
+        jbn.convert(norm, "keras", "linen")
+
+
+def test_models_that_cannot_be_read_are_refused(keras):
+    x = keras.Input((3,))
+    first, second = (keras.Model(x, keras.layers.Dense(3, name="fc")(x), name=name) for name in ("a", "b"))
+    twice = keras.Model(x, second(first(x)))
+    with pytest.raises(ValueError, match=r"tree has several arrays at '.*fc/kernel', '.*fc/bias'; expected paths"):
+        jbn.convert(twice, "keras", "linen")
+    with pytest.raises(ValueError, match="like is a model without weights; expected a built one"):
+        jbn.convert(first, "keras", "keras", like=keras.Sequential([keras.layers.Dense(3)]))
+
+
 def test_ten_steps_stay_together(model):
     net = nets.Net()
     variables, like = nets.linen_variables(net), {v.path: v for v in model.weights}

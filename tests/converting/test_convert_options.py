@@ -1,10 +1,15 @@
 """convert_options: names, conventions and defaults; what one library has and another lacks is refused."""
 
 import itertools
+import os
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 
 import jbn
+import jbn.linen
 
 JBN = {"epsilon": 2e-4, "momentum": 0.95, "use_scale": True, "use_bias": True, "unbiased": False}
 THE_SAME = {
@@ -59,7 +64,7 @@ def test_scale_and_bias(options, source, target, want):
         ({}, "pytorch", "jbn", r"source is 'pytorch'; expected one of 'jbn'"),
         ({}, "jbn", "tensorflow", r"target is 'tensorflow'; expected one of"),
         ({"epsilon": 1e-3}, "torch", "jbn", r"options of torch: epsilon cannot be mapped; expected eps, momentum"),
-        ({"renorm": True}, "keras", "jbn", r"options of keras: renorm cannot be mapped"),
+        ({"fused": True}, "keras", "jbn", r"options of keras: fused cannot be mapped"),
         ({"eps": 1e-3}, "haiku", "jbn", r"options of haiku lack decay_rate, create_scale, create_offset"),
         ({"momentum": None}, "torch", "jbn", r"momentum=None is the average over all batches.*jbn.recalibrate"),
         ({"momentum": None}, "keras", "jbn", r"options of keras: momentum is None; expected a number from 0 to 1"),
@@ -86,3 +91,49 @@ def test_no_epsilon_goes_along(source, target):
     options = {name: 0.0 if name in ("eps", "epsilon") else value for name, value in THE_SAME[source].items()}
     found = jbn.convert_options(options, source, target)
     assert found.get("eps", found.get("epsilon")) == 0
+
+
+@pytest.fixture(scope="module")
+def keras():
+    if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
+        pytest.skip("KERAS_BACKEND is not jax")
+    return pytest.importorskip("keras")
+
+
+def test_the_configuration_of_a_keras_layer(keras):
+    """Whole as it is; what changes no number is skipped, what a Flax module must be told goes along."""
+    made = {"momentum": 0.9, "epsilon": 2e-3, "scale": False, "name": "bn", "beta_initializer": "ones"}
+    layer = keras.layers.BatchNormalization(**made, trainable=False)
+    want = {"epsilon": 2e-3, "momentum": 0.9, "use_scale": False, "use_bias": True, "unbiased": False}
+    for given in (layer, layer.get_config()):
+        assert jbn.convert_options(given, "keras", "jbn") == jbn.convert_options(given, "keras", "linen") == want
+        assert jbn.convert_options(given, "keras", "keras") == {
+            "epsilon": 2e-3, "momentum": 0.9, "scale": False, "center": True,
+        }  # fmt: skip
+    images = keras.layers.BatchNormalization(axis=1, dtype="mixed_bfloat16")
+    found = jbn.convert_options(images.get_config(), "keras", "linen")
+    assert (found["axis"], found["dtype"]) == (1, "bfloat16")
+    module = jbn.linen.BatchNorm(False, **found)
+    y, _ = module.init_with_output(jax.random.key(0), jnp.ones((2, 3, 4)))
+    assert y.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="dtype is 'mixed_bfloat16', which is no option in torch; expected float32"):
+        jbn.convert_options(images, "keras", "torch")
+    for option, value in {"renorm": True, "gamma_regularizer": "l2", "beta_constraint": "non_neg"}.items():
+        layer = keras.layers.BatchNormalization(**{option: value})
+        with pytest.raises(ValueError, match=rf"options of keras: {option} is .* leave it out if evaluation is all"):
+            jbn.convert_options(layer, "keras", "jbn")
+
+
+def test_layers_of_other_libraries():
+    torch, eqx = pytest.importorskip("torch"), pytest.importorskip("equinox")
+    for made in ({"eps": 2e-3, "momentum": 0.3}, {"affine": False}, {"bias": False}):
+        layer = torch.nn.BatchNorm2d(3, **made)
+        assert jbn.convert_options(layer, "torch", "torch") == jbn.convert_options(made, "torch", "torch")
+    made = {"eps": 2e-3, "momentum": 0.3, "channelwise_affine": False, "mode": "batch"}
+    layer = eqx.nn.BatchNorm(3, "batch", **made)
+    assert jbn.convert_options(layer, "equinox", "jbn") == jbn.convert_options(made, "equinox", "jbn")
+    made = {"epsilon": 2e-3, "momentum": 0.3, "use_scale": False}
+    assert jbn.convert_options(nn.BatchNorm(**made), "linen", "jbn") == jbn.convert_options(made, "linen", "jbn")
+    for other, source in ((torch.nn.Linear(3, 3), "torch"), (3, "keras"), (object(), "haiku")):
+        with pytest.raises(TypeError, match=rf"options is of type {type(other).__name__}; expected a mapping"):
+            jbn.convert_options(other, source, "jbn")

@@ -116,6 +116,20 @@ def test_haiku_after_few_updates(haiku, variables):
     assert gap(nets.evaluate(NET, found, x), evaluate(tree, x)) <= EVALUATED
 
 
+@pytest.mark.parametrize("separator", ["/", ":", "//"])
+def test_flat_files_of_haiku(haiku, variables, separator, tmp_path):
+    """One mapping of parameters and state, or one each; the last key is the name of the array."""
+    like, _, _ = haiku
+    tree = jbn.convert(variables, "linen", "haiku", like=like, kinds=nets.KINDS)
+    flat = [
+        {f"{module}{separator}{name}": leaf for module, layer in part.items() for name, leaf in layer.items()}
+        for part in tree
+    ]
+    jbn.save_arrays(tmp_path / "m.npz", flat[0] | flat[1])
+    check_bits(jbn.load_arrays(tmp_path / "m.npz"), "haiku", variables, kinds=nets.KINDS)
+    check_bits(tuple(flat), "haiku", variables, kinds=nets.KINDS)
+
+
 def test_modules_of_haiku_in_modules(hk):
     def net(x):
         return hk.nets.MLP([4], name="mlp")(hk.BatchNorm(True, False, 0.9, name="norm")(x, True))

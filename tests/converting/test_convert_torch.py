@@ -53,6 +53,19 @@ def images(x):
     return np.ascontiguousarray(np.moveaxis(x, -1, 1))
 
 
+def test_a_model_tells_its_kinds(torch, model):
+    variables = nets.linen_variables(nets.Net())
+    found = jbn.convert(variables, "linen", "torch", like=model, flattened={"fc": FLAT})
+    assert isinstance(found["up.weight"], torch.Tensor)
+    told = {"like": model.state_dict(), "kinds": {"up": "transposed"}, "flattened": {"fc": FLAT}}
+    want = jbn.convert(variables, "linen", "torch", **told)
+    np.testing.assert_array_equal(found["up.weight"], want["up.weight"])
+    model.load_state_dict(found)
+    back = jbn.convert(model, "torch", "linen", like=variables, flattened={"fc": FLAT})
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (back, variables)), strict=True))
+    assert "embedding" in jbn.convert(torch.nn.Sequential(torch.nn.Embedding(5, 3)), "torch", "linen")["params"]["0"]
+
+
 @pytest.mark.parametrize("kind", ["transposed", "transpose_kernel"])
 def test_a_model_evaluates_alike(torch, model, kind):
     net = nets.Net(transpose_kernel=kind == "transpose_kernel")
