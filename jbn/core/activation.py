@@ -9,6 +9,7 @@ arrays. That can be static: equal programs share what was compiled, and nothing 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any, TypeAlias
 
 import jax
@@ -107,7 +108,7 @@ def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tu
     tangents = [array for array, has in zip(f.consts, inexact, strict=True) if has]
     rough = jax.make_jaxpr(differentiate)(z, *f.consts, z, *tangents)
     slope = jax.make_jaxpr(lambda *args: _evaluate(rough.jaxpr, rough.consts, *args))(z, *f.consts, z, *tangents)
-    text = "\n".join([str(value), str(slope), _check_rules(traced, f, slope, z)])
+    text = "\n".join([*map(_write, (value, slope)), _check_rules(traced, f, slope, z)])
     selects = _selects(slope.jaxpr, len(f.consts) + 1)
     return Program(text, inexact, selects, value.jaxpr, slope.jaxpr), (*f.consts, *slope.consts)
 
@@ -151,7 +152,19 @@ def _check_rules(traced: Any, f: Any, slope: Any, z: jax.ShapeDtypeStruct) -> st
     back = jax.make_jaxpr(transpose)(z, z, *f.consts)
     if back.consts:
         raise TypeError(checks.HELD_BY_VJP)
-    return str(back)
+    return _write(back)
+
+
+def _write(program: Any) -> str:
+    """Return what a program computes, in words; arrays that JAX wrote into it, which its text leaves out, in bytes."""
+    atoms = (atom for eqn in _equations(program.jaxpr) for atom in (*eqn.invars, *_returned(eqn)))
+    arrays = (np.asarray(atom.val) for atom in (*atoms, *program.jaxpr.outvars) if np.ndim(getattr(atom, "val", 0)))
+    return "\n".join([str(program), *(sha256(array.tobytes()).hexdigest() for array in arrays)])
+
+
+def _returned(eqn: Any) -> Iterator[Any]:
+    for body in _bodies(eqn):
+        yield from body.jaxpr.outvars
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

@@ -82,7 +82,8 @@ def _differentiate(
     dtype, layout = recipe.wide, recipe.layout
     r = lax.rsqrt(m.var + recipe.epsilon)
     a = r if operands.scale is None else r * operands.scale.astype(dtype)
-    u = -0.5 * a * r * r * dvar
+    # Each factor r by itself: where x is large, their product is 0 before what it is multiplied with makes up for it.
+    u = -0.5 * (a * (r * (r * dvar)))
     u = u if d.scale is None else u + r * d.scale.astype(dtype)
     w = -a * dmean
     w = w if d.bias is None else w + d.bias.astype(dtype)

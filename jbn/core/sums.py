@@ -113,8 +113,8 @@ def count_rows(layout: Layout, mask: Array | None, dtype: DTypeLike) -> Array:
 
     The counts have the dtype of the sums of x: XLA then makes one collective of both, on all targets
     (``test_passes`` counts collectives). A sum of ones in float32 stops at 2²⁴, and one in int32 at 2³¹. So the rows of
-    each example are counted in int32 and these counts added as floats, which is exact up to 2²⁴ and right to rounding
-    beyond.
+    each example are counted in int32, or as many of its last axes as int32 counts, and these counts added as floats,
+    which is exact up to 2²⁴ and right to rounding beyond.
     """
     if mask is None:
         return asarray(layout.group_row_count, dtype)
@@ -125,12 +125,19 @@ def count_rows(layout: Layout, mask: Array | None, dtype: DTypeLike) -> Array:
         mask = broadcast_to(mask, (*mask.shape[:axis], layout.examples, *mask.shape[axis + 1 :]))
         repeats = [layout.shape[i] for i in rest if mask.shape[i] == 1]
     few = not is_symbolic_dim(layout.row_count) and layout.row_count < 2**24
-    of_examples = mask.sum(rest, dtype=dtype if few else jnp.int32, keepdims=True).astype(dtype)
+    last = next(i for i in range(len(rest) + 1) if i == len(rest) - 1 or _is_counted([mask.shape[j] for j in rest[i:]]))
+    whole = mask.sum(rest[last:], dtype=dtype if few else jnp.int32, keepdims=True).astype(dtype)
+    of_examples = whole.sum(rest[:last], keepdims=True) if last else whole
     factor = float(math.prod(repeats)) if not any(map(is_symbolic_dim, repeats)) else math.prod(repeats)
     if layout.group is not None:
         return sum_rows(layout, of_examples) * factor
     count = of_examples.sum(layout.row_axes) * factor
     return count.reshape(()) if count.size == 1 else broadcast_to(count, layout.features)
+
+
+def _is_counted(sizes: list[int]) -> bool:
+    """Say whether int32 counts the positions of axes of these sizes, as far as these are known."""
+    return math.prod(size for size in sizes if not is_symbolic_dim(size)) < 2**31
 
 
 def divide(part: Array | float, count: ArrayLike) -> Array:

@@ -224,6 +224,21 @@ def test_a_loop_over_a_compiled_function():
     np.testing.assert_allclose(jax.jvp(loss, (0.3,), (1.0,))[1], 4 * 0.3**3 * (PLAIN**2).sum(), rtol=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(jax.config, "jax_use_simplified_jaxpr_constants"), reason="not in this version of jax")
+def test_arrays_that_a_program_holds_as_literals_are_seen():
+    """JAX can write arrays into programs, in whose text they are all "[...]"."""
+    before = jax.config.jax_use_simplified_jaxpr_constants
+    jax.config.update("jax_use_simplified_jaxpr_constants", True)
+    try:
+        for slope in (0.1, 0.5):
+            for array in (np.full((1, 4), slope, np.float32), jnp.full((1, 4), slope)):
+                for act in (lambda z, s=array: leaky(z, s), jax.jit(lambda z, s=array: leaky(z, s))):
+                    y = jbn.batch_norm(X, activation=act)[0]
+                    np.testing.assert_allclose(y, leaky(PLAIN, slope), atol=1e-6)
+    finally:
+        jax.config.update("jax_use_simplified_jaxpr_constants", before)
+
+
 def test_equal_programs_are_one():
     """A new function that does what one before did compiles nothing, whatever arrays it holds."""
     events: list[str] = []

@@ -199,8 +199,34 @@ def test_train_may_be_a_numpy_bool(train):
     jbn.bn_forward(PARAMS, STATE, X, train)
 
 
-def test_epsilon_may_be_an_array_that_is_known():
-    train(epsilon=jnp.float32(1e-3))
+NUMBERS = [1, 0.5, np.int64(1), np.uint8(1), np.array(1), jnp.array(1), np.float16(0.5), jnp.bfloat16(0.5),
+           jnp.bfloat16.dtype.type(0.5), np.array(0.5), np.longdouble(0.5), jnp.float32(0.5)]  # fmt: skip
+NO_NUMBERS = [True, np.True_, np.array(True), jnp.array(True), "0.5", np.str_("0.5"), np.array("0.5"), 1 + 0j,
+              np.complex64(0.5 + 1j), np.array(0.5 + 1j), jnp.array(0.5 + 1j), None, [0.5], np.array([0.5]), object(),
+              np.array(1, "m8[s]"), np.array(0.5, object), jax.random.key(0),
+              jax.ShapeDtypeStruct((), "float32")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["epsilon", "momentum"])
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: f"{number!r} {type(number).__name__}")
+def test_a_number_is_read_by_value_whatever_its_type(number, name):
+    for flag in (True, False):
+        got, want = (train(flag=flag, update=True, **{name: n}) for n in (number, float(number)))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "momentum"])
+@pytest.mark.parametrize("thing", NO_NUMBERS, ids=lambda thing: f"{thing!r} {type(thing).__name__}")
+def test_what_is_no_real_number_is_refused_by_name(thing, name):
+    with pytest.raises((TypeError, ValueError), match=f"{name} (is|has shape)"):
+        train(update=True, **{name: thing})
+
+
+@pytest.mark.parametrize("name", ["epsilon", "momentum"])
+@pytest.mark.parametrize("huge", [10**400, -(10**400)], ids=["positive", "negative"])
+def test_an_integer_beyond_all_floats_is_out_of_range(huge, name):
+    with pytest.raises(ValueError, match=f"{name} is -?10000.*; expected"):
+        train(**{name: huge})
 
 
 def test_errors_come_when_tracing():

@@ -114,6 +114,17 @@ def test_counts_of_masks_beyond_32_bits(shape):
         )
 
 
+def test_counts_of_one_example_beyond_32_bits():
+    """A scan or a film is one example; a part of it that is valid is counted too."""
+    shape = (1, 2**16, 2**15 + 2**10, 1)
+    count = jax.jit(
+        lambda: count_rows(
+            Layout(shape, (3,)), jax.lax.broadcasted_iota(jnp.int32, shape, 2) < 2**15 + 2**9, np.dtype(np.float32)
+        )
+    )()
+    np.testing.assert_allclose(count, 2.0**16 * (2**15 + 2**9), rtol=2**-23)
+
+
 def test_merges_beyond_the_integers_of_float32_lose_no_row():
     """2²⁴ + 1 is no float32: what one addition loses is kept, and counts once it is large enough."""
     many = jbn.Moments(*(np.float32(v) for v in (2**24, 0, 1, 1, 0)))

@@ -99,3 +99,21 @@ def test_the_sums_of_scale_and_bias_see_no_rounding_of_a_residual(activation):
     size = oracle.tolerance("float32", len(x)) * np.sqrt(len(x)) * np.abs(dz).max()
     np.testing.assert_allclose(dbias, want["bias"], atol=size, rtol=0)
     np.testing.assert_allclose(dscale, want["scale"], atol=size * 4, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e4])
+@pytest.mark.parametrize("std", [1e-12, 1e-4, 1e4, 1e12, 1e14, 1e16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dx_keeps_all_its_terms_at_every_size_of_x(dtype, std, scale):
+    """γ r³ is 0 in float32 where the standard deviation is 10¹³, and Σ g c as large."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((256, 4)) * std, dtype)
+    g = jnp.asarray(rng.standard_normal((256, 4)) + oracle.forward(x).y, dtype)
+    gamma = np.full(4, scale, np.float32)
+    want = oracle.gradients(g, x, gamma)["x"]
+    a = scale / np.sqrt(oracle.moments(x)[2] + 1e-5)
+    y, pull = jax.vjp(lambda x: jbn.batch_norm(x, gamma)[0], x)
+    assert np.linalg.norm(oracle.wide(pull(g)[0]) - want) <= bound(want, oracle.wide(g), a, dtype)
+    # Both ways are one rule: <g, J x> = <Jᵀ g, x>, of which J x = 0 but for epsilon.
+    _, dy = jax.jvp(lambda x: jbn.batch_norm(x, gamma)[0], (x,), (x,))
+    assert np.abs(oracle.wide(dy)).max() <= scale * (1e-5 / (std * std + 1e-5) * 8 + 2.0**-6)
