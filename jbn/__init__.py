@@ -12,21 +12,12 @@ normalization as a multiply-add), ``keep_statistics``, ``trainable_mask``, ``nor
 in training), ``remat_policy`` (what ``jax.checkpoint`` keeps), ``check`` (does it hold on these devices).
 """
 
-from jbn.checking.check import check
-from jbn.checking.report import Report
-from jbn.converting.convert import convert
-from jbn.converting.options import convert_options
-from jbn.core.forward import Params, State, batch_norm, bn_forward, bn_init, moments
-from jbn.core.saved import remat_policy
-from jbn.core.statistics import Moments, merge
-from jbn.files import load_arrays, save_arrays
-from jbn.folding.kernel import affine, fold
-from jbn.folding.links import Folds
-from jbn.freezing import decay_mask, freeze, keep_statistics, norm_mask, trainable_mask
-from jbn.observing.diagnose import Diagnosis, diagnose
-from jbn.observing.findings import Finding, LayerStatistics
-from jbn.observing.recalibrate import recalibrate
+from typing import TYPE_CHECKING, Any
+
 from jbn.version import __version__
+
+if TYPE_CHECKING:
+    from jbn.public import *
 
 __all__ = [
     "Diagnosis", "Finding", "Folds", "LayerStatistics", "Moments", "Params", "Report", "State", "__version__", "affine",
@@ -34,3 +25,20 @@ __all__ = [
     "freeze", "keep_statistics", "load_arrays", "merge", "moments", "norm_mask", "recalibrate", "remat_policy",
     "save_arrays", "trainable_mask",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Find a public name: not before one is asked for, as JAX takes long to import and can lose a Ctrl-C meanwhile.
+
+    The command line hears it from its first line on, and this file comes before that.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jbn import public
+
+    globals().update({each: getattr(public, each) for each in __all__ if each != "__version__"})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
