@@ -45,13 +45,17 @@ def machine() -> str:
 
 def imports(repeats: int) -> Rows:
     """Time ``import jbn`` beside ``import jax``, each in fresh processes, in turns, after one that does not count."""
-    code = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+    code = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+    statements = {
+        "jax": "import jax",
+        "jbn": "import jbn; jbn.bn_init",
+    }  # jbn imports nothing before a name is asked for
     # What pip installs is compiled to bytecode: a checkout must be able to keep its own, or each import compiles it.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     seconds: dict[str, list[float]] = {"jax": [], "jbn": []}
     for _ in range(1 + repeats):
         for name, times in seconds.items():
-            command = [sys.executable, "-c", code.format(name)]
+            command = [sys.executable, "-c", code.format(statements[name])]
             times.append(float(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout))
     both = {name: np.array(times[1:]) for name, times in seconds.items()}
     more = quartiles(both["jbn"] - both["jax"])

@@ -13,24 +13,12 @@ and ``fold`` (a normalization as a multiply-add), ``record`` and ``compare`` (wh
 (what ``jax.checkpoint`` keeps), ``check`` (does it hold on these devices).
 """
 
-from jbn.checking.check import check
-from jbn.checking.report import Report
-from jbn.comparing.compare import Comparison, compare
-from jbn.comparing.record import Call, record
-from jbn.converting.convert import convert
-from jbn.converting.options import convert_options
-from jbn.converting.propose import Match, Proposal, propose_names
-from jbn.core.forward import Params, State, batch_norm, bn_forward, bn_init, moments
-from jbn.core.saved import remat_policy
-from jbn.core.statistics import Moments, merge
-from jbn.files import load_arrays, save_arrays
-from jbn.folding.kernel import affine, fold
-from jbn.folding.links import Folds
-from jbn.freezing import decay_mask, freeze, keep_statistics, norm_mask, trainable_mask
-from jbn.observing.diagnose import Diagnosis, diagnose
-from jbn.observing.findings import Finding, LayerStatistics
-from jbn.observing.recalibrate import recalibrate
+from typing import TYPE_CHECKING, Any
+
 from jbn.version import __version__
+
+if TYPE_CHECKING:
+    from jbn.public import *
 
 __all__ = [
     "Call", "Comparison", "Diagnosis", "Finding", "Folds", "LayerStatistics", "Match", "Moments", "Params", "Proposal",
@@ -38,3 +26,20 @@ __all__ = [
     "convert_options", "decay_mask", "diagnose", "fold", "freeze", "keep_statistics", "load_arrays", "merge", "moments",
     "norm_mask", "propose_names", "recalibrate", "record", "remat_policy", "save_arrays", "trainable_mask",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Find a public name: not before one is asked for, as JAX takes long to import and can lose a Ctrl-C meanwhile.
+
+    The command line hears it from its first line on, and this file comes before that.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jbn import public
+
+    globals().update({each: getattr(public, each) for each in __all__ if each != "__version__"})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

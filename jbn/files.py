@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from uuid import uuid4
 
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +101,8 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None
         raise ValueError(
             f"arrays: {path.suffix} does not give back the name {lost[0]!r}: {form.names}. Expected another name."
         )
-    partial = path.with_name(f".{path.name}.partial")
+    # A name of its own, for others may write the same file at the same time, such as each process of a run.
+    partial = path.with_name(f".{uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
             form.write(file, found)

@@ -1,6 +1,7 @@
 """save_arrays and load_arrays: what goes in comes out, nothing is half written, nothing is run."""
 
 import io
+import os
 import re
 import sys
 import zipfile
@@ -172,6 +173,23 @@ def test_what_fails_leaves_the_old_file(tmp_path, suffix, monkeypatch):
 
 
 @each_suffix
+def test_two_who_write_one_file_leave_a_whole_one(tmp_path, suffix, monkeypatch):
+    """As the processes of a run do that all save: the second begins and ends while the first writes."""
+    file, replace = tmp_path / f"m{suffix}", os.replace
+
+    def write_between(partial, path):
+        monkeypatch.setattr("os.replace", replace)
+        jbn.save_arrays(file, {"a": np.zeros(3)})
+        assert jbn.load_arrays(file)["a"].tolist() == [0, 0, 0]
+        replace(partial, path)
+
+    monkeypatch.setattr("os.replace", write_between)
+    jbn.save_arrays(file, {"a": np.ones(3)})
+    assert jbn.load_arrays(file)["a"].tolist() == [1, 1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@each_suffix
 @pytest.mark.parametrize("keep", [slice(-7), slice(40), slice(0, 0)], ids=["cut", "short", "empty"])
 def test_damaged(tmp_path, suffix, keep):
     file = tmp_path / f"m{suffix}"
@@ -313,6 +331,7 @@ def test_other_arrays_of_numpy_are_read(tmp_path, value):
     [
         ([np.ones(3)], "arrays is of type list; expected a mapping of names"),
         ({"a": 1.0}, "arrays: 'a' has a leaf of type float; expected an array"),
+        ({"a": np.rec.array([(1, 2.0)])}, r"arrays: 'a' has an array of \(numpy.record, .*; expected numbers"),
         ({"a": np.array(["b"])}, "arrays: 'a' has an array of <U1; expected numbers"),
         ({1: np.ones(3)}, "arrays: 1 is of type int; expected a string"),
     ],

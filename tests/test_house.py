@@ -107,14 +107,24 @@ def test_a_room_says_what_belongs_there(file):
     assert ast.get_docstring(ast.parse((ROOT / "jbn" / file).read_text(encoding="utf-8")))
 
 
+def test_importing_jbn_imports_nothing_before_a_name_is_asked_for():
+    code = "import sys, jbn; print('jax' in sys.modules); from jbn import *; print('jax' in sys.modules, bn_init)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert re.fullmatch(r"False\nTrue <function bn_init at .*>\n", out.stdout)
+    assert set(jbn.__all__) <= set(dir(jbn))
+    with pytest.raises(AttributeError, match="module 'jbn' has no attribute 'bn_forwards'"):
+        _ = jbn.bn_forwards
+
+
 def test_importing_jbn_imports_no_extra():
-    code = "import sys, jbn; print(sorted({'flax', 'optax', 'matplotlib', 'rich', 'jbn.lab'} & set(sys.modules)))"
+    extras = {"flax", "optax", "matplotlib", "rich", "jbn.lab"}
+    code = f"import sys, jbn; jbn.check; print(sorted({extras} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
 
 
 def test_an_old_jax_is_refused_by_name():
-    code = "import jax; jax.__version_info__ = (0, 7, 2); jax.__version__ = '0.7.2'; import jbn"
+    code = "import jax; jax.__version_info__ = (0, 7, 2); jax.__version__ = '0.7.2'; import jbn; jbn.check"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert "ImportError: jbn needs jax 0.8 or newer; this is jax 0.7.2" in out.stderr
 

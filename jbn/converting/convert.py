@@ -4,15 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import partial
 from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 import jax
-import numpy as np
 
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
-from jbn.converting.trees import Address, Layer, Path, as_numpy, dtype_of, fill, index, is_float
+from jbn.converting.trees import Address, Layer, Path, as_numpy, convey, dtype_of, fill, index_shapes, is_float
 from jbn.paths import name_few, select
 
 Value = TypeVar("Value")
@@ -114,7 +112,7 @@ def convert(
     tree, known = _unpack("tree", origin, tree)
     like, known_there = _unpack("like", goal, like)
     layers = read_layers("tree", origin.read, tree)
-    wanted = None if like is None else read_layers("like", lambda like: index(goal.addresses(like), like), like)
+    wanted = None if like is None else read_layers("like", lambda like: index_shapes(goal.addresses(like), like), like)
     if wanted is None and goal.make is None:
         raise ValueError(f"like is None; expected a tree of {target} to fill, for it holds more than arrays.")
     everywhere = count if count is None or isinstance(count, Mapping) else {"*": count}
@@ -142,8 +140,9 @@ def convert(
         _check_complete(goal, found, came, wanted)
         return fill(like, goal.addresses(like), found, goal.numpy)
     assert goal.make is not None
+    made = goal.make(convey(found, goal.numpy))
     # Not jnp.asarray, which compiles a program for each shape.
-    return jax.tree.map(partial(np.array, order="C") if goal.numpy else jax.device_put, goal.make(found))
+    return made if goal.numpy else jax.tree.map(jax.device_put, made)
 
 
 def _kind_of(error: Exception) -> type[Exception]:
@@ -152,7 +151,7 @@ def _kind_of(error: Exception) -> type[Exception]:
 
 def read_dialect(argument: str, name: str, unbiased: bool) -> Dialect:
     """Return the dialect of a library, or refuse an argument that names none."""
-    if name not in DIALECTS:
+    if not isinstance(name, str) or name not in DIALECTS:
         raise ValueError(f"{argument} is {name!r}; expected one of {', '.join(map(repr, DIALECTS))}.")
     dialect = DIALECTS[name]
     return replace(dialect, unbiased=unbiased) if dialect.unbiased is None else dialect
@@ -183,7 +182,11 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) > 1 and all(isinstance(n, int) and n > 0 for n in value)
+    return isinstance(value, Sequence) and len(value) > 1 and all(_is_number(n) and n > 0 for n in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def read_by_path(
@@ -199,6 +202,7 @@ def read_by_path(
     paths = ["/".join(path) for path in layers]
     if not isinstance(said or {}, Mapping):
         raise TypeError(f"{argument} is {said!r}; expected a mapping of patterns.")
+    _check_keys(argument, said or {})
     for pattern, value in (said or {}).items():
         if not fits(value):
             raise ValueError(f"{argument}: {pattern!r} has {value!r}; expected {expected}.")
@@ -219,6 +223,7 @@ def _rename(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Pat
         return {path: goal.split(new) for path, new in said.items() if new is not None}
     if not isinstance(names, Mapping):
         raise TypeError(f"names is of type {type(names).__name__}; expected a mapping or a function of paths.")
+    _check_keys("names", names)
     found: dict[Path, Path | None] = {}
     rules: dict[Path, str] = {}  # that have decided
     for old, value in names.items():
@@ -241,6 +246,11 @@ def _rename(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Pat
             rules.setdefault(path, old)
             found.setdefault(path, None if new is None else _rewrite(goal.split(new), match.groups()))
     return {path: way for path in paths if (way := found.get(path, path)) is not None}
+
+
+def _check_keys(argument: str, said: Mapping[Any, Any]) -> None:
+    if strange := [key for key in said if not isinstance(key, str)]:
+        raise TypeError(f"{argument} has the key {strange[0]!r}; expected strings, which are paths of layers.")
 
 
 def _check_name(old: str, new: Any) -> str | None:

@@ -159,13 +159,14 @@ def translate(layer: Layer, origin: Dialect, goal: Dialect, like: Mapping[str, A
         raise ValueError(
             "has one running statistic; expected mean and variance, or neither: leave the layer out, by names."
         )
-    _check_statistics(layer)
-    if like is None:  # which else says the place and the dtype
-        _check_others(layer, goal)
-        layer |= {name: layer[name].astype(np.float32) for name in ("mean", "var") if _is_narrow(layer.get(name))}
+    layer |= {name: _widen(name, layer[name]) for name in STATISTICS if name in layer}
     if said.values and "var" in layer and origin.unbiased != goal.unbiased:
         factor = said.values / (said.values - 1)
-        layer["var"] = (layer["var"] * np.float64(factor if goal.unbiased else 1 / factor)).astype(layer["var"].dtype)
+        wide = layer["var"] * np.float64(factor if goal.unbiased else 1 / factor)
+        layer["var"] = trees.narrow(wide, layer["var"].dtype)[0]
+    _check_statistics(layer)
+    if like is None:  # which else says the place
+        _check_others(layer, goal)
     if said.flattened and origin.features_first != goal.features_first:
         layer = _reorder(layer, said.flattened, goal.features_first)
     turned = said.kind in TRANSPOSED and (said.kind in origin.gradient) != (said.kind in goal.gradient)
@@ -178,7 +179,7 @@ def translate(layer: Layer, origin: Dialect, goal: Dialect, like: Mapping[str, A
 
 def _check_statistics(layer: Layer) -> None:
     """Refuse running statistics that no batch has: they evaluate to NaN, or to the bias whatever x is."""
-    wide = {name: layer[name].astype(np.float64) for name in ("mean", "var") if name in layer}
+    wide = {name: layer[name].astype(np.float64) for name in STATISTICS if name in layer}
     for name, value in wide.items():
         bad = ~np.isfinite(value) | ((value < 0) if name == "var" else False)
         if bad.any():
@@ -205,8 +206,11 @@ def _check_others(layer: Layer, goal: Dialect) -> None:
         )
 
 
-def _is_narrow(array: Array | None) -> bool:
-    return array is not None and array.dtype.itemsize < 4
+def _widen(name: str, statistic: Array) -> Array:
+    """Return a running statistic in float32 or more, in which its own corrections lose nothing."""
+    if statistic.dtype.kind == "c":
+        raise TypeError(f"has a running {name} of {statistic.dtype}; expected real numbers.")
+    return statistic.astype(np.promote_types(statistic.dtype, np.float32))
 
 
 def adjoint(kernel: Array, groups: int) -> Array:

@@ -28,6 +28,16 @@ def index(addresses: Addresses, tree: Any) -> dict[Address, Any]:
     return {address: leaf for address, leaf in places if address is not None}
 
 
+def index_shapes(addresses: Addresses, tree: Any) -> dict[Address, Any]:
+    """Return the leaves of a tree that is to be filled by their addresses."""
+    found = index(addresses, tree)
+    for (path, name), leaf in found.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            place = "/".join((*path, name))
+            raise TypeError(f"has a {type(leaf).__name__} at {place!r}; expected arrays, or their shapes and dtypes.")
+    return found
+
+
 def address_mapping(separator: str, expected: str) -> Callable[[Any], Addresses]:
     """Return the reader of a mapping of names to arrays."""
 
@@ -149,8 +159,16 @@ def make_variables(layers: Mapping[Path, Layer]) -> Any:
 
 
 def make_model(layers: Mapping[Path, Layer]) -> Any:
-    """Make the state of an NNX model; numbers are items of lists."""
-    return _nest(_flatten_layers(layers), lambda key: int(key) if key.isdecimal() else key)
+    """Make the state of an NNX model; a node whose keys are all numbers is a list."""
+    return _number(_nest(_flatten_layers(layers)))
+
+
+def _number(tree: Any) -> Any:
+    """Make numbers of the keys of a node, if that is what all of them are: jax sorts no others beside them."""
+    if not isinstance(tree, dict):
+        return tree
+    numbers = all(key.isdecimal() and str(int(key)) == key for key in tree)
+    return {int(key) if numbers else key: _number(node) for key, node in tree.items()}
 
 
 def fill(like: Any, addresses: Addresses, layers: Mapping[Path, Layer], numpy: bool) -> Any:
@@ -183,6 +201,8 @@ def as_numpy(leaf: Any) -> Array:
 
 def dtype_of(leaf: Any) -> np.dtype[Any]:
     """Return the dtype of an array of any library."""
+    if isinstance(leaf.dtype, np.dtype):  # not by its name, for those of records are no names
+        return leaf.dtype
     try:
         return jnp.dtype(str(leaf.dtype).removeprefix("torch."))
     except TypeError as error:
@@ -197,16 +217,37 @@ def is_float(dtype: Any) -> bool:
 
 
 def narrow(value: Array, dtype: np.dtype[Any]) -> tuple[Array, bool]:
-    """Cast an array, and say whether what was finite stayed so."""
+    """Cast an array, and say whether what was finite stayed so, and whole numbers what they were."""
     with np.errstate(over="ignore", invalid="ignore"):
         cast = value.astype(dtype, order="C")
-    return cast, not (np.isfinite(value) & ~np.isfinite(cast)).any()
+    whole = value.dtype.kind in "iu" and cast.dtype.kind in "iu"
+    return cast, bool((cast == value).all() if whole else not (np.isfinite(value) & ~np.isfinite(cast)).any())
+
+
+def convey(layers: Mapping[Path, Layer], numpy: bool) -> dict[Path, Layer]:
+    """Return layers in the dtypes that NumPy, or else jax, keeps."""
+    return {
+        path: {
+            name: _cast(value, value.dtype if numpy else _kept(value.dtype), (path, name), "which jax has for it")
+            for name, value in layer.items()
+        }
+        for path, layer in layers.items()
+    }
+
+
+def _kept(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
+def _cast(value: Array, dtype: np.dtype[Any], address: Address, why: str) -> Array:
+    cast, fits = narrow(value, dtype)
+    if not fits:
+        raise ValueError(f"{'/'.join((*address[0], address[1]))!r} does not fit into {cast.dtype}, {why}.")
+    return cast
 
 
 def _as_leaf(value: Array, leaf: Any, address: Address, numpy: bool) -> Any:
-    cast, fits = narrow(value, dtype_of(leaf))
-    if not fits:
-        raise ValueError(f"{'/'.join((*address[0], address[1]))!r} does not fit into {cast.dtype}, the dtype in like.")
+    cast = _cast(value, dtype_of(leaf), address, "the dtype in like")
     if hasattr(leaf, "new_tensor") and not leaf.is_meta:
         return leaf.new_tensor(cast.astype(np.float32) if cast.dtype == jnp.bfloat16 else cast)
     if numpy:
@@ -252,7 +293,7 @@ def _split(layers: Mapping[Path, Layer]) -> tuple[dict[Path, Any], dict[Path, An
     return {path: value for path, value in flat.items() if path not in stats}, stats
 
 
-def _nest(leaves: Mapping[Path, Any], key: Callable[[str], Any] = str) -> Any:
+def _nest(leaves: Mapping[Path, Any]) -> Any:
     if clash := {path[:n] for path in leaves for n in range(len(path)) if path[:n] in leaves}:
         both = ", ".join("/".join(path) or "the root" for path in sorted(clash))
         raise ValueError(
@@ -264,6 +305,6 @@ def _nest(leaves: Mapping[Path, Any], key: Callable[[str], Any] = str) -> Any:
             return leaf
         node = tree
         for name in path[:-1]:
-            node = node.setdefault(key(name), {})
-        node[key(path[-1])] = leaf
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
     return tree

@@ -122,6 +122,9 @@ def fold(
     Elsewhere: ``torch.nn.utils.fusion`` knows "previous" alone, and no transposed convolution with groups.
     """
     before, kernel, bias = _read_into(into), _read_array("kernel", kernel), _read_array("bias", bias)
+    _check_float("kernel", kernel)
+    if bias is not None:
+        _check_float("bias", bias)
     inputs, outputs = _read_axes(layout, kernel, groups)
     if not before:
         _check_padding(padding, [n for i, n in enumerate(kernel.shape) if i not in (inputs, outputs)])
@@ -278,11 +281,14 @@ def _read_into(into: object) -> bool:
     return into == "previous"
 
 
+def _check_float(name: str, array: Any) -> None:
+    if array is None or array.dtype.name not in checks.FLOATS:
+        found = "None" if array is None else f"of dtype {array.dtype.name}"
+        raise TypeError(f"{name} is {found}; expected an array of {', '.join(checks.FLOATS)}.")
+
+
 def _read_axes(layout: object, kernel: Any, groups: object) -> tuple[int, int]:
     """Return the axes of inputs and outputs."""
-    if kernel is None or kernel.dtype.name not in checks.FLOATS:
-        found = "None" if kernel is None else f"of dtype {kernel.dtype.name}"
-        raise TypeError(f"kernel is {found}; expected an array of {', '.join(checks.FLOATS)}.")
     if not isinstance(layout, str) or len(layout) != kernel.ndim or [*map(layout.count, "IO")] != [1, 1]:
         raise ValueError(
             f"layout is {layout!r} for a kernel of shape {kernel.shape}; expected a string of {kernel.ndim} letters, "

@@ -43,8 +43,14 @@ def choice(*choices: str) -> dict[str, Any]:
 
 
 SEED, DEVICES = whole_number(0, 2**32 - 1), whole_number(1, 64)
-POSITIVE = kind(float, lambda number: 0 < number < math.inf, "a number greater than 0", "RATE")
-NOT_NEGATIVE = kind(float, lambda number: 0 <= number < math.inf, "a number from 0 on", "N")
+# What float32 has, in which a step is computed: less is 0 there, and more infinite.
+LEAST, MOST = 2.0**-126, 2.0**128 - 2.0**104
+POSITIVE = kind(float, lambda number: LEAST <= number <= MOST, "a number greater than 0 that float32 has", "RATE")
+NOT_NEGATIVE = kind(
+    float, lambda number: number == 0 or LEAST <= number <= MOST, "a number from 0 on that float32 has", "N"
+)
+EPOCHS = 100_000
+WARMUP = kind(float, lambda number: 0 <= number <= EPOCHS, f"a number from 0 on, up to {EPOCHS}", "N")
 ADDRESS = kind(
     str, lambda text: bool(re.fullmatch(r"([^:\s]+|\[[\da-f:]+\]):\d+", str(text))), "such as HOST:8476", "HOST:PORT"
 )
@@ -150,7 +156,7 @@ class TrainOptions(Options):
         metavar="DIR",
     )
     validation: str | None = option(None, "Folder of images to evaluate on, beside --data.", metavar="DIR")
-    epochs: int = option(10, "Times through the data.", whole_number(1, 100_000))
+    epochs: int = option(10, "Times through the data.", whole_number(1, EPOCHS))
     batch_size: int = option(
         128,
         "Images a step, on all devices together. It decides the result; the number of devices does not.",
@@ -161,7 +167,7 @@ class TrainOptions(Options):
     schedule: str = option(
         "cosine", "The learning rate after its warmup: falling to 0, or the same.", choice("cosine", "constant")
     )
-    warmup_epochs: float = option(1.0, "Epochs in which the rate grows from 0.", NOT_NEGATIVE)
+    warmup_epochs: float = option(1.0, "Epochs in which the rate grows from 0.", WARMUP)
     weight_decay: float = option(1e-4, "Pulls kernels towards 0; scale and bias are left.", NOT_NEGATIVE, metavar="W")
     augment: tuple[str, ...] = option((), "Change images at random; may be repeated.", choice("shift", "flip"))
     ema: float = option(0.0, "Keep an average of weights too, such as 0.999; 0: none.", SHARE)

@@ -13,9 +13,11 @@ from jax import Array
 
 from jbn import decay_mask
 from jbn.lab.data.batches import Batch, Batches
+from jbn.lab.errors import OptionError
 from jbn.lab.models import NETWORKS
 from jbn.lab.options import TrainOptions
 
+MOST_STEPS = 2**31 - 2  # they are counted in int32, and the learning rate looks one ahead
 # What the demo shows of a hidden layer: these percentiles over all units, for so many images of validation.
 PERCENTILES, PROBE_IMAGES, PROBE_GRID = (5, 15, 50, 85, 95), 64, 8
 
@@ -69,7 +71,13 @@ def recipe_of(options: TrainOptions, batches: Batches) -> Recipe:
         classes=batches.source.classes,
         dtype=jnp.bfloat16 if options.dtype == "bfloat16" else None,
     )
-    return Recipe(options, network, batches.per_epoch)
+    recipe = Recipe(options, network, batches.per_epoch)
+    for option, steps in (("--epochs", recipe.steps), ("--warmup-epochs", recipe.warmup)):
+        if steps > MOST_STEPS:
+            raise OptionError(
+                option, f"makes {steps} steps of these data; expected {MOST_STEPS} or fewer: fewer epochs"
+            )
+    return recipe
 
 
 class State(NamedTuple):

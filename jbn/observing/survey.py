@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbn.core.checks import FLOATS
 from jbn.core.state import Observation, Upstream
 from jbn.paths import Keys, flatten, join, name_few
 
@@ -230,6 +231,11 @@ def survey(state: Any) -> Survey:
     if not layers:
         held = name_few(join(keys) or "the state" for keys in paths[:5]) if paths else "nothing"
         raise ValueError(f"state holds {held}; expected statistics of layers, a mean and a var beside each other.")
+    for layer in layers:
+        for name, leaf in (("mean", leaves[layer.mean]), ("var", leaves[layer.var])):
+            kind = getattr(getattr(leaf, "dtype", type(leaf)), "name", type(leaf).__name__)
+            if kind not in FLOATS:
+                raise TypeError(f"The {name} of {layer.path} is of {kind}; expected an array of {', '.join(FLOATS)}.")
     return Survey(layers, leaves, structure)
 
 

@@ -378,3 +378,33 @@ def test_nothing_is_compiled(filled):
     finally:
         jax.monitoring.clear_event_listeners()
     assert not [name for name in names if "compile" in name]
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "int32", "int64", "float16", "bfloat16", "float8_e4m3fn", "float64"])
+@pytest.mark.parametrize("filled", [False, True])
+def test_statistics_of_any_real_dtype_are_float32(dtype, filled):
+    ones = np.ones(3, jnp.dtype(dtype))
+    like = {"batch_stats": {name: jax.ShapeDtypeStruct((3,), np.float32) for name in ("mean", "var")}}
+    got = jbn.convert({"running_mean": ones, "running_var": ones}, "torch", "linen", like=like if filled else None)
+    assert {leaf.dtype.name for leaf in got["batch_stats"].values()} == {"float32"}
+
+
+def test_the_count_is_not_rounded_to_the_dtype_of_the_source():
+    like = {"batch_stats": {name: jax.ShapeDtypeStruct((3,), np.float32) for name in ("mean", "var")}}
+    ones = np.ones(3, jnp.bfloat16)
+    got = jbn.convert({"running_mean": ones, "running_var": ones}, "torch", "linen", like=like, count=1000)
+    np.testing.assert_allclose(got["batch_stats"]["var"], 0.999, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (["0", "1", "10"], [0, 1, 10]),
+        (["0", "00"], ["0", "00"]),
+        (["0", "norm"], ["0", "norm"]),
+        (["1", "\N{ARABIC-INDIC DIGIT ONE}"], ["1", "\N{ARABIC-INDIC DIGIT ONE}"]),
+    ],
+)
+def test_numbers_alone_are_items_of_a_list(names, keys):
+    got = jbn.convert({f"a.{name}.weight": np.full(3, i) for i, name in enumerate(names)}, "torch", "nnx")
+    assert {key: int(leaf["scale"][0]) for key, leaf in got["a"].items()} == {key: i for i, key in enumerate(keys)}

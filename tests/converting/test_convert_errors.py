@@ -32,6 +32,7 @@ def dense(*shape):
 
 REFUSED = {
     "source": (BN, "pytorch", "jbn", {}, r"source is 'pytorch'; expected one of 'jbn', 'linen'"),
+    "a library": (BN, ["torch"], "jbn", {}, r"source is \['torch'\]; expected one of"),
     "target": (BN, "torch", "flax", {}, r"target is 'flax'; expected one of"),
     "nothing": ({}, "torch", "jbn", {}, r"tree holds no arrays"),
     "nothing to fill": (BN, "torch", "linen", {"like": {}}, r"like holds no arrays"),
@@ -253,6 +254,29 @@ OF_OTHER_KINDS = {
     "a key": ({"a": {"key": jax.random.key(0)}}, "nnx", "torch", {}, r"^a of tree is a key of random numbers"),
     "kinds": (BN, "torch", "jbn", {"kinds": "transposed"}, r"kinds is 'transposed'; expected a mapping of patterns"),
     "names": (BN, "torch", "jbn", {"names": "bn"}, r"names is of type str; expected a mapping or a function"),
+    "a record": (
+        {"a.x": np.rec.array([(1, 2.0)])},
+        "torch",
+        "linen",
+        {},
+        r"^a of tree has an array of .*; expected numbers",
+    ),
+    "a number in like": (
+        BN,
+        "torch",
+        "linen",
+        {"like": {"params": {"scale": 1.0}}},
+        r"like has a float at 'scale'; expected arrays, or",
+    ),
+    "a key of names": (BN, "torch", "jbn", {"names": {3: "a"}}, r"names has the key 3; expected strings"),
+    "a key of kinds": (BN, "torch", "jbn", {"kinds": {3: "depthwise"}}, r"kinds has the key 3; expected strings"),
+    "complex statistics": (
+        {"a.running_mean": F.astype(complex), "a.running_var": F},
+        "torch",
+        "linen",
+        {},
+        r"^a of tree has a running mean of complex128; expected real",
+    ),
     "a name": (BN, "torch", "jbn", {"names": {"": 3}}, r"names: '' becomes 3; expected a string or None"),
     "a name of a function": (BN, "torch", "jbn", {"names": lambda path: 3}, r"names: '' becomes 3; expected"),
 }
@@ -296,6 +320,27 @@ def test_statistics_that_no_batch_has_are_refused(source, target, name, value, d
         with pytest.raises(ValueError, match=message):
             jbn.convert(tree, source, target, like=shapes)
     jbn.convert(SPELLED[source](-good, 0 * good), source, target)
+
+
+@pytest.mark.parametrize(
+    ("array", "value", "message"),
+    [
+        ("running_var", np.full(3, 1e300), "'a/var' does not fit into float32, which jax has for it"),
+        ("weight", np.full(3, 1e300), "'a/scale' does not fit into float32, which jax has for it"),
+        ("index", np.array([2**40]), "'a/index' does not fit into int32, which jax has for it"),
+    ],
+)
+def test_what_jax_would_make_another_number_of_is_refused(array, value, message):
+    with pytest.raises(ValueError, match=message):
+        jbn.convert({f"a.{name}": leaf for name, leaf in {**BN, array: value}.items()}, "torch", "nnx")
+
+
+def test_a_variance_that_the_count_makes_infinite_is_refused():
+    variables = linen(a=3)
+    variables["batch_stats"]["a"]["var"] = np.full(3, 3e38, np.float32)
+    with pytest.raises(ValueError, match=r"^a of tree has a running var with 3 of 3 values .* such as inf"):
+        jbn.convert(variables, "linen", "torch", count=2)
+    jbn.convert(variables, "linen", "torch")
 
 
 @pytest.mark.parametrize(("index", "value"), [(0, np.nan), (1, np.inf), (1, -1.0)])

@@ -253,6 +253,9 @@ REFUSED = {
     ),
     "integers": (KERNEL.astype(int), {}, TypeError, "kernel is of dtype int"),
     "no kernel": (None, {}, TypeError, "kernel is None"),
+    "a bias of integers": (KERNEL, {"bias": np.ones(6, np.int32)}, TypeError, "bias is of dtype int32; expected an"),
+    "a bias of bools": (KERNEL, {"bias": np.ones(6, bool)}, TypeError, "bias is of dtype bool; expected an array of"),
+    "a complex bias": (KERNEL, {"bias": np.ones(6, complex)}, TypeError, "bias is of dtype complex128; expected an"),
     "bias": (KERNEL, {"bias": np.ones(4, np.float32)}, ValueError, r"bias has shape \(4,\); expected \(6,\)"),
     "zeros": (
         np.ones((3, 3, 6, 4), np.float32), {"into": "next", "padding": "SAME"}, ValueError,

@@ -400,7 +400,7 @@ def test_without_the_extra_the_command_says_what_to_install(missing):
 
 
 def test_importing_the_library_does_not_import_the_lab():
-    code = "import jbn, sys; print([m for m in ('jbn.lab', 'typer', 'sklearn', 'optax') if m in sys.modules])"
+    code = "import sys, jbn; jbn.fold; print([m for m in ('jbn.lab', 'typer', 'sklearn', 'optax') if m in sys.modules])"
     assert python("-c", code).stdout == "[]\n"
 
 

@@ -53,6 +53,12 @@ def test_a_signal_while_a_command_starts_ends_it(name, status, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_nothing_slow_is_imported_before_signals_are_heard():
+    """JAX would be: in it a Ctrl-C ends in a traceback, or is lost."""
+    ended = python("import sys, jbn.__main__; print(sorted({'jax', 'numpy', 'typer', 'rich'} & set(sys.modules)))")
+    assert (ended.stdout, ended.stderr) == ("[]\n", "")
+
+
 def test_the_second_ctrl_c_is_the_one_of_before():
     before = signal.getsignal(signal.SIGINT)
     with signals.note() as sent:

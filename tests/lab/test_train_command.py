@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jbn.lab import step
 from jbn.lab.data.batches import Batches
 from jbn.lab.data.images import Held, Images
 from jbn.lab.devices import mesh_of
@@ -171,6 +172,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_layer_is_named(tmp_path)
         (["--optimizer", "lamb"], "--optimizer", "'lamb'", "expected sgd or adamw"),
         (["--learning-rate", "0"], "--learning-rate", "'0'", "greater than 0"),
         (["--learning-rate", "nan"], "--learning-rate", "'nan'", "greater than 0"),
+        (["--learning-rate", "1e39"], "--learning-rate", "'1e39'", "greater than 0 that float32 has"),
+        (["--learning-rate", "1e-46"], "--learning-rate", "'1e-46'", "greater than 0 that float32 has"),
+        (["--weight-decay", "1e39"], "--weight-decay", "'1e39'", "from 0 on that float32 has"),
+        (["--warmup-epochs", "1e300"], "--warmup-epochs", "'1e300'", "from 0 on, up to 100000"),
         (["--schedule", "step"], "--schedule", "'step'", "expected cosine or constant"),
         (["--warmup-epochs", "-1"], "--warmup-epochs", "'-1'", "from 0 on"),
         (["--weight-decay", "inf"], "--weight-decay", "'inf'", "from 0 on"),
@@ -203,6 +208,15 @@ def test_wrong_values_are_one_clear_line_and_leave_nothing_behind(tmp_path, argu
     assert arrived in line
     assert expected in line
     assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--warmup-epochs"])
+def test_more_steps_than_are_counted_are_refused(tmp_path, monkeypatch, option):
+    monkeypatch.setattr(step, "MOST_STEPS", 1000)
+    result = train(tmp_path / "run", options(**{option: 200}))
+    assert result.exit_code == 2
+    assert f"'{option}': makes 1800 steps of these data; expected 1000 or fewer" in result.output
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

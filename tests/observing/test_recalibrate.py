@@ -128,6 +128,15 @@ def test_statistics_that_the_state_does_not_hold_are_refused(dtype, size):
     np.testing.assert_allclose(jbn.recalibrate(one, None, wide, [x])["a"].var, oracle.moments(x)[2], rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["int32", "bool", "float"])
+def test_a_state_of_other_numbers_is_refused(kind):
+    mean = 0.0 if kind == "float" else jnp.zeros(C, kind)
+    state = {"a": jbn.State(mean, jnp.ones(C))}
+    for act in (lambda *it: jbn.recalibrate(*it[:-1], [it[-1]]), jbn.diagnose):
+        with pytest.raises(TypeError, match=f"The mean of a is of {kind}; expected an array of float16, bfloat16"):
+            act(lambda _, s, x: {"a": jbn.bn_forward(None, s["a"], x, True)[1]}, None, state, jnp.ones((64, C)))
+
+
 def test_a_narrow_state_is_filled_and_keeps_its_dtype():
     x = np.random.default_rng(0).standard_normal((64, C)).astype(np.float32) + 5
     state = {"a": jbn.State(jnp.zeros(C, jnp.bfloat16), jnp.ones(C, jnp.bfloat16))}

@@ -1,0 +1,19 @@
+"""The public names, from the rooms that they are in: what ``import jbn`` gives when the first is asked for."""
+
+from jbn.checking.check import check
+from jbn.checking.report import Report
+from jbn.comparing.compare import Comparison, compare
+from jbn.comparing.record import Call, record
+from jbn.converting.convert import convert
+from jbn.converting.options import convert_options
+from jbn.converting.propose import Match, Proposal, propose_names
+from jbn.core.forward import Params, State, batch_norm, bn_forward, bn_init, moments
+from jbn.core.saved import remat_policy
+from jbn.core.statistics import Moments, merge
+from jbn.files import load_arrays, save_arrays
+from jbn.folding.kernel import affine, fold
+from jbn.folding.links import Folds
+from jbn.freezing import decay_mask, freeze, keep_statistics, norm_mask, trainable_mask
+from jbn.observing.diagnose import Diagnosis, diagnose
+from jbn.observing.findings import Finding, LayerStatistics
+from jbn.observing.recalibrate import recalibrate
