@@ -56,20 +56,17 @@ def replace(model: ModelT, *, also: Classes = (), **overrides: Any) -> tuple[Mod
     Found(paths=('layers/1',), skipped=())
     """
     check_overrides(overrides, OPTIONS)
-    norms, done = Norms.read(also), Found()
-    ours = []
-    for path, norm in norms.find(model):
-        flax_s = type(norm) is nnx.BatchNorm or norms.find_class(norm) in norms.also
-        acts = flax_s or isinstance(norm, BatchNorm)
-        done.meet(path, acts)
-        ours += [norm] * acts
+    norms = Norms.read(also)
+    found = norms.find(model)
+    ours = [(path, norm) for path, norm in found if _becomes_ours(norm, norms)]
+    done = Found(tuple(path for path, _ in ours), tuple(path for path, norm in found if (path, norm) not in ours))
     if not ours:
         names = ", ".join(done.skipped)
         others = f"; norms of other classes, which keep their own code, are {names}: see also" if done.skipped else ""
         warnings.warn(
             f"The model is of type {type(model).__name__} and holds no flax.nnx.BatchNorm{others}.", stacklevel=2
         )
-    for norm in ours:
+    for _, norm in ours:
         if not isinstance(norm, BatchNorm):
             become_ours(norm)
         for name, value in overrides.items():
@@ -130,3 +127,8 @@ def freeze(
     for _, norm in chosen:
         norm.frozen = frozen
     return model, tuple(path for path, _ in chosen)
+
+
+def _becomes_ours(norm: Any, norms: Norms) -> bool:
+    """Say whether ``replace`` acts on a norm; subclasses of Flax's may have code of their own."""
+    return isinstance(norm, BatchNorm) or type(norm) is nnx.BatchNorm or norms.find_class(norm) in norms.also
