@@ -1,4 +1,4 @@
-"""``BatchNorm`` for Flax Linen, ``replace`` and ``freeze`` for any model in contexts, ``fold`` for a trained one."""
+"""``BatchNorm`` for Flax Linen; ``replace`` and ``freeze``, contexts; ``diagnose``, ``recalibrate`` and ``fold``."""
 
 try:
     import flax as flax
@@ -14,7 +14,9 @@ from jbn.linen.folding import fold as fold
 from jbn.linen.folding import foldable as foldable
 from jbn.linen.freezing import freeze as freeze
 from jbn.linen.module import BatchNorm as BatchNorm
+from jbn.linen.observing import diagnose as diagnose
+from jbn.linen.observing import recalibrate as recalibrate
 from jbn.linen.replacing import replace as replace
 from jbn.replacing import Found as Found
 
-__all__ = ["BatchNorm", "Folds", "Found", "fold", "foldable", "freeze", "replace"]
+__all__ = ["BatchNorm", "Folds", "Found", "diagnose", "fold", "foldable", "freeze", "recalibrate", "replace"]
