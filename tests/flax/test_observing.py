@@ -68,7 +68,7 @@ class Net(nn.Module):
 
 def linen_parts(variables):
     kernels = [variables["params"][f"Dense_{i}"]["kernel"] for i in range(3)]
-    return kernels, [variables["batch_stats"][f"BatchNorm_{i}"] for i in range(3)]
+    return kernels, [dict(variables["batch_stats"][f"BatchNorm_{i}"]) for i in range(3)]
 
 
 @pytest.mark.parametrize("kind", [dict, FrozenDict])
