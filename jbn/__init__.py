@@ -3,8 +3,8 @@
 The function: ``bn_init`` makes parameters and a state, ``bn_forward(params, state, x, train)`` normalizes x and returns
 the new state; ``batch_norm`` and ``moments`` do without a state, ``merge`` joins moments of parts of a batch.
 
-Modules: ``jbn.linen.BatchNorm`` and ``jbn.nnx.BatchNorm``, in the place of Flax's; in both also ``replace``, ``freeze``
-and ``fold`` for whole models.
+Modules: ``jbn.linen.BatchNorm`` and ``jbn.nnx.BatchNorm``, in the place of Flax's; and for whole models in both also
+``replace``, ``freeze``, ``fold``, ``diagnose`` and ``recalibrate``.
 
 Tools: ``recalibrate`` (exact statistics after training), ``diagnose`` (what is wrong with a model), ``convert``,
 ``propose_names``, ``convert_options``, ``load_arrays`` and ``save_arrays`` (from and to other libraries), ``affine``

@@ -1,4 +1,4 @@
-"""``BatchNorm`` for Flax Linen; ``replace`` and ``freeze`` in contexts, ``fold`` and ``record`` for any model."""
+"""``BatchNorm`` for Flax Linen, and for any model the contexts ``replace`` and ``freeze`` and the tools."""
 
 try:
     import flax as flax
@@ -14,8 +14,10 @@ from jbn.linen.folding import fold as fold
 from jbn.linen.folding import foldable as foldable
 from jbn.linen.freezing import freeze as freeze
 from jbn.linen.module import BatchNorm as BatchNorm
+from jbn.linen.observing import diagnose as diagnose
+from jbn.linen.observing import recalibrate as recalibrate
 from jbn.linen.recording import record as record
 from jbn.linen.replacing import replace as replace
 from jbn.replacing import Found as Found
 
-__all__ = ["BatchNorm", "Folds", "Found", "fold", "foldable", "freeze", "record", "replace"]
+__all__ = ["BatchNorm", "Folds", "Found", "diagnose", "fold", "foldable", "freeze", "recalibrate", "record", "replace"]

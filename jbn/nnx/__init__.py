@@ -1,4 +1,4 @@
-"""``BatchNorm`` for Flax NNX; ``replace`` and ``freeze`` for a model in place, ``fold`` and ``record`` for a copy."""
+"""``BatchNorm`` for Flax NNX; ``replace``, ``freeze`` and ``recalibrate`` in place, the other tools for a copy."""
 
 try:
     import flax as flax
@@ -16,9 +16,14 @@ from jbn.nnx.folding import Folded as Folded
 from jbn.nnx.folding import fold as fold
 from jbn.nnx.folding import foldable as foldable
 from jbn.nnx.module import BatchNorm as BatchNorm
+from jbn.nnx.observing import diagnose as diagnose
+from jbn.nnx.observing import recalibrate as recalibrate
 from jbn.nnx.recording import record as record
 from jbn.replacing import Found as Found
 
 Replaced = Found  # the name of before
 
-__all__ = ["BatchNorm", "Folded", "Folds", "Found", "Replaced", "fold", "foldable", "freeze", "record", "replace"]
+__all__ = [
+    "BatchNorm", "Folded", "Folds", "Found", "Replaced", "diagnose", "fold", "foldable", "freeze", "recalibrate", "record",
+    "replace",
+]  # fmt: skip

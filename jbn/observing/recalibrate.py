@@ -84,7 +84,9 @@ def recalibrate(
     to Wider Optima", 2018, section 3.2; Y. Wu, J. Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
     Elsewhere: ``torch.optim.swa_utils.update_bn`` averages the statistics of batches with equal weights.
     """
-    _check_arguments(apply, batches, upstream)
+    if not callable(apply):
+        raise TypeError(f"apply is of type {type(apply).__name__}; expected a function of params, state and batch.")
+    check_batches(batches, upstream)
     model = survey(state)
     statistics = model.remembered()
     # A stack of layers, such as that of ``nn.scan``, is as many layers as its leading axes have entries.
@@ -155,9 +157,8 @@ def _agree(old: Statistics, new: Statistics) -> bool:
     return bool((same_mean & (np.abs(new.var - old.var) <= _SETTLED * new.var)).all())
 
 
-def _check_arguments(apply: object, batches: object, upstream: object) -> None:
-    if not callable(apply):
-        raise TypeError(f"apply is of type {type(apply).__name__}; expected a function of params, state and batch.")
+def check_batches(batches: object, upstream: object) -> None:
+    """Refuse what are no batches, or none that can be read as often as ``upstream`` needs."""
     if upstream not in get_args(Upstream):
         raise ValueError(f"upstream is {upstream!r}; expected {' or '.join(map(repr, get_args(Upstream)))}.")
     one = hasattr(batches, "dtype") or hasattr(batches, "_fields") or isinstance(batches, Mapping | str)
