@@ -66,7 +66,11 @@ def convert(
             come first, and each must decide about a layer. What lies under a path goes
             with it, ``*`` is any part of a key, the same on both sides, ``""`` is the root, and None leaves out:
             ``{"fc": None, "layer*.*.bn*": "layer*/block*/norm*", "module": ""}``. Or a function of a path of a layer.
-            Without it paths are the same, but for the separator, which is a point in PyTorch and a slash elsewhere.
+            Without it paths are the same, but for the separator, which is a point in PyTorch and a slash elsewhere. A
+            function renumbers: ``lambda path: re.sub(r"layer(\d)", lambda m: f"stage{int(m[1]) - 1}", path)``. See
+            ``jbn.propose_names``. What matches no layer but the last keys of arrays gives these, first of all, the
+            name that the library of the source has for such, and None leaves them out:
+            ``{"*:0": "*", "norm*/vars/0": "norm*/gamma"}``; all other paths are those after that.
         kinds: layers of which the arrays do not tell what they are, by patterns of paths in the source, see
             ``jbn.keep_statistics``. "transposed": a transposed convolution; "transpose_kernel": one that has
             ``transpose_kernel=True`` in Flax; "depthwise": a depthwise convolution, to or from Keras; "embedding": an
@@ -111,7 +115,7 @@ def convert(
     origin, goal = read_dialect("source", source, unbiased), read_dialect("target", target, unbiased)
     tree, known = _unpack("tree", origin, tree)
     like, known_there = _unpack("like", goal, like)
-    layers = read_layers("tree", origin.read, tree)
+    layers, names = _rename_arrays(names, origin, read_layers("tree", origin.read, tree))
     wanted = None if like is None else read_layers("like", lambda like: index_shapes(goal.addresses(like), like), like)
     if wanted is None and goal.make is None:
         raise ValueError(f"like is None; expected a tree of {target} to fill, for it holds more than arrays.")
@@ -137,7 +141,7 @@ def convert(
         except (ValueError, TypeError) as error:
             raise _kind_of(error)(f"{old} of tree {error}") from error
     if wanted is not None:
-        _check_complete(goal, found, came, wanted)
+        _check_complete(origin, goal, list(layers), found, came, wanted)
         return fill(like, goal.addresses(like), found, goal.numpy)
     assert goal.make is not None
     made = goal.make(convey(found, goal.numpy))
@@ -214,6 +218,50 @@ def read_by_path(
     return found
 
 
+def _rename_arrays(
+    names: Names | None, origin: Dialect, layers: dict[Path, dict[str, Any]]
+) -> tuple[dict[Path, dict[str, Any]], Names | None]:
+    """Give arrays the names that the library of the source has, by the names that match no layer; return the others."""
+    if not isinstance(names, Mapping):
+        return layers, names
+    arrays = {(*path, name): leaf for path, layer in layers.items() for name, leaf in layer.items()}
+    rules = {
+        old: pattern
+        for old in names
+        if origin.split(old)[-1:] not in ((), ("*",))
+        and not any(_compile(origin, old).fullmatch(_slash(path)) for path in layers)
+        and any((pattern := _compile(origin, old, ends=True)).fullmatch(_slash(at)) for at in arrays)
+    }
+    if not rules:
+        return layers, names
+    found: dict[Path, Any] = {}
+    for at, leaf in arrays.items():
+        new: Path | None = at
+        for old, pattern in rules.items():  # the first that matches counts
+            if match := pattern.fullmatch(_slash(at)):
+                value = _check_name(old, names[old])
+                above, *parts = match.groups()
+                new = None if value is None else origin.split(above.rstrip("/")) + _rewrite(origin.split(value), parts)
+                break
+        if new in found or new == ():
+            raise ValueError(
+                f"names: {origin.spell(at)} becomes {origin.spell(new) or 'the root'}; expected a path of its own for "
+                "each array, which ends in what the library of the source calls it."
+            )
+        if new is not None:
+            found[new] = leaf
+    renamed: dict[Path, dict[str, Any]] = {}
+    for at, leaf in found.items():
+        renamed.setdefault(at[:-1], {})[at[-1]] = leaf
+    return renamed, {old: new for old, new in names.items() if old not in rules}
+
+
+def _compile(origin: Dialect, old: str, ends: bool = False) -> re.Pattern[str]:
+    """Compile a pattern for paths with a slash after every key, that begin with it and go on, or that end in it."""
+    stars = re.escape(_slash(origin.split(old))).replace(r"\*", "([^/]*)")
+    return re.compile(f"((?:.*/)?){stars}()" if ends else f"{stars}(.*)")
+
+
 def _rename(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Path]) -> dict[Path, Path]:
     """Return the new paths of layers, without those that are left out."""
     if names is None:
@@ -228,10 +276,7 @@ def _rename(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Pat
     rules: dict[Path, str] = {}  # that have decided
     for old, value in names.items():
         new = _check_name(old, value)
-        if new is not None and new.count("*") != old.count("*"):
-            raise ValueError(f"names: {old!r} becomes {new!r}; expected as many stars on both sides.")
-        # A slash after every key; the last group is what lies under the path.
-        pattern = re.compile(re.escape(_slash(origin.split(old))).replace(r"\*", "([^/]*)") + "(.*)")
+        pattern = _compile(origin, old)
         hits = {path: match for path in paths if (match := pattern.fullmatch(_slash(path)))}
         if not hits:
             near = name_few(get_close_matches(old, list(map(origin.spell, paths)), n=4, cutoff=0.0), len(paths))
@@ -256,6 +301,8 @@ def _check_keys(argument: str, said: Mapping[Any, Any]) -> None:
 def _check_name(old: str, new: Any) -> str | None:
     if new is not None and not isinstance(new, str):
         raise TypeError(f"names: {old!r} becomes {new!r}; expected a string or None.")
+    if new is not None and new.count("*") != old.count("*"):
+        raise ValueError(f"names: {old!r} becomes {new!r}; expected as many stars on both sides.")
     return new
 
 
@@ -269,8 +316,19 @@ def _slash(path: Path) -> str:
     return "".join(f"{key}/" for key in path)
 
 
+def _find_wrapper(paths: Sequence[Path], lost: Iterable[Path], wanted: Mapping[Path, Any]) -> Path:
+    """Return the first keys that all layers of the source have and none in ``like`` has: those of a wrapper."""
+    first = {path[:1] for path in paths}
+    if len(first) > 1 or first & {(), *(path[:1] for path in wanted)} or first != {at[:1] for at in lost}:
+        return ()
+    ends = (n for n in range(1, min(map(len, paths)) + 1) if {path[n:] for path in paths} & {*wanted})
+    return paths[0][: next(ends, 1)]
+
+
 def _check_complete(
+    origin: Dialect,
     goal: Dialect,
+    paths: Sequence[Path],
     found: Mapping[Path, Layer],
     came: Mapping[Path, str],
     wanted: Mapping[Path, Mapping[str, Any]],
@@ -281,6 +339,8 @@ def _check_complete(
     lost, lacking = [at for at in ours if at not in theirs], [goal.spell(at) for at in theirs if at not in ours]
     if lost or lacking:
         shown = []
+        wrapper = origin.spell(_find_wrapper(paths, lost, wanted))
+        hint = f" All layers of tree are under {wrapper!r}: names={{{wrapper!r}: ''}} strips it." if wrapper else ""
         for at in lost[:4]:
             near = "".join(f" (near {name!r})" for name in get_close_matches(goal.spell(at), lacking, n=1, cutoff=0.0))
             shown.append(f"{goal.spell(at)!r} from {came[at[:-1]]!r}{near}")
@@ -288,7 +348,7 @@ def _check_complete(
             f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: "
             f"{name_few(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
             f"{name_few(map(repr, lacking))}. Expected names that bring them together, None for what is left "
-            "out; in like only what is to be filled; embeddings named in kinds."
+            f"out; in like only what is to be filled; embeddings named in kinds.{hint}"
         )
     pairs = {goal.spell(at): (value, theirs[at]) for at, value in ours.items()}
     other = [

@@ -24,6 +24,6 @@ from jbn.replacing import Found as Found
 Replaced = Found  # the name of before
 
 __all__ = [
-    "BatchNorm", "Folded", "Folds", "Found", "Replaced", "diagnose", "fold", "foldable", "freeze", "recalibrate", "record",
-    "replace",
+    "BatchNorm", "Folded", "Folds", "Found", "Replaced", "diagnose", "fold", "foldable", "freeze", "recalibrate",
+    "record", "replace",
 ]  # fmt: skip

@@ -178,12 +178,13 @@ def test_layers_that_are_called_twice_are_in_no_order():
         @nn.compact
         def __call__(self, x):
             a, b = nn.Dense(3), nn.Dense(3)
-            return b(a(b(a(x))))
+            return nn.Dense(4)(nn.Dense(4)(nn.Dense(4)(b(a(b(a(x)))))))
 
     model, x = Loop(), jnp.ones((1, 3))
     like = jax.eval_shape(model.init, jax.random.key(0), x)
-    proposal = propose(state_dict(stem=dense(3, 3), body=dense(3, 3)), model, like, x)
-    assert not proposal.certain
+    theirs = state_dict(stem=dense(3, 3), body=dense(3, 3), wide=dense(3, 4), up=dense(4, 4), head=dense(4, 4))
+    proposal = propose(theirs, model, like, x)
+    assert [match.source for match in proposal.certain] == ["wide", "up", "head"]  # which are told apart still
 
 
 @pytest.mark.parametrize(
