@@ -216,17 +216,14 @@ WAYS = {
     "m.bin": "torch.load",
     "m.ckpt": r"""Lightning it is torch.load\(.*m.ckpt.*\["state_dict"\], of TensorFlow tf.train.load_checkpoint""",
     "m.pkl": "a pickle can run any code",
-    "m.h5": r"keras.models.load_model\(.*jbn.convert\(\{v.path: v.numpy\(\) for v in model.weights\}, .keras.",
-    "m.weights.h5": "model.load_weights",
-    "m.keras": "keras.models.load_model",
     "m.msgpack": r"flax.serialization.msgpack_restore.*jbn.convert\(variables, .linen.",
     "m.eqx": "eqx.tree_deserialise_leaves",
     "m.onnx": r"onnx.load\('.*m.onnx'\).graph.initializer",
     "m.gguf": "gguf.GGUFReader",
     "m.tflite": "its norms are folded and gone",
     "m.npy": r"np.load\('.*m.npy'\)",
-    "m": r"\.npz\.$",
-    "m.txt": r"\.npz\.$",
+    "m": r"\.hdf5\.$",
+    "m.txt": r"\.hdf5\.$",
 }
 
 
@@ -235,6 +232,7 @@ def test_other_suffixes(tmp_path, name):
     message = rf"path is '.*{name}'(, a file)?; expected a file that ends in .safetensors or .npz\."
     with pytest.raises(ValueError, match=message + "$"):
         jbn.save_arrays(tmp_path / name, {})
+    message = message.replace(" or .npz", ", .npz, .keras, .h5, .hdf5")
     with pytest.raises(ValueError, match=message) as caught:
         jbn.load_arrays(tmp_path / name)
     assert re.search(WAYS[name], str(caught.value))
@@ -270,7 +268,11 @@ def header(text):
 MISNAMED = {
     "an array": (".npz", npy(np.ones(3)), r"It begins as .npy does. To read it: np.load\("),
     "PyTorch's": (".npz", zipped(**{"m__data.pkl": b""}), r"holds 'm/data.pkl', which is no array. .* torch.load\("),
-    "Keras'": (".npz", zipped(**{"config.json": b""}), r"as .keras does. To read it: model = keras"),
+    "Keras'": (
+        ".npz",
+        zipped(**{"config.json": b""}),
+        r"as .keras does. To read it: give it that suffix, for jbn.load",
+    ),
     "a zip": (".npz", zipped(**{"a.txt": b"x"}), r"holds 'a.txt', which is no array. Expected a whole .npz"),
     "an empty member": (".npz", zipped(**{"a.npy": b""}), r"'a': EOF.* Expected a whole .npz"),
     "a pickle": (".npz", b"\x80\x04K\x01.", r"It begins as .pkl does"),
