@@ -3,6 +3,7 @@
 import io
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 
 from jbn.converting.trees import as_numpy
 from jbn.keras_files import read_h5, read_keras
+from jbn.paths import flatten, join
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -61,19 +63,20 @@ class _Unfit(ValueError):
     """What is wrong with a file that is whole, with the fix."""
 
 
-def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, Any] | tuple[Any, ...]) -> None:
     """Write arrays by name into a file, aside first and then in one move; ``load_arrays`` gives back the same.
 
     Args:
         path: a file that ends in ``.safetensors`` or ``.npz``.
         arrays: names to arrays of NumPy, jax or PyTorch, such as a ``state_dict`` or what ``jbn.convert`` makes for
-            "torch" and "keras".
+            "torch" and "keras". Or a tree, such as the variables of Linen, ``nnx.state(model)`` or
+            ``(params, state)``: its arrays get the keys above them as names, joined by slashes, and come back so, flat.
 
     Raises:
         ValueError: for another suffix, and before anything is written for what the file would not give back: names such
             as "a" beside "a.npy" in ``.npz`` and "__metadata__" in ``.safetensors``; dtypes, of which ``.npz`` has no
             bfloat16 and no float8, and neither has complex numbers.
-        TypeError: for what is not a mapping of strings to arrays.
+        TypeError: for what is not a mapping of strings to arrays, or a tree of arrays.
         OSError: where the file cannot be written.
         ImportError: where ``safetensors`` is needed and not installed.
 
@@ -89,9 +92,9 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None
     path = Path(path)
     if path.suffix not in _FORMATS:
         raise ValueError(f"path is {str(path)!r}; expected a file that ends in {' or '.join(_FORMATS)}.")
-    if not isinstance(arrays, Mapping):
-        raise TypeError(f"arrays is of type {type(arrays).__name__}; expected a mapping of names to arrays.")
-    found = {name: _read_array(name, value, path.suffix) for name, value in arrays.items()}
+    if not isinstance(arrays, Mapping | tuple):
+        raise TypeError(f"arrays is of type {type(arrays).__name__}; expected a mapping of names to arrays, or a tree.")
+    found = {name: _read_array(name, value, path.suffix) for name, value in _flatten(arrays).items()}
     form = _FORMATS[path.suffix]
     if lost := _find_lost(form, list(found)):
         raise ValueError(
@@ -170,6 +173,17 @@ def _recognize(path: Path) -> str | None:
         names = archive.namelist()
     theirs = {"data.pkl": ".pt", "config.json": ".keras"}
     return next((suffix for name in names for last, suffix in theirs.items() if Path(name).name == last), ".npz")
+
+
+def _flatten(arrays: Mapping[Any, Any] | tuple[Any, ...]) -> Mapping[Any, Any]:
+    """Return arrays by name: those of a mapping as they are, those of a tree by the keys above them."""
+    if isinstance(arrays, Mapping) and not any(isinstance(value, Mapping | tuple | list) for value in arrays.values()):
+        return arrays
+    paths, leaves, _ = flatten(arrays)
+    names = [join(path) for path in paths]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"arrays: {twice[0]!r} is there as a name and as keys of a tree; expected another name.")
+    return dict(zip(names, leaves, strict=True))
 
 
 def _read_array(name: object, value: Any, suffix: str) -> Array:

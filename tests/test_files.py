@@ -5,6 +5,7 @@ import re
 import sys
 import zipfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -332,3 +333,44 @@ def test_without_the_package(tmp_path, monkeypatch):
     for act in (jbn.load_arrays, lambda path: jbn.save_arrays(path, {"a": np.ones(3)})):
         with pytest.raises(ImportError, match="pip install safetensors"):
             act(tmp_path / "m.safetensors")
+
+
+TREES = {
+    "linen": {"params": {"norm": {"scale": np.arange(3.0), "bias": np.ones(3)}, "fc": {"kernel": np.ones((3, 2))}}},
+    "nnx": {"layers": {0: {"scale": jnp.arange(3.0)}, 1: {"kernel": jnp.ones((3, 2))}}},
+    "jbn": jbn.bn_init(3),
+}
+TREES["linen"]["batch_stats"] = {"norm": {"mean": np.zeros(3), "var": np.full(3, 2.0)}}
+
+
+@each_suffix
+@pytest.mark.parametrize("library", TREES)
+def test_trees_are_flattened(tmp_path, suffix, library):
+    """The names are the keys of the tree, and convert reads them as it reads the tree."""
+    tree = TREES[library]
+    jbn.save_arrays(tmp_path / f"m{suffix}", tree)
+    found = jbn.load_arrays(tmp_path / f"m{suffix}")
+    assert library != "linen" or set(found) >= {"params/norm/scale", "batch_stats/norm/var"}
+    same = [jbn.convert(arrays, library, library, like=tree) for arrays in (found, tree)]
+    assert jax.tree.structure(same[0]) == jax.tree.structure(tree)
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, same), strict=True))
+
+
+def test_the_state_of_an_nnx_model(tmp_path):
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    jbn.save_arrays(tmp_path / "m.npz", state)
+    found = jbn.load_arrays(tmp_path / "m.npz")
+    assert set(found) >= {"layers/0/kernel", "layers/1/scale", "layers/1/mean"}
+    back = jbn.convert(found, "nnx", "nnx", like=state)
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (back, state)), strict=True))
+
+
+def test_names_that_a_tree_has_twice(tmp_path):
+    both = {"params/a": np.ones(3), "params/a/b": np.ones(3)}
+    with pytest.raises(ValueError, match=r"tree has an array 'params/a' and others under it; expected names of one"):
+        jbn.convert(both, "linen", "nnx")
+    with pytest.raises(ValueError, match=r"arrays: 'a/b' is there as a name and as keys of a tree"):
+        jbn.save_arrays(tmp_path / "m.npz", {"a/b": np.ones(3), "a": {"b": np.ones(3)}})
+    assert not list(tmp_path.iterdir())
