@@ -1,8 +1,9 @@
-"""Arrays in files: ``.safetensors``, which needs the package of that name, and ``.npz``."""
+"""Arrays in files: ``.npz``, ``.safetensors``, which needs the package of that name, and Keras's, which need h5py."""
 
 import io
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn.converting.trees import as_numpy
+from jbn.keras_files import read_h5, read_keras
+from jbn.paths import flatten, join
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -34,10 +37,6 @@ _CODES = {
 _TORCH = (
     'state_dict = torch.load({!r}, map_location="cpu", weights_only=True), then jbn.convert(state_dict, "torch", ...)'
 )
-_KERAS = (
-    "model = keras.models.load_model({!r}), or model.load_weights where the file has weights alone, then "
-    'jbn.convert({{v.path: v.numpy() for v in model.weights}}, "keras", ...)'
-)
 _WAYS = {
     **dict.fromkeys((".pt", ".pth", ".bin"), _TORCH),
     ".ckpt": (
@@ -45,7 +44,7 @@ _WAYS = {
         "of TensorFlow tf.train.load_checkpoint"
     ),
     **dict.fromkeys((".pkl", ".pickle"), "a pickle can run any code; open it where you trust it, and save its arrays"),
-    **dict.fromkeys((".h5", ".hdf5", ".keras"), _KERAS),
+    **dict.fromkeys((".h5", ".keras"), "give it that suffix, for jbn.load_arrays"),
     ".msgpack": 'flax.serialization.msgpack_restore(open({!r}, "rb").read()), and jbn.convert(variables, "linen", ...)',
     ".eqx": 'eqx.tree_deserialise_leaves({!r}, (model, state)), then jbn.convert((model, state), "equinox", ...)',
     ".onnx": "{{t.name: onnx.numpy_helper.to_array(t) for t in onnx.load({!r}).graph.initializer}}",
@@ -65,19 +64,20 @@ class _Unfit(ValueError):
     """What is wrong with a file that is whole, with the fix."""
 
 
-def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, Any] | tuple[Any, ...]) -> None:
     """Write arrays by name into a file, aside first and then in one move; ``load_arrays`` gives back the same.
 
     Args:
         path: a file that ends in ``.safetensors`` or ``.npz``.
         arrays: names to arrays of NumPy, jax or PyTorch, such as a ``state_dict`` or what ``jbn.convert`` makes for
-            "torch" and "keras".
+            "torch" and "keras". Or a tree, such as the variables of Linen, ``nnx.state(model)`` or
+            ``(params, state)``: its arrays get the keys above them as names, joined by slashes, and come back so, flat.
 
     Raises:
         ValueError: for another suffix, and before anything is written for what the file would not give back: names such
             as "a" beside "a.npy" in ``.npz`` and "__metadata__" in ``.safetensors``; dtypes, of which ``.npz`` has no
             bfloat16 and no float8, and neither has complex numbers.
-        TypeError: for what is not a mapping of strings to arrays.
+        TypeError: for what is not a mapping of strings to arrays, or a tree of arrays.
         OSError: where the file cannot be written.
         ImportError: where ``safetensors`` is needed and not installed.
 
@@ -92,10 +92,10 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None
     """
     path = Path(path)
     if path.suffix not in _FORMATS:
-        raise ValueError(f"path is {str(path)!r}; expected a file that ends in {_known()}.")
-    if not isinstance(arrays, Mapping):
-        raise TypeError(f"arrays is of type {type(arrays).__name__}; expected a mapping of names to arrays.")
-    found = {name: _read_array(name, value, path.suffix) for name, value in arrays.items()}
+        raise ValueError(f"path is {str(path)!r}; expected a file that ends in {' or '.join(_FORMATS)}.")
+    if not isinstance(arrays, Mapping | tuple):
+        raise TypeError(f"arrays is of type {type(arrays).__name__}; expected a mapping of names to arrays, or a tree.")
+    found = {name: _read_array(name, value, path.suffix) for name, value in _flatten(arrays).items()}
     form = _FORMATS[path.suffix]
     if lost := _find_lost(form, list(found)):
         raise ValueError(
@@ -115,17 +115,21 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
     """Read the arrays of a file, by name; nothing in it is run.
 
     Args:
-        path: a file that ends in ``.safetensors`` or ``.npz``, of any writer.
+        path: a file that ends in ``.safetensors`` or ``.npz``, of any writer, or in ``.keras``, ``.h5`` or ``.hdf5``,
+            of Keras: of such a file the weights, as in ``model.weights``.
 
     Returns:
-        Names to NumPy arrays, of bfloat16 and float8 too. A flipped bit is noticed in ``.npz`` alone, which has
-        checksums.
+        Names to NumPy arrays, of bfloat16 and float8 too. Those of Keras are as ``v.path``, without the name of the
+        whole model, such as "norm/moving_mean", for ``jbn.convert(arrays, "keras", ...)``. Where a file does not tell
+        what an array is they end in its number, such as "norm/vars/0": those without a configuration, ``.weights.h5``,
+        for layers of other classes, and for norms of which scale or bias is lacking. A
+        flipped bit is noticed in ``.npz`` alone, which has checksums.
 
     Raises:
         ValueError: for another suffix, with how such files are read; and for a file that is damaged or holds other
             things than arrays.
         OSError: where there is no such file, or it cannot be read.
-        ImportError: where ``safetensors`` is needed and not installed.
+        ImportError: where ``safetensors`` or ``h5py`` is needed and not installed.
 
     >>> import jbn
     >>> state_dict = jbn.load_arrays("model.safetensors")  # doctest: +SKIP
@@ -135,12 +139,13 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
     """
     path = Path(path)
     kind = "/" if path.is_dir() else path.suffix
-    if kind not in _FORMATS:
+    if kind not in _READERS:
         what = "a folder" if kind == "/" else "a file"
-        raise ValueError(f"path is {str(path)!r}, {what}; expected a file that ends in {_known()}.{_way(kind, path)}")
+        known = ", ".join(_READERS)
+        raise ValueError(f"path is {str(path)!r}, {what}; expected a file that ends in {known}.{_way(kind, path)}")
     try:
         with path.open("rb") as file:
-            return _FORMATS[kind].read(file)
+            return _READERS[kind](file)
     except (OSError, ImportError):
         raise
     except _Unfit as error:
@@ -149,14 +154,10 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
         other = _recognize(path)
         fix = (
             f"Expected a whole {kind} file of arrays; copy or save it again."
-            if other in (None, kind)
+            if other is None or other == kind.replace(".hdf5", ".h5")
             else f"It begins as {other} does.{_way(other, path)}"
         )
         raise ValueError(f"{path} cannot be read: {error}. {fix}") from error
-
-
-def _known() -> str:
-    return " or ".join(_FORMATS)
 
 
 def _way(kind: str, path: Path) -> str:
@@ -174,6 +175,17 @@ def _recognize(path: Path) -> str | None:
         names = archive.namelist()
     theirs = {"data.pkl": ".pt", "config.json": ".keras"}
     return next((suffix for name in names for last, suffix in theirs.items() if Path(name).name == last), ".npz")
+
+
+def _flatten(arrays: Mapping[Any, Any] | tuple[Any, ...]) -> Mapping[Any, Any]:
+    """Return arrays by name: those of a mapping as they are, those of a tree by the keys above them."""
+    if isinstance(arrays, Mapping) and not any(isinstance(value, Mapping | tuple | list) for value in arrays.values()):
+        return arrays
+    paths, leaves, _ = flatten(arrays)
+    names = [join(path) for path in paths]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"arrays: {twice[0]!r} is there as a name and as keys of a tree; expected another name.")
+    return dict(zip(names, leaves, strict=True))
 
 
 def _read_array(name: object, value: Any, suffix: str) -> Array:
@@ -294,4 +306,11 @@ _FORMATS = {
         _OWN,
         "it must be text without NUL, and 'a.npy' beside 'a' is taken for it",
     ),
+}
+
+_READERS: dict[str, Callable[[IO[bytes]], dict[str, Array]]] = {
+    **{suffix: form.read for suffix, form in _FORMATS.items()},
+    ".keras": read_keras,
+    ".h5": read_h5,
+    ".hdf5": read_h5,
 }

@@ -6,6 +6,7 @@ import re
 import sys
 import zipfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -234,17 +235,14 @@ WAYS = {
     "m.bin": "torch.load",
     "m.ckpt": r"""Lightning it is torch.load\(.*m.ckpt.*\["state_dict"\], of TensorFlow tf.train.load_checkpoint""",
     "m.pkl": "a pickle can run any code",
-    "m.h5": r"keras.models.load_model\(.*jbn.convert\(\{v.path: v.numpy\(\) for v in model.weights\}, .keras.",
-    "m.weights.h5": "model.load_weights",
-    "m.keras": "keras.models.load_model",
     "m.msgpack": r"flax.serialization.msgpack_restore.*jbn.convert\(variables, .linen.",
     "m.eqx": "eqx.tree_deserialise_leaves",
     "m.onnx": r"onnx.load\('.*m.onnx'\).graph.initializer",
     "m.gguf": "gguf.GGUFReader",
     "m.tflite": "its norms are folded and gone",
     "m.npy": r"np.load\('.*m.npy'\)",
-    "m": r"\.npz\.$",
-    "m.txt": r"\.npz\.$",
+    "m": r"\.hdf5\.$",
+    "m.txt": r"\.hdf5\.$",
 }
 
 
@@ -253,6 +251,7 @@ def test_other_suffixes(tmp_path, name):
     message = rf"path is '.*{name}'(, a file)?; expected a file that ends in .safetensors or .npz\."
     with pytest.raises(ValueError, match=message + "$"):
         jbn.save_arrays(tmp_path / name, {})
+    message = message.replace(" or .npz", ", .npz, .keras, .h5, .hdf5")
     with pytest.raises(ValueError, match=message) as caught:
         jbn.load_arrays(tmp_path / name)
     assert re.search(WAYS[name], str(caught.value))
@@ -288,7 +287,11 @@ def header(text):
 MISNAMED = {
     "an array": (".npz", npy(np.ones(3)), r"It begins as .npy does. To read it: np.load\("),
     "PyTorch's": (".npz", zipped(**{"m__data.pkl": b""}), r"holds 'm/data.pkl', which is no array. .* torch.load\("),
-    "Keras'": (".npz", zipped(**{"config.json": b""}), r"as .keras does. To read it: model = keras"),
+    "Keras'": (
+        ".npz",
+        zipped(**{"config.json": b""}),
+        r"as .keras does. To read it: give it that suffix, for jbn.load",
+    ),
     "a zip": (".npz", zipped(**{"a.txt": b"x"}), r"holds 'a.txt', which is no array. Expected a whole .npz"),
     "an empty member": (".npz", zipped(**{"a.npy": b""}), r"'a': EOF.* Expected a whole .npz"),
     "a pickle": (".npz", b"\x80\x04K\x01.", r"It begins as .pkl does"),
@@ -349,3 +352,44 @@ def test_without_the_package(tmp_path, monkeypatch):
     for act in (jbn.load_arrays, lambda path: jbn.save_arrays(path, {"a": np.ones(3)})):
         with pytest.raises(ImportError, match="pip install safetensors"):
             act(tmp_path / "m.safetensors")
+
+
+TREES = {
+    "linen": {"params": {"norm": {"scale": np.arange(3.0), "bias": np.ones(3)}, "fc": {"kernel": np.ones((3, 2))}}},
+    "nnx": {"layers": {0: {"scale": jnp.arange(3.0)}, 1: {"kernel": jnp.ones((3, 2))}}},
+    "jbn": jbn.bn_init(3),
+}
+TREES["linen"]["batch_stats"] = {"norm": {"mean": np.zeros(3), "var": np.full(3, 2.0)}}
+
+
+@each_suffix
+@pytest.mark.parametrize("library", TREES)
+def test_trees_are_flattened(tmp_path, suffix, library):
+    """The names are the keys of the tree, and convert reads them as it reads the tree."""
+    tree = TREES[library]
+    jbn.save_arrays(tmp_path / f"m{suffix}", tree)
+    found = jbn.load_arrays(tmp_path / f"m{suffix}")
+    assert library != "linen" or set(found) >= {"params/norm/scale", "batch_stats/norm/var"}
+    same = [jbn.convert(arrays, library, library, like=tree) for arrays in (found, tree)]
+    assert jax.tree.structure(same[0]) == jax.tree.structure(tree)
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, same), strict=True))
+
+
+def test_the_state_of_an_nnx_model(tmp_path):
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    jbn.save_arrays(tmp_path / "m.npz", state)
+    found = jbn.load_arrays(tmp_path / "m.npz")
+    assert set(found) >= {"layers/0/kernel", "layers/1/scale", "layers/1/mean"}
+    back = jbn.convert(found, "nnx", "nnx", like=state)
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (back, state)), strict=True))
+
+
+def test_names_that_a_tree_has_twice(tmp_path):
+    both = {"params/a": np.ones(3), "params/a/b": np.ones(3)}
+    with pytest.raises(ValueError, match=r"tree has an array 'params/a' and others under it; expected names of one"):
+        jbn.convert(both, "linen", "nnx")
+    with pytest.raises(ValueError, match=r"arrays: 'a/b' is there as a name and as keys of a tree"):
+        jbn.save_arrays(tmp_path / "m.npz", {"a/b": np.ones(3), "a": {"b": np.ones(3)}})
+    assert not list(tmp_path.iterdir())

@@ -47,6 +47,7 @@ def convert(
     "equinox"    ``(model, state)`` of ``eqx.nn.make_with_state``
     ===========  =========================================================================================
 
+    Those of jbn, Flax and Haiku may also be flat, as ``jbn.load_arrays`` gives back what ``jbn.save_arrays`` wrote.
     Running statistics are those that the source evaluates with, so that both evaluate alike: with Haiku and Equinox the
     debiased ones. These two go on from them as after 2³⁰ updates, not as from the first. In Keras two models inside of
     one may have layers of the same path, of which a mapping keeps the last: give them names of their own. Arrays that

@@ -47,7 +47,7 @@ class Dialect:
     # Makes a tree of layers; None where a tree holds more than arrays.
     make: Callable[[Mapping[Path, Layer]], Any] | None
     # The tree of what is held in its place, such as a model, and the kinds of layers that it tells.
-    unpack: Callable[[Any], tuple[Any, models.Kinds]] = models.unpack_nothing
+    unpack: Callable[[Any], tuple[Any, models.Kinds]] = models.unpack_names
     # The names that are not Flax's, and that of the bias of a normalization.
     names: Mapping[str, str] = field(default_factory=dict)
     shift: str = "bias"

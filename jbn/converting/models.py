@@ -1,4 +1,4 @@
-"""Trees out of what people hold in their place: models of Keras and PyTorch, and flat files of Haiku."""
+"""Trees out of what people hold in their place: models of Keras and PyTorch, and flat names as files have them."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ _KINDS = {
 }
 
 
-def unpack_nothing(tree: Any) -> tuple[Any, Kinds]:
-    """Return a tree as it is."""
-    return tree, {}
+def unpack_names(tree: Any) -> tuple[Any, Kinds]:
+    """Read a tree of Flax or jbn whose keys are joined by slashes, as ``save_arrays`` writes it."""
+    return (_nest(tree) if _is_flat(tree) and all("/" in name for name in map(str, tree)) else tree), {}
 
 
 def unpack_keras(tree: Any) -> tuple[Any, Kinds]:
@@ -55,6 +55,8 @@ def unpack_torch(tree: Any) -> tuple[Any, Kinds]:
 def unpack_haiku(tree: Any) -> tuple[Any, Kinds]:
     """Read a flat mapping of Haiku, or a pair of them, parameters and state."""
     if _is_flat(tree):
+        parts = {name[:2] for name in tree}
+        tree = {name[2:]: leaf for name, leaf in tree.items()} if parts <= {"0/", "1/"} else tree
         return (_group_modules(tree), {}), {}
     if isinstance(tree, tuple) and all(map(_is_flat, tree)):
         return tuple(map(_group_modules, tree)), {}
@@ -68,6 +70,21 @@ def _kind_of(layer: Any) -> str | None:
 
 def _is_flat(tree: Any) -> bool:
     return isinstance(tree, Mapping) and bool(tree) and all(hasattr(leaf, "shape") for leaf in tree.values())
+
+
+def _nest(flat: Mapping[str, Any]) -> Any:
+    """Make a tree of flat names; keys that are 0 and 1 are those of a pair."""
+    above = {name[:end] for name in flat for end, sign in enumerate(name) if sign == "/"}
+    if both := [name for name in flat if name in above]:
+        raise ValueError(f"has an array {both[0]!r} and others under it; expected names of one tree.")
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *keys, last = name.split("/")
+        node = tree
+        for key in keys:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return (tree.get("0", {}), tree.get("1", {})) if tree.keys() <= {"0", "1"} else tree
 
 
 def _group_modules(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -128,6 +128,8 @@ def test_flat_files_of_haiku(haiku, variables, separator, tmp_path):
     jbn.save_arrays(tmp_path / "m.npz", flat[0] | flat[1])
     check_bits(jbn.load_arrays(tmp_path / "m.npz"), "haiku", variables, kinds=nets.KINDS)
     check_bits(tuple(flat), "haiku", variables, kinds=nets.KINDS)
+    jbn.save_arrays(tmp_path / "m.npz", tree)
+    check_bits(jbn.load_arrays(tmp_path / "m.npz"), "haiku", variables, kinds=nets.KINDS)
 
 
 def test_modules_of_haiku_in_modules(hk):
