@@ -79,8 +79,13 @@ def test_the_prefix_of_a_wrapper_is_told(prefix):
 
 @pytest.mark.parametrize(
     "tree",
-    [under("bn.", TORCH) | under("norm.", TORCH), under("norm.bn.", TORCH), TORCH],
-    ids=["not all", "like has it too", "the root"],
+    [
+        under("bn.", TORCH) | under("norm.", TORCH),
+        under("norm.bn.", TORCH),
+        TORCH,
+        under("a.bn.", TORCH) | under("b.norm.", TORCH),
+    ],
+    ids=["not all", "like has it too", "the root", "two"],
 )
 def test_no_prefix_is_told_where_there_is_none(tree):
     with pytest.raises(ValueError, match="tree and like differ") as caught:
