@@ -270,9 +270,6 @@ def _look(meeting: _Meeting, base: tuple[Array, ...], before: float) -> str:
     """Return the first explanation that holds of the arrays that differ, after a colon."""
     allowed = meeting.rounding(before)
     for x, y in meeting.arrays:
-        if not relative(x, y) <= allowed:
-            given = tuple(view for z in base for view in [nearest_layout(x, z)] if view is not None)
-            for axis in dict.fromkeys((-1, min(1, x.ndim - 1))):
-                if found := explain(x, y, allowed, axis, given):
-                    return f": {found}"
+        if not relative(x, y) <= allowed and (found := explain(x, y, allowed, base)):
+            return f": {found}"
     return ": nothing simple is seen in the numbers, such as an activation, a border or other statistics"
