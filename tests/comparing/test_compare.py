@@ -74,6 +74,18 @@ def test_a_missing_relu(x, variables, recorded):
     assert "b equals relu(a)" in jbn.compare(b, a).message
 
 
+def test_another_input(x, variables, recorded):
+    found = jbn.compare(recorded, jbn.linen.record(Net(), variables, x + 1))
+    assert found.first.paths[0] == "Conv_0"
+    assert "from the first layer on: is the input the same?: b = a + t" in found.message
+
+
+def test_a_tolerance_that_is_given(x, variables, recorded):
+    other = jbn.linen.record(Net(epsilon=1e-3), variables, x)
+    assert jbn.compare(recorded, other, tolerance=2**-8).first is None
+    assert jbn.compare(recorded, other, tolerance=2**-16).first.paths[0] == "BatchNorm_0"
+
+
 def test_another_activation(x, variables, recorded):
     found = jbn.compare(recorded, jbn.linen.record(Net((nn.gelu, nn.relu, nn.relu)), variables, x))
     assert found.first.paths[0] == "Conv_1"
