@@ -152,7 +152,8 @@ def compare(
     if parting:
         match, previous, before = parting[0]
         i, j = match.paths
-        return Comparison(tuple(matches), alone, match, _explain(match, first[i], second[j], previous, before))
+        message = _explain(match, first[i], second[j], previous, before, tolerance)
+        return Comparison(tuple(matches), alone, match, message)
     meet = sum(match.parts for match in matches)
     meet_again = f", {meet} of them meet again" * bool(meet)
     message = f"The models part nowhere: {len(matches)} layers agree within rounding{meet_again}."
@@ -246,10 +247,10 @@ def _measure(x: Array, y: Array) -> tuple[float, float, float, float]:
     return error, deviation, error / deviation if deviation > 2.0**-53 else error, per_channel
 
 
-def _explain(match: Match, a: Call, b: Call, previous: Call | None, before: float) -> str:
+def _explain(match: Match, a: Call, b: Call, previous: Call | None, before: float, tolerance: float | None) -> str:
     """Say in a sentence where a match parts, and what the numbers there say."""
     where = f"{match.paths[0] or 'the model'} (a) and {match.paths[1] or 'the model'} (b)"
-    taken, given = _Meeting.of(a.inputs, b.inputs, None), _Meeting.of(a.outputs, b.outputs, None)
+    taken, given = _Meeting.of(a.inputs, b.inputs, tolerance), _Meeting.of(a.outputs, b.outputs, tolerance)
     if taken and taken.error > taken.rounding(before):
         base = tuple(np.asarray(x, np.float64) for x in previous.outputs) if previous else ()
         found = _look(taken, base, before)
@@ -270,9 +271,6 @@ def _look(meeting: _Meeting, base: tuple[Array, ...], before: float) -> str:
     """Return the first explanation that holds of the arrays that differ, after a colon."""
     allowed = meeting.rounding(before)
     for x, y in meeting.arrays:
-        if not relative(x, y) <= allowed:
-            given = tuple(view for z in base for view in [nearest_layout(x, z)] if view is not None)
-            for axis in dict.fromkeys((-1, min(1, x.ndim - 1))):
-                if found := explain(x, y, allowed, axis, given):
-                    return f": {found}"
+        if not relative(x, y) <= allowed and (found := explain(x, y, allowed, base)):
+            return f": {found}"
     return ": nothing simple is seen in the numbers, such as an activation, a border or other statistics"

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from itertools import product
 from math import erf, sqrt
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,8 @@ from jbn.converting.trees import Array
 _SLACK = 4
 # Kernels reach so many lines less one beyond the border, but for large ones.
 _BORDER = 4
+# Images are smooth: one place beside the right one has much of its value.
+_FAR = 0.05
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
@@ -36,25 +37,25 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def explain(a: Array, b: Array, allowed: float, axis: int, given: tuple[Array, ...] = ()) -> str:
+def explain(a: Array, b: Array, allowed: float, given: tuple[Array, ...] = ()) -> str:
     """Say how two arrays of one shape differ.
 
     Args:
-        a: float64.
+        a: float64; its features are last, or second.
         b: likewise.
         allowed: the relative error in L2 that is rounding.
-        axis: that of the features.
-        given: arrays of the same shape that both may have been computed from.
+        given: arrays that both may have been computed from.
 
     Returns:
         A clause, or nothing where the numbers show nothing simple.
     """
     allowed *= _SLACK
     with np.errstate(all="ignore"):
-        for look in (_non_finite, _activation, _two_activations, _border, _affine, _order, _windows):
-            if found := next(look(a, b, allowed, axis, given), ""):
-                return found
-    return ""
+        for look in (_non_finite, _activation, _border, _affine, _order, _windows):
+            for axis in dict.fromkeys((a.ndim - 1, min(1, a.ndim - 1))):
+                if found := next(look(a, b, allowed, axis), ""):
+                    return found
+        return next(_two_activations(a, b, allowed, given), "")
 
 
 def relative(a: Array, b: Array) -> float:
@@ -67,27 +68,39 @@ def _equal(a: Array, b: Array, allowed: float) -> bool:
     return bool(relative(a, b) <= allowed)
 
 
-def _non_finite(a: Array, b: Array, allowed: float, axis: int, given: Any) -> Iterator[str]:
+def _non_finite(a: Array, b: Array, allowed: float, axis: int) -> Iterator[str]:
     bad = [int((~np.isfinite(x)).sum()) for x in (a, b)]
     if any(bad):
         yield f"of {a.size} values {bad[0]} in a and {bad[1]} in b are NaN or inf"
 
 
-def _activation(a: Array, b: Array, allowed: float, axis: int, given: Any) -> Iterator[str]:
+def _activation(a: Array, b: Array, allowed: float, axis: int) -> Iterator[str]:
     for name, f in _ACTIVATIONS.items():
         for x, y, here, there in ((a, b, "a", "b"), (b, a, "b", "a")):
             if _equal(x, f(y), allowed):
                 yield f"{here} equals {name}({there}): {there} lacks an activation"
 
 
-def _two_activations(a: Array, b: Array, allowed: float, axis: int, given: tuple[Array, ...]) -> Iterator[str]:
+def _two_activations(a: Array, b: Array, allowed: float, given: tuple[Array, ...]) -> Iterator[str]:
     for x in given:
-        found = [[name for name, f in _ACTIVATIONS.items() if _equal(y, f(x), allowed)] for y in (a, b)]
-        if found[0] and found[1]:
-            yield f"a is {found[0][0]} and b {found[1][0]} of what is the same in both"
+        for pool, over in _pools(x, a):
+            functions = {"itself": lambda x: x, **_ACTIVATIONS} if over else _ACTIVATIONS
+            found = [[name for name, f in functions.items() if _equal(y, pool(f(x)), allowed)] for y in (a, b)]
+            if found[0] and found[1]:
+                yield f"of what is the same in both, a is {over}{found[0][0]} and b {over}{found[1][0]}"
 
 
-def _border(a: Array, b: Array, allowed: float, axis: int, given: Any) -> Iterator[str]:
+def _pools(x: Array, a: Array) -> Iterator[tuple[Callable[[Array], Array], str]]:
+    """Yield what makes an array of the shape of a: nothing, or a mean over positions."""
+    if x.shape == a.shape:
+        yield (lambda x: x), ""
+    elif a.ndim == 2 < x.ndim:
+        for rows in (tuple(range(1, x.ndim - 1)), tuple(range(2, x.ndim))):
+            if x.mean(rows).shape == a.shape:
+                yield (lambda x, rows=rows: x.mean(rows)), "the mean over positions of "  # type: ignore[misc]
+
+
+def _border(a: Array, b: Array, allowed: float, axis: int) -> Iterator[str]:
     """Look for lines at the border that alone differ: as few as can be."""
     spatial = _spatial(a, axis)
     off = (np.abs(a - b) > allowed * np.sqrt((a**2).mean())).any(tuple(i for i in range(a.ndim) if i not in spatial))
@@ -105,7 +118,7 @@ def _spatial(a: Array, axis: int) -> list[int]:
     return [i for i in range(1, a.ndim) if i != axis % a.ndim]
 
 
-def _affine(a: Array, b: Array, allowed: float, axis: int, given: Any) -> Iterator[str]:
+def _affine(a: Array, b: Array, allowed: float, axis: int) -> Iterator[str]:
     """Look for b = s a + t with one s and t for each channel."""
     x, y = (np.moveaxis(v, axis, -1).reshape(-1, v.shape[axis]) for v in (a, b))
     if len(x) < 4:
@@ -127,18 +140,18 @@ def _affine(a: Array, b: Array, allowed: float, axis: int, given: Any) -> Iterat
     yield f"b = {form} in each channel, {', '.join(parts)}: {cause}"
 
 
-def _order(a: Array, b: Array, allowed: float, axis: int, given: Any) -> Iterator[str]:
-    if _equal(*(np.sort(v, axis=axis) for v in (a, b)), allowed):
+def _order(a: Array, b: Array, allowed: float, axis: int) -> Iterator[str]:
+    if _equal(np.sort(a, axis=axis), np.sort(b, axis=axis), allowed):
         yield "the same values in each place, in another order of the channels: flattened or split otherwise"
-    elif _equal(*(np.sort(v, axis=None) for v in (a, b)), allowed):
+    elif _equal(np.sort(a, axis=None), np.sort(b, axis=None), allowed):
         yield "the same values in another order"
 
 
-def _windows(a: Array, b: Array, allowed: float, axis: int, given: Any) -> Iterator[str]:
-    """Look for other values with the same statistics: the same kernel at other places."""
+def _windows(a: Array, b: Array, allowed: float, axis: int) -> Iterator[str]:
+    """Look for values that have little to do with each other but their statistics: the same kernel at other places."""
     spatial = _spatial(a, axis)
     rows = tuple(i for i in range(a.ndim) if i != axis % a.ndim)
-    if not spatial or a.size // a.shape[axis] < 32 or a.shape[axis] < 3:
+    if not spatial or a.size // a.shape[axis] < 32 or a.shape[axis] < 3 or relative(a, b) < _FAR:
         return
     x, y = (np.concatenate([v.mean(rows) / np.sqrt(v.var()), np.log(v.std(rows))]) for v in (a, b))
     gap = np.sqrt(((x - y) ** 2).mean())

@@ -77,7 +77,7 @@ def record(model: Any, *args: Any, **kwargs: Any) -> Record:
         TypeError: for a model of another kind.
 
     >>> import jbn
-    >>> jbn.record("a path")
+    >>> jbn.record("a path")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     TypeError: model is of type str; expected a model of PyTorch or Keras; those of Flax have jbn.linen.record ...
     """
