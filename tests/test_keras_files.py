@@ -79,11 +79,11 @@ def test_layers_in_a_model_of_its_own_class(keras, tmp_path):
     class Net(keras.Model):
         def __init__(self):
             super().__init__(name="net")
-            self.first, self.norm = keras.layers.Dense(4, name="a"), keras.layers.BatchNormalization(name="b")
+            self.first, self.bn = keras.layers.Dense(4, name="a"), keras.layers.BatchNormalization(name="b")
             self.blocks = [keras.layers.Dense(4), [keras.layers.Dense(4, use_bias=False), self.first]]
 
         def call(self, x):
-            return self.blocks[1][0](self.blocks[0](self.norm(self.first(x))))
+            return self.blocks[1][0](self.blocks[0](self.bn(self.first(x))))
 
     model = Net()
     model(np.ones((2, 3)))
