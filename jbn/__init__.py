@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from jbn.public import *
 
 __all__ = [
-    "Call", "Comparison", "Diagnosis", "Finding", "Folds", "LayerStatistics", "Match", "Moments", "Params", "Proposal",
-    "Report", "State", "__version__", "affine", "batch_norm", "bn_forward", "bn_init", "check", "compare", "convert",
-    "convert_options", "decay_mask", "diagnose", "fold", "freeze", "keep_statistics", "load_arrays", "merge", "moments",
-    "norm_mask", "propose_names", "recalibrate", "record", "remat_policy", "save_arrays", "trainable_mask",
+    "Call", "ComparedLayer", "Comparison", "Diagnosis", "Finding", "Folds", "LayerStatistics", "Match", "Moments",
+    "Params", "Proposal", "Report", "State", "__version__", "affine", "batch_norm", "bn_forward", "bn_init", "check",
+    "compare", "convert", "convert_options", "decay_mask", "diagnose", "fold", "freeze", "keep_statistics",
+    "load_arrays", "merge", "moments", "norm_mask", "propose_names", "recalibrate", "record", "remat_policy",
+    "save_arrays", "trainable_mask",
 ]  # fmt: skip
 
 

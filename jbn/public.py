@@ -2,7 +2,7 @@
 
 from jbn.checking.check import check
 from jbn.checking.report import Report
-from jbn.comparing.compare import Comparison, compare
+from jbn.comparing.compare import ComparedLayer, Comparison, compare
 from jbn.comparing.record import Call, record
 from jbn.converting.convert import convert
 from jbn.converting.options import convert_options

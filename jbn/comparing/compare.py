@@ -24,7 +24,7 @@ _EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
-class Match:
+class ComparedLayer:
     """A layer of one model and the same layer of another.
 
     Attributes:
@@ -58,9 +58,9 @@ class Comparison:
         message: what the numbers say about it.
     """
 
-    matches: tuple[Match, ...]
+    matches: tuple[ComparedLayer, ...]
     alone: tuple[tuple[str, ...], tuple[str, ...]]
-    first: Match | None
+    first: ComparedLayer | None
     message: str
 
     def lines(self) -> Iterator[tuple[str, ...]]:
@@ -136,9 +136,9 @@ def compare(
             f"The {len(first)} calls of a and the {len(second)} of b have nothing in common, neither shapes nor "
             "classes nor paths; expected records of two models, given the same input."
         )
-    matches, before = list[Match](), 0.0
+    matches, before = list[ComparedLayer](), 0.0
     previous: Call | None = None
-    parting: list[tuple[Match, Call | None, float]] = []  # with what the explanation needs
+    parting: list[tuple[ComparedLayer, Call | None, float]] = []  # with what the explanation needs
     for i, j in pairs:
         match, seen = _match((i, j), first[i], second[j], before, tolerance)
         matches.append(match)
@@ -169,7 +169,7 @@ def _read(name: str, record: Any) -> Record:
     return {path: call if isinstance(call, Call) else Call("", (), (as_numpy(call),)) for path, call in record.items()}
 
 
-def _is_taken(old: Match, new: Match, a: Record, b: Record) -> bool:
+def _is_taken(old: ComparedLayer, new: ComparedLayer, a: Record, b: Record) -> bool:
     """Say whether a layer takes in both models what another has returned."""
     return all(
         any(np.array_equal(x, y) for x in calls[old.paths[k]].outputs for y in calls[new.paths[k]].inputs)
@@ -177,15 +177,17 @@ def _is_taken(old: Match, new: Match, a: Record, b: Record) -> bool:
     )
 
 
-def _match(pair: Pair, a: Call, b: Call, before: float, tolerance: float | None) -> tuple[Match, float]:
+def _match(pair: Pair, a: Call, b: Call, before: float, tolerance: float | None) -> tuple[ComparedLayer, float]:
     """Compare two layers; the second value is the error that later layers may build on."""
     taken, given = _Meeting.of(a.inputs, b.inputs, tolerance), _Meeting.of(a.outputs, b.outputs, tolerance)
     shape, input_error = a.outputs[0].shape, taken.error if taken else np.nan
     if given is None:
-        return Match(pair, shape, np.inf, 0.0, input_error), 0.0
+        return ComparedLayer(pair, shape, np.inf, 0.0, input_error), 0.0
     if taken and taken.error <= taken.rounding(before):
-        return Match(pair, shape, given.error, given.rounding(max(before, taken.per_channel)), input_error), given.seen
-    return Match(pair, shape, given.error, given.rounding(before), input_error), given.seen
+        return ComparedLayer(
+            pair, shape, given.error, given.rounding(max(before, taken.per_channel)), input_error
+        ), given.seen
+    return ComparedLayer(pair, shape, given.error, given.rounding(before), input_error), given.seen
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,9 @@ def _measure(x: Array, y: Array) -> tuple[float, float, float, float]:
     return error, deviation, error / deviation if deviation > 2.0**-53 else error, per_channel
 
 
-def _explain(match: Match, a: Call, b: Call, previous: Call | None, before: float, tolerance: float | None) -> str:
+def _explain(
+    match: ComparedLayer, a: Call, b: Call, previous: Call | None, before: float, tolerance: float | None
+) -> str:
     """Say in a sentence where a match parts, and what the numbers there say."""
     where = f"{match.paths[0] or 'the model'} (a) and {match.paths[1] or 'the model'} (b)"
     taken, given = _Meeting.of(a.inputs, b.inputs, tolerance), _Meeting.of(a.outputs, b.outputs, tolerance)
