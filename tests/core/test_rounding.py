@@ -112,7 +112,7 @@ def test_dx_keeps_all_its_terms_at_every_size_of_x(dtype, std, scale):
     gamma = np.full(4, scale, np.float32)
     want = oracle.gradients(g, x, gamma)["x"]
     a = scale / np.sqrt(oracle.moments(x)[2] + 1e-5)
-    y, pull = jax.vjp(lambda x: jbn.batch_norm(x, gamma)[0], x)
+    _, pull = jax.vjp(lambda x: jbn.batch_norm(x, gamma)[0], x)
     assert np.linalg.norm(oracle.wide(pull(g)[0]) - want) <= bound(want, oracle.wide(g), a, dtype)
     # Both ways are one rule: <g, J x> = <Jᵀ g, x>, of which J x = 0 but for epsilon.
     _, dy = jax.jvp(lambda x: jbn.batch_norm(x, gamma)[0], (x,), (x,))
