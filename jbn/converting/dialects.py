@@ -14,6 +14,7 @@ where the source says that it is not trained.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -166,7 +167,7 @@ def translate(layer: Layer, origin: Dialect, goal: Dialect, like: Mapping[str, A
         layer["var"] = trees.narrow(wide, layer["var"].dtype)[0]
     _check_statistics(layer)
     if like is None:  # which else says the place
-        _check_others(layer, goal)
+        _check_others(layer, origin, goal)
     if said.flattened and origin.features_first != goal.features_first:
         layer = _reorder(layer, said.flattened, goal.features_first)
     turned = said.kind in TRANSPOSED and (said.kind in origin.gradient) != (said.kind in goal.gradient)
@@ -190,14 +191,21 @@ def _check_statistics(layer: Layer) -> None:
             )
 
 
-def _check_others(layer: Layer, goal: Dialect) -> None:
+# As other libraries than these call them, or their files: ``_variance``, ``moving_mean:0``.
+_LIKE_STATISTICS = re.compile(r"_?(moving_|running_)?(mean|var|variance|std)(:\d+)?")
+
+
+def _check_others(layer: Layer, origin: Dialect, goal: Dialect) -> None:
     """Refuse arrays of no meaning here that would be taken for statistics, or be trained although they were not."""
     others = {name: name.lstrip(OTHER) for name in layer if name.startswith(OTHER)}
     statistics = {goal.names.get(name, name) for name in STATISTICS}
     untrained = {
         bare
         for name, bare in others.items()
-        if "mean" in layer or name.startswith(OTHER * 2) or not trees.is_float(layer[name].dtype)
+        if "mean" in layer
+        or name.startswith(OTHER * 2)
+        or not trees.is_float(layer[name].dtype)
+        or (not origin.apart and _LIKE_STATISTICS.fullmatch(bare))
     }
     if lost := (statistics & {*others.values()}) | (untrained if goal.apart else set()):
         raise ValueError(

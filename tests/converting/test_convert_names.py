@@ -91,3 +91,12 @@ def test_no_prefix_is_told_where_there_is_none(tree):
     with pytest.raises(ValueError, match="tree and like differ") as caught:
         jbn.convert(tree, "torch", "linen", like=LIKE)
     assert "strips it" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("_mean", "_variance"), ("moving_mean:0", "moving_variance:0"), ("mean", "std")])
+def test_what_is_named_as_statistics_elsewhere_becomes_no_parameter(names):
+    tree = {f"bn.{name}": np.ones(3, np.float32) for name in ("weight", "bias", *names)}
+    with pytest.raises(ValueError, match=rf"^bn of tree has {names[0]}, {names[1]}, which may be no parameter"):
+        jbn.convert(tree, "torch", "linen")
+    trained = {"params": {"dense": {"std": np.ones(3, np.float32)}}}
+    assert jbn.convert(trained, "linen", "jbn")[0]["dense"]["std"].shape == (3,)
