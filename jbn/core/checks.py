@@ -267,7 +267,7 @@ def read_epsilon(epsilon: object, dtype: DTypeLike = np.float32, *, by_batch: bo
     least = largest ** (-2 / 3) if by_batch else 0.0
     if not least <= known <= largest:
         why = (
-            f"{least:.1g} or more in {jnp.dtype(dtype).name}, for the variance of a batch may be 0"
+            f"{least:.1g} or more in {jnp.dtype(dtype).name}, up to {largest:.1g}, for the variance of a batch may be 0"
             if by_batch
             else f"0 or more, up to {largest:.1g}"
         )
