@@ -225,6 +225,7 @@ def _rename_arrays(
     """Give arrays the names that the library of the source has, by the names that match no layer; return the others."""
     if not isinstance(names, Mapping):
         return layers, names
+    _check_keys("names", names)
     arrays = {(*path, name): leaf for path, layer in layers.items() for name, leaf in layer.items()}
     rules = {
         old: pattern
@@ -272,7 +273,6 @@ def _rename(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Pat
         return {path: goal.split(new) for path, new in said.items() if new is not None}
     if not isinstance(names, Mapping):
         raise TypeError(f"names is of type {type(names).__name__}; expected a mapping or a function of paths.")
-    _check_keys("names", names)
     found: dict[Path, Path | None] = {}
     rules: dict[Path, str] = {}  # that have decided
     for old, value in names.items():

@@ -243,22 +243,22 @@ def test_groups_of_known_number():
     jax.tree.map(near, export.export(f)(any_length).call(x), f(x))
 
 
-# Where jbn is imported, and nothing else of this file.
+# Where the trees of jbn are imported, and nothing else of this file: JAX reads what is registered when they are.
 STEPPED = """
 import sys
 from pathlib import Path
 
-import jbn
 import numpy as np
 from jax import export
+from jbn import Moments, Params, State, bn_init
 
 folder = Path(sys.argv[1])
 program = export.deserialize(bytearray((folder / "step").read_bytes()))
-x, seen = np.load(folder / "x.npy"), jbn.Moments.empty(3)
-params, state = jbn.bn_init(3)
+x, seen = np.load(folder / "x.npy"), Moments.empty(3)
+params, state = bn_init(3)
 for _ in range(2):
     params, state, seen = program.call(params, state, seen, x)
-assert (type(params), type(state), type(seen)) == (jbn.Params, jbn.State, jbn.Moments)
+assert (type(params), type(state), type(seen)) == (Params, State, Moments)
 np.savez(folder / "result.npz", scale=params.scale, mean=state.mean, var=state.var, count=seen.count, pilot=seen.pilot)
 """
 
