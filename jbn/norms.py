@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from jbn.paths import name_few
 
@@ -27,6 +28,22 @@ def find_class(layer: Any, classes: Iterable[type]) -> type | None:
     """Return the one of some classes whose computation a layer is; subclasses may have code of their own."""
     mine = type(layer).__call__
     return next((kind for kind in classes if isinstance(layer, kind) and mine is kind.__call__), None)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class NormClasses:
+    """The classes that compute what Flax's norm does.
+
+    Attributes:
+        also: those that the user says do so, beside jbn's and Flax's own, ``own``.
+    """
+
+    own: ClassVar[tuple[type, ...]]
+    also: tuple[type, ...] = ()
+
+    def find_class(self, module: Any) -> type | None:
+        """Return the class whose computation a module is, where that is a norm's."""
+        return find_class(module, (*self.own, *self.also))
 
 
 def read_also(also: Classes, base: type) -> tuple[type, ...]:

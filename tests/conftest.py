@@ -1,5 +1,7 @@
 """What tests share that takes seconds to make, or must be undone."""
 
+import os
+
 import jax
 import pytest
 
@@ -31,3 +33,18 @@ def smooth():
         jax.clear_caches()  # what was compiled for the same network holds ReLU
         yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def keras():
+    """Return Keras on JAX, which it asks for while it is imported."""
+    if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
+        pytest.skip("KERAS_BACKEND is not jax")
+    return pytest.importorskip("keras")
+
+
+@pytest.fixture
+def foreign():
+    """Let the code of other libraries promote ranks, as it does where nothing is strict."""
+    with jax.numpy_rank_promotion("allow"):
+        yield

@@ -1,6 +1,5 @@
 """load_arrays and Keras: its files give the names and the values of the model's weights, or say what they lack."""
 
-import os
 import sys
 import zipfile
 
@@ -12,21 +11,11 @@ import jbn
 
 h5py = pytest.importorskip("h5py")
 # What a library calls although it is deprecated is not for this library to mend.
-pytestmark = [pytest.mark.filterwarnings(f"default::{kind}Warning") for kind in ("Deprecation", "Future", "User")]
+pytestmark = [
+    pytest.mark.usefixtures("foreign"),
+    *(pytest.mark.filterwarnings(f"default::{kind}Warning") for kind in ("Deprecation", "Future", "User")),
+]
 FILES = ["m.keras", "m.weights.h5", "m.h5"]
-
-
-@pytest.fixture(autouse=True)
-def _broadcast():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def keras():
-    if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
-        pytest.skip("KERAS_BACKEND is not jax")
-    return pytest.importorskip("keras")
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn.comparing.explain import explain, relative
-from jbn.comparing.pairs import Names, Pair, find_pairs, nearest_layout
+from jbn.comparing.pairs import Pair, find_pairs, nearest_layout
 from jbn.comparing.record import Call, Record
+from jbn.converting.names import Names
 from jbn.converting.trees import Array, as_numpy
 from jbn.paths import name_few
 

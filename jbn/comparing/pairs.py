@@ -1,15 +1,15 @@
 """Which call of one model is which call of the other: by name, or by what the layers take and return."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
 from jbn.comparing.record import Call, Record
-from jbn.converting.trees import Array
+from jbn.converting.names import Names, rename
+from jbn.converting.trees import Array, Path
 from jbn.paths import name_few
 
-Names = Mapping[str, str | None] | Callable[[str], str | None]
 Pair = tuple[str, str]
 
 # As many numbers of each array say how near two arrays are when partners are looked for.
@@ -105,41 +105,29 @@ def _align(scores: Array) -> Iterator[tuple[int, int]]:
             yield i, j
 
 
+class _Paths:
+    """The paths of a record, with slashes or points between their keys."""
+
+    def __init__(self, record: Record) -> None:
+        self.known = {self.split(path): path for path in record}
+        self.spell = self.known.__getitem__
+
+    def split(self, path: str) -> Path:
+        """Read a path."""
+        return tuple(_spell(path).split("/")) if path else ()
+
+
 def _pair_by_names(a: Record, b: Record, names: Names) -> list[Pair]:
     """Pair calls by what ``names`` makes of the paths of a."""
-    by_name = {_spell(path): path for path in b}
-    pairs = []
-    for path in a:
-        new = names(path) if callable(names) else _rename(names, path)
-        if new is not None and not isinstance(new, str):
-            raise TypeError(f"names: {path!r} becomes {new!r}; expected a string or None.")
-        if new is not None and _spell(new) in by_name:
-            pairs.append((path, by_name[_spell(new)]))
+    ours, theirs = _Paths(a), _Paths(b)
+    renamed = rename(names, ours, theirs, list(ours.known))
+    pairs = [(ours.known[old], theirs.known[new]) for old, new in renamed.items() if new in theirs.known]
     if not pairs:
         raise ValueError(
             f"names pairs none of the {len(a)} calls of a ({name_few(map(repr, a))}) with one of the {len(b)} of b "
             f"({name_few(map(repr, b))}); expected paths of a to paths of b."
         )
     return pairs
-
-
-def _rename(names: Mapping[str, str | None], path: str) -> str | None:
-    """Rename a path as ``jbn.convert`` does: the first entry that is it, or lies above it, counts."""
-    for old, new in names.items():
-        # A slash after every key; the last group is what lies under the path.
-        pattern = re.escape(_slash(_spell(old))).replace(r"\*", "([^/]*)") + "(.*)"
-        if found := re.fullmatch(pattern, _slash(_spell(path))):
-            if new is None:
-                return None
-            if new.count("*") != old.count("*"):
-                raise ValueError(f"names: {old!r} becomes {new!r}; expected as many stars on both sides.")
-            pieces = zip(_slash(_spell(new)).split("*"), found.groups(), strict=True)
-            return "".join(piece + part for piece, part in pieces).removesuffix("/")
-    return path
-
-
-def _slash(path: str) -> str:
-    return f"{path}/" if path else ""
 
 
 def _spell(path: str) -> str:

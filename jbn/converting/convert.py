@@ -1,6 +1,5 @@
 """``convert``: the arrays of a layer or a model from the layout of one library into that of another."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -10,12 +9,12 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
+from jbn.converting.names import Names, check_keys, rename, rename_arrays
 from jbn.converting.trees import Address, Layer, Path, as_numpy, convey, dtype_of, fill, index_shapes, is_float
 from jbn.paths import name_few, select
 
 Value = TypeVar("Value")
 Library = Literal["jbn", "linen", "nnx", "torch", "keras", "haiku", "equinox"]
-Names = Mapping[str, str | None] | Callable[[str], str | None]
 
 
 def convert(
@@ -114,9 +113,9 @@ def convert(
     ``jbn.convert_options``.
     """
     origin, goal = read_dialect("source", source, unbiased), read_dialect("target", target, unbiased)
-    tree, known = _unpack("tree", origin, tree)
-    like, known_there = _unpack("like", goal, like)
-    layers, names = _rename_arrays(names, origin, read_layers("tree", origin.read, tree))
+    tree, known = unpack("tree", origin, tree)
+    like, known_there = unpack("like", goal, like)
+    layers, names = rename_arrays(names, origin, read_layers("tree", origin.read, tree))
     wanted = None if like is None else read_layers("like", lambda like: index_shapes(goal.addresses(like), like), like)
     if wanted is None and goal.make is None:
         raise ValueError(f"like is None; expected a tree of {target} to fill, for it holds more than arrays.")
@@ -126,7 +125,7 @@ def convert(
     number = read_by_path("count", everywhere, origin, layers, _is_count, "2 or more values")
     found: dict[Path, Layer] = {}
     came: dict[Path, str] = {}
-    for path, new in _rename(names, origin, goal, list(layers)).items():
+    for path, new in rename(names, origin, goal, list(layers)).items():
         old = origin.spell(path) or "the layer"
         if new in found:
             raise ValueError(
@@ -162,7 +161,8 @@ def read_dialect(argument: str, name: str, unbiased: bool) -> Dialect:
     return replace(dialect, unbiased=unbiased) if dialect.unbiased is None else dialect
 
 
-def _unpack(argument: str, dialect: Dialect, tree: Any) -> tuple[Any, Mapping[Path, str]]:
+def unpack(argument: str, dialect: Dialect, tree: Any) -> tuple[Any, Mapping[Path, str]]:
+    """Return the tree of a model, or of flat names, and what the model says its layers are."""
     try:
         return dialect.unpack(tree)
     except ValueError as error:
@@ -207,7 +207,7 @@ def read_by_path(
     paths = ["/".join(path) for path in layers]
     if not isinstance(said or {}, Mapping):
         raise TypeError(f"{argument} is {said!r}; expected a mapping of patterns.")
-    _check_keys(argument, said or {})
+    check_keys(argument, said or {})
     for pattern, value in (said or {}).items():
         if not fits(value):
             raise ValueError(f"{argument}: {pattern!r} has {value!r}; expected {expected}.")
@@ -217,104 +217,6 @@ def read_by_path(
             raise ValueError(f"{argument}, {error}") from error
         found = {path: value for path, hit in zip(layers, hits, strict=True) if hit} | found
     return found
-
-
-def _rename_arrays(
-    names: Names | None, origin: Dialect, layers: dict[Path, dict[str, Any]]
-) -> tuple[dict[Path, dict[str, Any]], Names | None]:
-    """Give arrays the names that the library of the source has, by the names that match no layer; return the others."""
-    if not isinstance(names, Mapping):
-        return layers, names
-    _check_keys("names", names)
-    arrays = {(*path, name): leaf for path, layer in layers.items() for name, leaf in layer.items()}
-    rules = {
-        old: pattern
-        for old in names
-        if origin.split(old)[-1:] not in ((), ("*",))
-        and not any(_compile(origin, old).fullmatch(_slash(path)) for path in layers)
-        and any((pattern := _compile(origin, old, ends=True)).fullmatch(_slash(at)) for at in arrays)
-    }
-    if not rules:
-        return layers, names
-    found: dict[Path, Any] = {}
-    for at, leaf in arrays.items():
-        new: Path | None = at
-        for old, pattern in rules.items():  # the first that matches counts
-            if match := pattern.fullmatch(_slash(at)):
-                value = _check_name(old, names[old])
-                above, *parts = match.groups()
-                new = None if value is None else origin.split(above.rstrip("/")) + _rewrite(origin.split(value), parts)
-                break
-        if new in found or new == ():
-            raise ValueError(
-                f"names: {origin.spell(at)} becomes {origin.spell(new) or 'the root'}; expected a path of its own for "
-                "each array, which ends in what the library of the source calls it."
-            )
-        if new is not None:
-            found[new] = leaf
-    renamed: dict[Path, dict[str, Any]] = {}
-    for at, leaf in found.items():
-        renamed.setdefault(at[:-1], {})[at[-1]] = leaf
-    return renamed, {old: new for old, new in names.items() if old not in rules}
-
-
-def _compile(origin: Dialect, old: str, ends: bool = False) -> re.Pattern[str]:
-    """Compile a pattern for paths with a slash after every key, that begin with it and go on, or that end in it."""
-    stars = re.escape(_slash(origin.split(old))).replace(r"\*", "([^/]*)")
-    return re.compile(f"((?:.*/)?){stars}()" if ends else f"{stars}(.*)")
-
-
-def _rename(names: Names | None, origin: Dialect, goal: Dialect, paths: list[Path]) -> dict[Path, Path]:
-    """Return the new paths of layers, without those that are left out."""
-    if names is None:
-        return {path: path for path in paths}
-    if callable(names):
-        said = {path: _check_name(origin.spell(path), names(origin.spell(path))) for path in paths}
-        return {path: goal.split(new) for path, new in said.items() if new is not None}
-    if not isinstance(names, Mapping):
-        raise TypeError(f"names is of type {type(names).__name__}; expected a mapping or a function of paths.")
-    found: dict[Path, Path | None] = {}
-    rules: dict[Path, str] = {}  # that have decided
-    for old, value in names.items():
-        new = _check_name(old, value)
-        pattern = _compile(origin, old)
-        hits = {path: match for path in paths if (match := pattern.fullmatch(_slash(path)))}
-        if not hits:
-            near = name_few(get_close_matches(old, list(map(origin.spell, paths)), n=4, cutoff=0.0), len(paths))
-            raise ValueError(f"names: {old!r} matches none of the {len(paths)} layers of tree: {near}.")
-        if not any(path not in found for path in hits):
-            before = name_few(map(repr, dict.fromkeys(rules[path] for path in hits)))
-            raise ValueError(
-                f"names: {old!r} comes after {before}, which decided about every layer that it matches. The first that "
-                "matches counts; expected the most special one first."
-            )
-        for path, match in hits.items():
-            rules.setdefault(path, old)
-            found.setdefault(path, None if new is None else _rewrite(goal.split(new), match.groups()))
-    return {path: way for path in paths if (way := found.get(path, path)) is not None}
-
-
-def _check_keys(argument: str, said: Mapping[Any, Any]) -> None:
-    if strange := [key for key in said if not isinstance(key, str)]:
-        raise TypeError(f"{argument} has the key {strange[0]!r}; expected strings, which are paths of layers.")
-
-
-def _check_name(old: str, new: Any) -> str | None:
-    if new is not None and not isinstance(new, str):
-        raise TypeError(f"names: {old!r} becomes {new!r}; expected a string or None.")
-    if new is not None and new.count("*") != old.count("*"):
-        raise ValueError(f"names: {old!r} becomes {new!r}; expected as many stars on both sides.")
-    return new
-
-
-def _rewrite(new: Path, parts: Sequence[str]) -> Path:
-    """Put parts of the old path in the place of the stars and at the end."""
-    pieces = zip(_slash(new).split("*"), parts, strict=True)
-    return tuple("".join(piece + part for piece, part in pieces).split("/")[:-1])
-
-
-def _slash(path: Path) -> str:
-    return "".join(f"{key}/" for key in path)
 
 
 def _find_wrapper(paths: Sequence[Path], lost: Iterable[Path], wanted: Mapping[Path, Any]) -> Path:

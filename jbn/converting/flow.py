@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from jbn.converting.trees import Addresses, Path
+from jbn.programs import find_inner, trace
 
 # What a value is made of: the layers whose arrays are in it, as bits, and whether data are.
 _Value = tuple[int, bool]
@@ -34,21 +33,11 @@ class Flow:
 
 def trace_flow(call: Callable[..., Any], tree: Any, addresses: Addresses, inputs: Sequence[Any]) -> Flow:
     """Trace ``call(tree, *inputs)`` and follow the arrays of its layers; arrays and shapes alone are traced."""
-    leaves, structure = jax.tree.flatten((tree, tuple(inputs)))
-    traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
-
-    def run(arrays: Any) -> Any:
-        filled = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            filled[i] = array
-        tree, inputs = jax.tree.unflatten(structure, filled)
-        return [leaf for leaf in jax.tree.leaves(call(tree, *inputs)) if isinstance(leaf, jax.Array)]
-
-    program = jax.make_jaxpr(run)([leaves[i] for i in traced]).jaxpr
+    program, traced = trace(call, tree, *inputs)
     paths = list(dict.fromkeys(address[0] for address in addresses if address))
     bits = {path: 1 << i for i, path in enumerate(paths)}
-    held = [address and address[0] for address in addresses] + [None] * (len(leaves) - len(addresses))
-    values = [(bits.get(held[i] or (), 0) if held[i] is not None else 0, i >= len(addresses)) for i in traced]
+    held = dict(enumerate(bits.get(address[0], 0) if address else 0 for address in addresses))
+    values = [(held.get(i, 0), i >= len(addresses)) for i in traced]
     met: dict[int, int] = {}  # a layer, and the layers before it; in the order of the call
     _follow(program, values, met)
     named = {1 << i: path for i, path in enumerate(paths)}
@@ -65,7 +54,7 @@ def _follow(program: Any, values: Sequence[_Value], met: dict[int, int]) -> list
 
     for eqn in program.eqns:
         given = [read(var) for var in eqn.invars]
-        body = next((inner for inner in _inner_programs(eqn) if _is_like(inner, eqn)), None)
+        body = next((inner for inner in find_inner(eqn) if _is_like(inner, eqn)), None)
         if body is None:
             results = [_meet(given, met)] * len(eqn.outvars)
         else:
@@ -104,11 +93,3 @@ def _each(layers: int) -> Iterator[int]:
 def _is_like(inner: Any, eqn: Any) -> bool:
     same = len(inner.invars) == len(eqn.invars) and len(inner.outvars) == len(eqn.outvars)
     return same and eqn.primitive.name not in _REPEATED
-
-
-def _inner_programs(eqn: Any) -> Iterator[Any]:
-    for value in eqn.params.values():
-        for inner in value if isinstance(value, tuple | list) else (value,):
-            body = getattr(inner, "jaxpr", inner)
-            if hasattr(body, "eqns"):
-                yield body

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from jbn.converting.convert import Library, read_by_path, read_dialect, read_layers
+from jbn.converting.convert import Library, read_by_path, read_dialect, read_layers, unpack
 from jbn.converting.dialects import KINDS, Dialect
 from jbn.converting.flow import Flow, trace_flow
 from jbn.converting.pairing import Arrays, Fits, Found, Search, find_groups
@@ -140,15 +140,16 @@ def propose_names(
     # 3 layers: 3 certain, 0 ambiguous, 0 without a match; 0 lacking in the source
     """
     origin, goal = read_dialect("source", source, False), read_dialect("target", target, False)
+    (tree, known), (like, _) = unpack("tree", origin, tree), unpack("like", goal, like)
     ours = read_layers("tree", lambda tree: index(origin.addresses(tree), tree), _keep_order(tree))
     theirs = read_layers("like", lambda like: index(goal.addresses(like), like), _keep_order(like))
-    kind = read_by_path("kinds", kinds, origin, ours, KINDS.__contains__, f"one of {', '.join(map(repr, KINDS))}")
+    said = read_by_path("kinds", kinds, origin, ours, KINDS.__contains__, f"one of {', '.join(map(repr, KINDS))}")
     flow = Flow() if call is None else trace_flow(call, like, goal.addresses(like), inputs)
     if call is not None and not flow.order:
         raise ValueError("call meets no data; expected those of the model in inputs, after source and target.")
     given, trusted = _sort(list(ours))
     wanted = [*flow.order, *(path for path in _sort(list(theirs))[0] if path not in flow.order)]
-    fits = Fits(origin, goal, _read_arrays(ours), _read_arrays(theirs), kind)
+    fits = Fits(origin, goal, _read_arrays(ours), _read_arrays(theirs), {**known, **said})
     groups = find_groups(fits, given, wanted)
     found = Search(fits, flow, given, trusted).match(groups)
     matches = tuple(_spell(found[path], path, origin, goal) for path in given)

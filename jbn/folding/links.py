@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jbn.paths import Keys, flatten
+from jbn.programs import find_inner, trace
 
 Pair = tuple[str, str]
 
@@ -99,21 +99,16 @@ def find_links(
         states: trees of arrays.
         norms: a list that ``call`` fills with the paths of norms.
     """
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
-    def run(states: Any, arrays: Any) -> Any:
-        filled = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            filled[i] = array
-        args, kwargs = jax.tree.unflatten(structure, filled)
+    def run(states: Any, args: Any, kwargs: Any) -> Any:
         return call(*states, *args, **kwargs)
 
-    jaxpr = jax.make_jaxpr(run)((params, *states), [leaves[i] for i in traced]).jaxpr
+    jaxpr, traced = trace(run, (params, *states), args, kwargs)
     seen = Counter[tuple[str, str]]()
     links = list(_find_pairs(jaxpr, seen))
     once = [pair for pair in links if all(seen[role, path] <= 1 for role in ("in", "out") for path in pair)]
-    held = dict(zip(flatten(params)[0], jaxpr.invars, strict=False))  # the variables of params come first
+    keys = flatten(params)[0]  # the leaves of params come first
+    held = {keys[i]: var for i, var in zip(traced, jaxpr.invars, strict=True) if i < len(keys)}
 
     def folds(pair: Pair) -> bool:
         layers = [path for path in pair if path not in norms]
@@ -136,7 +131,7 @@ def _find_takers(jaxpr: Any, var: Any) -> Iterator[str | int]:
     """Yield what operations take a value, cast or rearranged or not; where it is returned, its place."""
     for eqn in jaxpr.eqns:
         for place in (i for i, taken in enumerate(eqn.invars) if taken is var):
-            body = next((inner for inner in _inner_programs(eqn) if len(inner.invars) == len(eqn.invars)), None)
+            body = next((inner for inner in find_inner(eqn) if len(inner.invars) == len(eqn.invars)), None)
             if body is not None:
                 for taker in _find_takers(body, body.invars[place]):
                     yield from [taker] if isinstance(taker, str) else _find_takers(jaxpr, eqn.outvars[taker])
@@ -145,14 +140,6 @@ def _find_takers(jaxpr: Any, var: Any) -> Iterator[str | int]:
             else:
                 yield eqn.primitive.name
     yield from (i for i, returned in enumerate(jaxpr.outvars) if returned is var)
-
-
-def _inner_programs(eqn: Any) -> Iterator[Any]:
-    for value in eqn.params.values():
-        for inner in value if isinstance(value, tuple | list) else (value,):
-            body = getattr(inner, "jaxpr", inner)
-            if hasattr(body, "eqns"):
-                yield body
 
 
 def _find_pairs(jaxpr: Any, seen: Counter[tuple[str, str]], times: int = 1) -> Iterator[Pair]:
@@ -169,5 +156,5 @@ def _find_pairs(jaxpr: Any, seen: Counter[tuple[str, str]], times: int = 1) -> I
                 made[id(returned)] = path
             elif id(given) in made and uses[id(given)] == 1:
                 yield made[id(given)], path
-        for body in _inner_programs(eqn):
+        for body in find_inner(eqn):
             yield from _find_pairs(body, seen, times + (eqn.primitive.name in _REPEATED))

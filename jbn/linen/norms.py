@@ -6,20 +6,13 @@ from typing import Any
 import flax.linen as nn
 
 from jbn.linen.module import BatchNorm
-from jbn.norms import Classes, check_fields, check_variables, find_class, read_also
-
-_KNOWN = (BatchNorm, nn.BatchNorm)
+from jbn.norms import Classes, NormClasses, check_fields, check_variables, read_also
 
 
-@dataclasses.dataclass(frozen=True)
-class Norms:
-    """The classes that compute what Flax's norm does.
+class Norms(NormClasses):
+    """The classes of Linen that compute what Flax's norm does."""
 
-    Attributes:
-        also: those that the user says do so.
-    """
-
-    also: tuple[type, ...] = ()
+    own = (BatchNorm, nn.BatchNorm)
 
     @classmethod
     def read(cls, also: Classes) -> "Norms":
@@ -29,10 +22,6 @@ class Norms:
             names = (field.name for field in dataclasses.fields(kind))
             check_fields(kind, (name for name in names if name not in ("parent", "name")))
         return cls(kinds)
-
-    def find_class(self, layer: nn.Module) -> type | None:
-        """Return the class whose computation a layer is, where that is a norm's."""
-        return find_class(layer, (*_KNOWN, *self.also))
 
     def read_fields(self, layer: nn.Module) -> dict[str, Any]:
         """Return the fields of jbn's norm that computes what a norm does, whose variables exist."""

@@ -1,13 +1,12 @@
 """Which modules of NNX are norms: by the statistics that they hold, and by the class whose computation they are."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from flax import nnx
 
 from jbn.nnx.module import NEW, BatchNorm
 from jbn.nnx.variables import become, read
-from jbn.norms import STATISTICS, Classes, check_fields, check_variables, find_class, read_also
+from jbn.norms import STATISTICS, Classes, NormClasses, check_fields, check_variables, read_also
 from jbn.paths import join
 
 # What a copy of Flax's norm may lack, and what it has then.
@@ -19,24 +18,15 @@ _LACKING = {
 _INTERNAL = ("_pytree__", "_object__")
 
 
-@dataclass(frozen=True)
-class Norms:
-    """The classes that compute what Flax's norm does.
+class Norms(NormClasses):
+    """The classes of NNX that compute what Flax's norm does."""
 
-    Attributes:
-        also: those that the user says do so.
-    """
-
-    also: tuple[type, ...] = ()
+    own = (BatchNorm, nnx.BatchNorm)
 
     @classmethod
     def read(cls, also: Classes) -> "Norms":
         """Read the argument ``also``."""
         return cls(read_also(also, nnx.Module))
-
-    def find_class(self, module: Any) -> type | None:
-        """Return the class whose computation a module is, where that is a norm's."""
-        return find_class(module, (BatchNorm, nnx.BatchNorm, *self.also))
 
     def find(self, model: Any) -> list[tuple[str, Any]]:
         """Return the norms of a model with their paths: all that hold statistics, of whatever class they are.

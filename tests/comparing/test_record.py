@@ -1,7 +1,5 @@
 """record: models of PyTorch and Keras beside their ports to Flax; the models stay as they are."""
 
-import os
-
 import flax.linen as nn
 import jax
 import numpy as np
@@ -121,10 +119,7 @@ def test_a_model_that_raises_is_put_right(torch, theirs):
     assert not any("forward" in vars(layer) for layer in theirs.modules())
 
 
-def test_a_port_of_a_keras_model():
-    if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
-        pytest.skip("KERAS_BACKEND is not jax")
-    keras = pytest.importorskip("keras")
+def test_a_port_of_a_keras_model(keras):
     layers = keras.layers
     with jax.numpy_rank_promotion("allow"):
         inputs = keras.Input(X.shape[1:])

@@ -67,7 +67,7 @@ REFUSED = {
         "torch",
         "jbn",
         {"names": {"layer1.bn": "a"}},
-        r"names: 'layer1.bn' matches none of the 1 layers of tree: layer1.bn1",
+        r"names: 'layer1.bn' matches none of the 1 layers: layer1.bn1",
     ),
     "a star is in a key": (under("a.b.bn"), "torch", "jbn", {"names": {"*.bn": "*"}}, r"'\*.bn' matches none"),
     "part of a key": (under("layer11"), "torch", "jbn", {"names": {"layer1": "a"}}, r"'layer1' matches none"),

@@ -1,7 +1,5 @@
 """convert and Keras: the layers of its package, on its JAX backend, evaluate alike, and train alike for ten steps."""
 
-import os
-
 import jax
 import numpy as np
 import pytest
@@ -11,21 +9,11 @@ from tests.support import nets
 from tests.support.nets import EPSILON, EVALUATED, MOMENTUM, TRAINED, gap
 
 # What a library calls although it is deprecated is not for this library to mend.
-pytestmark = [pytest.mark.filterwarnings(f"default::{kind}Warning") for kind in ("Deprecation", "Future", "User")]
+pytestmark = [
+    pytest.mark.usefixtures("foreign"),
+    *(pytest.mark.filterwarnings(f"default::{kind}Warning") for kind in ("Deprecation", "Future", "User")),
+]
 UNDER = {"": "net"}  # the name of the model is part of its paths
-
-
-@pytest.fixture(autouse=True)
-def _broadcast():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def keras():
-    if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
-        pytest.skip("KERAS_BACKEND is not jax")
-    return pytest.importorskip("keras")
 
 
 @pytest.fixture(scope="module")

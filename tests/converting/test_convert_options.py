@@ -1,7 +1,6 @@
 """convert_options: names, conventions and defaults; what one library has and another lacks is refused."""
 
 import itertools
-import os
 
 import flax.linen as nn
 import jax
@@ -91,13 +90,6 @@ def test_no_epsilon_goes_along(source, target):
     options = {name: 0.0 if name in ("eps", "epsilon") else value for name, value in THE_SAME[source].items()}
     found = jbn.convert_options(options, source, target)
     assert found.get("eps", found.get("epsilon")) == 0
-
-
-@pytest.fixture(scope="module")
-def keras():
-    if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
-        pytest.skip("KERAS_BACKEND is not jax")
-    return pytest.importorskip("keras")
 
 
 def test_the_configuration_of_a_keras_layer(keras):

@@ -17,14 +17,11 @@ from tests.support import nets
 from tests.support.nets import EPSILON, EVALUATED, FLAT, MOMENTUM, TRAINED, gap
 
 # What a library calls although it is deprecated is not for this library to mend.
-pytestmark = [pytest.mark.filterwarnings(f"default::{kind}Warning") for kind in ("Deprecation", "Future", "User")]
+pytestmark = [
+    pytest.mark.usefixtures("foreign"),
+    *(pytest.mark.filterwarnings(f"default::{kind}Warning") for kind in ("Deprecation", "Future", "User")),
+]
 NET = nets.Net()
-
-
-@pytest.fixture(autouse=True)
-def _broadcast():
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")

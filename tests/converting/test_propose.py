@@ -241,3 +241,15 @@ def test_a_call_without_data_is_refused():
     theirs = state_dict(stem=dense(3, 3), body=dense(3, 3))
     with pytest.raises(ValueError, match="call meets no data; expected those of the model in inputs"):
         jbn.propose_names(theirs, "torch", "linen", like=like, call=lambda v: model.apply(v, x))
+
+
+def test_a_model_itself_says_what_its_layers_are():
+    """With as many channels in as out, shapes do not tell that a convolution is transposed."""
+    torch = pytest.importorskip("torch")
+    theirs = torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 4, 3), torch.nn.Linear(4, 4))
+    model = nn.Sequential([nn.ConvTranspose(4, (3, 3), transpose_kernel=True), nn.Dense(4)])
+    x = jnp.ones((1, 5, 5, 4))
+    like = jax.eval_shape(model.init, jax.random.key(0), x)
+    proposal = jbn.propose_names(theirs, "torch", "linen", x, like=like, call=model.apply)
+    assert proposal.names == {"0": "layers_0", "1": "layers_1"}
+    assert proposal.kinds == {"0": "transposed"}
