@@ -61,10 +61,10 @@ def convert(
             need it. Of a model of PyTorch or Keras the result is the mapping of its arrays; in a ``TrainState`` the
             step and the optimizer stay as they are. Without it nothing says what is lacking, and arrays of no known
             name go along as they are, in jbn and Linen as parameters; those that may be none are refused: integers,
-            what lies beside running statistics, and what the target would take for such.
+            what lies beside running statistics or is named as such elsewhere, and what the target would take for such.
         names: paths in the source to paths in the target; the first that matches counts, so that the most special ones
-            come first, and each must decide about a layer. What lies under a path goes
-            with it, ``*`` is any part of a key, the same on both sides, ``""`` is the root, and None leaves out:
+            come first, and each must decide about a layer. What lies under a path goes with it, ``*`` is any part of a
+            key, the same on both sides, ``""`` is the root, and None leaves out:
             ``{"fc": None, "layer*.*.bn*": "layer*/block*/norm*", "module": ""}``. Or a function of a path of a layer.
             Without it paths are the same, but for the separator, which is a point in PyTorch and a slash elsewhere. A
             function renumbers: ``lambda path: re.sub(r"layer(\d)", lambda m: f"stage{int(m[1]) - 1}", path)``. See
