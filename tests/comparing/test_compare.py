@@ -245,3 +245,17 @@ def test_linen_beside_nnx(x):
     assert [match.paths for match in found.matches] == [
         ("stem", "layers_0"), ("norm", "layers_1"), ("head", "layers_4"), ("", ""),
     ]  # fmt: skip
+
+
+def test_layers_without_common_names_are_paired_by_their_values():
+    """One has a layer more, and comes to two branches in the other order."""
+    p, q, r, s = np.random.default_rng(0).standard_normal((4, 8, 3)).astype(np.float32)
+    found = jbn.compare({"p": p, "q": q, "r": r}, {"0": s, "1": p, "2": r, "3": q})
+    assert [match.paths for match in found.matches] == [("p", "1"), ("q", "3"), ("r", "2")]
+    assert (found.first, found.alone) == (None, ((), ("0",)))
+
+
+def test_another_order_of_the_channels():
+    x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    assert "in another order of the channels" in jbn.compare({"flat": x}, {"flat": x[:, ::-1]}).message
+    assert "the same values in another order" in jbn.compare({"flat": x}, {"flat": x[::-1, ::-1]}).message
