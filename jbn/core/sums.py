@@ -172,18 +172,6 @@ def read_apart(times: int, *arrays: Array) -> list[tuple[Array, ...]]:
     return lax.platform_dependent(*arrays, cpu=behind_barriers, default=lambda *read: [read] * times)
 
 
-def round_quotient(quotient: Array) -> Array:
-    """Let a product be rounded before anything is added to it.
-
-    XLA:CPU, in jax 0.10.2, may compute the pilot anew at each of its uses and contract k + Σ·(1/n) into one operation
-    with one rounding. Then k in x - k and k in the moments are different numbers, and dx is off by 1e-4 of its size at
-    a mean of 10⁵ (``test_cpus_still_contract_the_quotient_and_the_pilot``). A clamp that changes no number parts the
-    two operations.
-    """
-    largest = jnp.finfo(quotient.dtype).max
-    return lax.clamp(-largest, quotient, largest)
-
-
 def keep_rounding(tree: Tree) -> Tree:
     """Let the means k + d in a tree be rounded to numbers before anything is subtracted from them.
 

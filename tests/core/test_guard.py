@@ -9,6 +9,7 @@ import jbn
 from jbn.core.axes import Sync
 from jbn.core.checks import read_layout
 from jbn.core.statistics import SharedRows, choose_pilot, statistics
+from tests.support import oracle
 
 pytestmark = pytest.mark.core
 
@@ -87,3 +88,19 @@ def test_a_nan_channel_beside_one_that_is_far():
     np.testing.assert_allclose(y[:, 1], (far - far.mean()) / np.sqrt(far.var() + 1e-5), atol=4e-6)
     assert new.mean[0] == 0
     assert new.mean[1] > 0
+
+
+@pytest.mark.parametrize("group_size", [None, 128])
+@pytest.mark.parametrize("x_mean", [0.0, 3.0])
+@pytest.mark.parametrize("mean", [1e8, 1e12, -1e15, 1e20, 1e30, -3e38])
+def test_a_running_mean_far_beyond_the_batch_spoils_nothing(mean, x_mean, group_size):
+    """It is left behind by one batch of huge values, finite, and x - k has no digit of x then."""
+    x = (np.random.default_rng(0).standard_normal((256, 4)) + x_mean).astype(np.float32)
+    state = jbn.State(jnp.full(4, mean), jnp.ones(4))
+    y, new = jax.jit(lambda s, x: jbn.bn_forward(None, s, x, True, momentum=0.0, group_size=group_size))(state, x)
+    parts = [x] if group_size is None else np.split(x, 2)
+    want = np.concatenate([oracle.forward(part).y for part in parts])
+    np.testing.assert_allclose(y, want, rtol=0, atol=2e-5)
+    _, batch_mean, var = oracle.moments(x)
+    np.testing.assert_allclose(new.var, var, rtol=2e-5)
+    assert np.abs(new.mean - batch_mean).max() <= 2.0**-22 * abs(mean)
