@@ -276,8 +276,9 @@ def _find_shift(m: Moments) -> Array:
     k + Σ·(1/n) into one operation with one rounding. Then k in x - k and k in the moments are different numbers, and dx
     is off by 1e-4 of its size at a mean of 10⁵ (``test_cpus_still_contract_the_quotient_and_the_pilot``).
     """
-    nothing = lax.abs(m.pilot + m.offset) <= _NOTHING * jnp.finfo(m.pilot.dtype).eps * lax.abs(m.pilot)
-    return lax.select(nothing, -m.pilot, m.offset)
+    moved = m.pilot + m.offset
+    nothing = lax.abs(moved) <= _NOTHING * jnp.finfo(moved.dtype).eps * lax.abs(m.pilot)
+    return lax.select(nothing, m.offset - moved, m.offset)  # the first is -k, in the sharding of the second
 
 
 def _is_far(m: Moments, epsilon: float) -> Array:
