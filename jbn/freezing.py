@@ -39,7 +39,8 @@ def keep_statistics(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
     such as ``nnx.BatchStat``, add nothing. Patterns are those of ``fnmatch.fnmatchcase`` on the whole path: ``*``
     crosses ``/``, ``?`` is one character, ``[ab]`` one of those. As a whole key ``**`` may also stand for no key:
     ``backbone/**/bn`` matches ``backbone/bn``. What matches a node matches everything under it: ``backbone`` is all of
-    the backbone.
+    the backbone. A pattern after ``!`` takes away from the others, or from everything: ``"!head"`` is all but the head,
+    ``["backbone", "!*/bn"]`` the backbone without its norms. A key that begins with ``!`` is written with ``?``.
 
     Args:
         old: the statistics before the step, a tree of arrays such as ``batch_stats`` of Flax Linen, ``nnx.state(model,
@@ -87,7 +88,7 @@ def trainable_mask(params: Tree, frozen: Patterns) -> Tree:
     Args:
         params: a tree of arrays, such as ``params`` of Flax Linen or ``nnx.state(model, nnx.Param)``.
         frozen: one pattern or several, see ``jbn.keep_statistics``: ``"backbone"``, ``"**/BatchNorm_*"``,
-            ``"*/scale"``.
+            ``"*/scale"``, ``"!head"`` for all but the head.
 
     Returns:
         A tree of the structure of ``params``. As labels of ``optax.multi_transform`` it keeps frozen parameters to the

@@ -33,14 +33,20 @@ def join(keys: Iterable[Any]) -> str:
 
 
 def match(path: str, patterns: Patterns) -> bool:
-    """Say whether a path, or a node above it, matches one of the patterns."""
-    return any(_hits(path, pattern) for pattern in _read_patterns(patterns))
+    """Say whether a path, or a node above it, matches one of the patterns, and none of those that follow a ``!``.
+
+    Where all of them follow one, whatever they leave out matches.
+    """
+    several = _read_patterns(patterns)
+    without = [pattern[1:] for pattern in several if pattern.startswith("!")]
+    those = [pattern for pattern in several if not pattern.startswith("!")] or ["*"] * bool(without)
+    return any(_hits(path, pattern) for pattern in those) and not any(_hits(path, pattern) for pattern in without)
 
 
 def select(paths: Sequence[str], patterns: Patterns, kind: str = "paths") -> list[bool]:
-    """Say of each path whether it matches; every pattern must match one of them."""
+    """Say of each path whether it matches; every pattern must match one of them, those after a ``!`` too."""
     for pattern in _read_patterns(patterns):
-        if not any(_hits(path, pattern) for path in paths):
+        if not any(_hits(path, pattern.removeprefix("!")) for path in paths):
             near = get_close_matches(pattern, paths, n=4, cutoff=0.0)
             there = f" ({name_few(map(repr, near), len(paths))})" if near else ""
             raise ValueError(

@@ -15,12 +15,13 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.core import Tracer, eval_jaxpr
 from jax.dtypes import float0
 
 from jbn.core import checks
 from jbn.core.axes import vary_as
+from jbn.core.lax import lax
 
 Activation: TypeAlias = Callable[[Array], Array]
 

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.numpy import arange, asarray, concatenate, split, where
 from jax.sharding import NamedSharding
+
+from jbn.core.lax import lax
 
 if jax.__version_info__ < (0, 8):
     raise ImportError(

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core.axes import Sync, bound_names, count_cuts, manual_axes, varying_axes
+from jbn.core.lax import lax
 from jbn.core.layout import Layout
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")

@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from jax import Array, lax
+from jax import Array
 from jax.numpy import expand_dims, moveaxis
+
+from jbn.core.lax import lax
 
 
 @dataclass(frozen=True)

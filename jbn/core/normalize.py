@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.numpy import where
 
 from jbn.core.activation import Program
 from jbn.core.axes import name_mesh, vary_as
+from jbn.core.lax import lax
 from jbn.core.layout import Layout
 from jbn.core.saved import MOMENTS, name_arrays
 from jbn.core.statistics import Moments, SharedRows, differentiate_statistics, statistics, tangent_moments

@@ -8,11 +8,12 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.numpy import broadcast_to, zeros_like
 from jax.tree_util import register_dataclass
 
 from jbn.core.axes import place_as
+from jbn.core.lax import lax
 from jbn.core.statistics import Moments, merge
 from jbn.core.sums import divide
 

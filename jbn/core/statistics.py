@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.export import is_symbolic_dim, register_pytree_node_serialization
 from jax.numpy import asarray, broadcast_to, where, zeros, zeros_like
 from jax.tree_util import register_dataclass
 from jax.typing import ArrayLike
 
 from jbn.core.axes import Sync, vary_as
+from jbn.core.lax import lax
 from jbn.core.layout import Layout
 from jbn.core.saved import MOMENTS, name_arrays
 from jbn.core.sums import count_rows, divide, keep_rounding, read_apart, sum_rows, sweep_again_if

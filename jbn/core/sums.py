@@ -13,12 +13,13 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.export import is_symbolic_dim
 from jax.numpy import asarray, broadcast_to, moveaxis
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core.axes import count_cuts, vary_as
+from jbn.core.lax import lax
 from jbn.core.layout import Layout
 
 Tree = TypeVar("Tree")

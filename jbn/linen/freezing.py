@@ -1,12 +1,13 @@
 """``freeze``: a context in which layers of a Linen model stay as they are."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from jbn.freezing import Frozen
 from jbn.linen.contexts import Scope
@@ -23,17 +24,54 @@ class _Rule:
     frozen: Frozen
 
 
-_SCOPE = Scope[_Rule]()
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Mark:
+    """How a layer is frozen, as a variable without arrays: a part of the structure of the variables alone."""
+
+    frozen: Frozen
+
+
+_SCOPE = Scope[_Rule]("freeze")
+_MARKS = "jbn_frozen"
 
 
 def frozen_at(path: str) -> Frozen:
     """Return how the layer at a path is frozen; where several rules match, the innermost decides."""
-    frozen = Frozen()
     for rule, found in _SCOPE.active():
-        acts = match(path, rule.patterns)
-        found.meet(path, acts)
-        frozen = rule.frozen if acts else frozen
+        found.meet(path, match(path, rule.patterns))
+    return _choose(path)
+
+
+def _choose(path: str) -> Frozen:
+    frozen = Frozen()
+    for rule, _ in _SCOPE.active():
+        frozen = rule.frozen if match(path, rule.patterns) else frozen
     return frozen
+
+
+@contextmanager
+def _mark(layer: nn.Module) -> Iterator[None]:
+    """Let the variables of a model say how each layer is frozen while a method of it runs.
+
+    ``nn.jit`` gives modules of equal fields one program, whatever their paths are; of variables it knows the structure.
+    """
+    root = None if layer.scope is None else layer.scope.root
+    held = {} if root is None else root._variables  # type: ignore[union-attr]
+    if root is None or _MARKS in held or "batch_stats" not in held:
+        yield
+        return
+    held[_MARKS] = _write_marks(held["batch_stats"], root.path)
+    try:
+        yield
+    finally:
+        held.pop(_MARKS, None)
+
+
+def _write_marks(statistics: Any, path: tuple[str, ...]) -> dict[str, Any]:
+    inner = {key: _write_marks(value, (*path, key)) for key, value in statistics.items() if isinstance(value, Mapping)}
+    marks = {key: marks for key, marks in inner.items() if marks}
+    return marks if len(inner) == len(statistics) else {**marks, "mark": _Mark(_choose(join(path)))}
 
 
 @contextmanager
@@ -45,7 +83,8 @@ def freeze(
     It acts where the model trains: a call in evaluation stays one, and so does the initialization. It takes Flax's
     layers too inside ``replace``, in either order. Of several around one another the innermost that matches a layer
     decides. A compiled step is compiled once more inside, and is what it was before after the block: ``jax.jit`` knows
-    of this context. Only what was compiled ahead of time, or exported, stays as it was traced.
+    of this context. Only what was compiled ahead of time, or exported, stays as it was traced. It holds for its thread,
+    as contexts of JAX and Flax do: between its ends there must be no ``await`` or ``yield`` to code that it is not for.
 
     Args:
         patterns: one or several for the paths of layers, see ``jbn.keep_statistics``; all unless given.
@@ -59,6 +98,7 @@ def freeze(
 
     Raises:
         TypeError: for patterns that are not strings, and flags that are not bools.
+        RuntimeError: at the end, where tasks that run in turns have entered contexts and end them in another order.
 
     Warns:
         UserWarning: at the end, where a pattern has matched no layer, and where it has matched one that is not jbn's:
@@ -80,7 +120,9 @@ def freeze(
     others = list[str]()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        y, path = call(*args, **kwargs), join(context.module.path)
+        with _mark(context.module):
+            y = call(*args, **kwargs)
+        path = join(context.module.path)
         if holds_statistics(context.module) and path not in (*found.paths, *found.skipped):
             found.meet(path, False)  # jbn's have been met by their own call
             others.append(path)

@@ -18,7 +18,7 @@ from jbn.replacing import Found, check_overrides
 OPTIONS = ("momentum", "epsilon", "dtype", "axis_name", "axis_index_groups", "activation", "group_size", "unbiased")
 
 
-_SCOPE = Scope[tuple[tuple[str, Hashable], ...]]()
+_SCOPE = Scope[tuple[tuple[str, Hashable], ...]]("replace")
 
 
 class _StandIn(BatchNorm):
@@ -51,6 +51,7 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
     Raises:
         TypeError: for overrides of other names, and for classes of ``also`` whose fields or call are not Flax's.
         ValueError: for layers of ``also`` whose variables are not those of Flax's.
+        RuntimeError: see ``jbn.linen.freeze``.
 
     Warns:
         UserWarning: at the end, where no layer was met.

@@ -1,9 +1,11 @@
 """``recalibrate``: the population statistics of every layer of a model, exact over all batches."""
 
 import math
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import count
+from itertools import count, takewhile
 from typing import Any, TypeVar, get_args
 
 import jax
@@ -119,9 +121,15 @@ def recalibrate(
             f"{len(idle)} of {len(model.layers)} layers keep their statistics: they evaluate in this call, or it does "
             f"not reach them: {name_few(layer.path for layer in idle)}. If they are not frozen on purpose, pass them "
             "the flag of training.",
-            stacklevel=2,
+            stacklevel=_count_frames_of_jbn() + 1,
         )
     return model.fill({layer: statistics[layer] for layer in seen})  # type: ignore[no-any-return]
+
+
+def _count_frames_of_jbn() -> int:
+    """Count from the caller to the first line that is not jbn's: the modules of Flax call from rooms of their own."""
+    names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(sys._getframe(1)))
+    return sum(1 for _ in takewhile(lambda name: name.partition(".")[0] == "jbn", names))
 
 
 Answers = Iterator[dict[Layer, Observation]]

@@ -57,7 +57,7 @@ def platform(request, monkeypatch):
     def choose(*args, default, **others):
         return others.get(request.param, default)(*args)
 
-    monkeypatch.setattr(lax, "platform_dependent", choose)
+    monkeypatch.setattr(sums.lax, "platform_dependent", choose)
     with jax.disable_jit():
         yield request.param
 

@@ -263,6 +263,8 @@ def test_a_pattern_that_matches_nothing():
         keep_statistics(tree, tree, ["layer_1", "layer_8"])
     with pytest.raises(ValueError, match="'layer_' matches none of the 14 paths"):
         trainable_mask(tree, "layer_")
+    with pytest.raises(ValueError, match="'!layer_' matches none of the 14 paths"):
+        trainable_mask(tree, "!layer_")
     for patterns in (None, 3, [None]):
         with pytest.raises(TypeError, match=r"patterns is .*; expected a string or a sequence of strings"):
             jbn.nnx.freeze(model, patterns)
@@ -291,6 +293,8 @@ def test_norms_of_flax_and_other_flags_are_refused():
         ("*/mean", ["bn/mean", "a/bn/mean"], ["mean", "a/bn/var"]),
         ("bn_[01]?", ["bn_0x", "bn_12/mean"], ["bn_0", "bn_21"]),
         ("A", ["A"], ["a"]),
+        ("!a/bn", ["bn", "a/b"], ["a/bn", "a/bn/mean"]),
+        (["a", "!a/bn", "!*/c"], ["a", "a/b"], ["b", "a/bn", "a/b/c"]),
         ("net/~/bn", ["net/~/bn", "net/~/bn/~/mean_ema"], ["net/bn"]),
     ],
 )

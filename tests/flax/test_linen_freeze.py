@@ -1,5 +1,9 @@
 """``jbn.linen.freeze``, also around Flax's layers inside ``replace``: bit for bit what ``bn_forward`` does."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -132,6 +136,67 @@ def test_layers_under_transforms_are_frozen_too(make):
     with freeze(), replace():
         variables, _, new, _ = jax.jit(run, static_argnums=0)(make(THEIRS), X)
     same(new["batch_stats"], variables["batch_stats"])
+
+
+def in_a_module(norm):
+    class Block(nn.Module):
+        momentum: float
+        use_running_average: bool
+
+        @nn.compact
+        def __call__(self, x):
+            return norm(self.use_running_average, momentum=self.momentum)(x)
+
+    return Block
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.jit(MINE), nn.jit(in_a_module(MINE)), nn.remat(nn.jit(MINE)), in_a_module(nn.jit(MINE))]
+)
+def test_layers_that_flax_compiles_as_one_are_frozen_by_their_paths(kind):
+    model = stacked(kind)
+    variables = model.init(jax.random.key(0), ROWS)
+    for patterns, moving in [("first", {"second"}), ("second*", {"first"}), ((), {"first", "second"})]:
+        with freeze(patterns):
+            new = model.apply(variables, ROWS, mutable=True)[1]
+        assert new.keys() == variables.keys()  # no more is returned than without the block
+        old = variables["batch_stats"]
+        assert {name for name in old if not same_numbers(old[name], new["batch_stats"][name])} == moving
+
+
+def same_numbers(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+@pytest.mark.parametrize("contexts", [(freeze, freeze), (freeze, replace)], ids=["freeze", "freeze and replace"])
+def test_contexts_of_tasks_that_run_in_turns_are_refused_and_leave_nothing_behind(contexts):
+    first, second = (context() for context in contexts)
+    model = stacked(MINE)
+    variables = start(model)
+    compiled = jax.jit(partial(step, model))
+    want = compiled(variables)
+    same(inside([freeze()], compiled, variables)[1][1], variables["batch_stats"])
+    first.__enter__()
+    second.__enter__()
+    for context, name in zip((first, second), contexts, strict=True):
+        with pytest.raises(RuntimeError, match=rf"{name.__name__}\(\) ends while .*without await or yield"):
+            context.__exit__(None, None, None)
+    same(compiled(variables), want)
+
+
+def test_a_context_that_another_thread_inherits_meets_what_is_met_there():
+    model = stacked(MINE)
+    variables = start(model)
+
+    def run():
+        with freeze("first") as frozen:
+            model.apply(variables, ROWS, mutable=["batch_stats"])
+        return frozen
+
+    with freeze(), ThreadPoolExecutor(1) as pool:
+        model.apply(variables, ROWS)
+        frozen = pool.submit(copy_context().run, run).result()
+    assert frozen == jbn.linen.Found(("first",), ("second",))
 
 
 @pytest.mark.parametrize("patterns", ["third", ["first", "third"], "first/second"])

@@ -195,8 +195,9 @@ def test_a_flag_that_is_not_passed_on_is_the_first_finding():
     assert first.message.startswith("9 of 12 layers evaluate in a training call")
     assert set(first.layers) == {f"stage_{i}/ConvLayer_{j}/normalization" for i in range(3) for j in range(3)}
     assert {finding.path for finding in others} == {f"shortcut_{i}/normalization" for i in range(3)}
-    with pytest.warns(UserWarning, match="^9 of 12 layers keep their statistics"):
+    with pytest.warns(UserWarning, match="^9 of 12 layers keep their statistics") as caught:
         new = jbn.linen.recalibrate(model, variables, cut(x, *UNEVEN), deterministic=False)
+    assert caught[0].filename == __file__
     layers = [(f"shortcut_{i}", *keys) for i in range(3) for keys in [(), *((f"ConvLayer_{j}",) for j in range(3))]]
     layers = [(f"stage_{name[-1]}", keys[0]) if keys else (name,) for name, *keys in layers]
 
