@@ -11,9 +11,15 @@ Keys = tuple[str, ...]
 Patterns = str | Sequence[str]
 
 
-def flatten(tree: Any) -> tuple[list[Keys], list[Any], PyTreeDef]:
-    """Return the keys and the leaves of a tree, and its structure."""
-    found, structure = tree_flatten_with_path(tree)
+def flatten(tree: Any, argument: str = "") -> tuple[list[Keys], list[Any], PyTreeDef]:
+    """Return the keys and the leaves of a tree, which errors name as ``argument``, and its structure."""
+    try:
+        found, structure = tree_flatten_with_path(tree)
+    except (ValueError, TypeError) as error:  # of a dictionary, or of a class of nodes
+        raise TypeError(
+            f"{argument} has keys of several kinds in one node, which jax cannot sort ({error}); expected strings "
+            "alone, or whole numbers alone.".lstrip()
+        ) from error
     return [read_keys(path) for path, _ in found], [leaf for _, leaf in found], structure
 
 

@@ -128,7 +128,7 @@ def diagnose(
     seen, idle = model.select(model.merge([answers]))
     foreign = [layer for layer in model.layers if layer not in answers]
     before = _layers_before(compiled.trace(params, question, batch).jaxpr, model, question, params)
-    paths, leaves, _ = flatten(params)
+    paths, leaves, _ = flatten(params, "params")
     scales = {keys[:-1]: leaf for keys, leaf in zip(paths, leaves, strict=True) if keys[-1:] == ("scale",)}
     examples = _count_examples(batch)
 

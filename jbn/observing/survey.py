@@ -222,7 +222,7 @@ class Survey:
 
 def survey(state: Any) -> Survey:
     """Find every mean that has a var beside it."""
-    paths, leaves, structure = flatten(state)
+    paths, leaves, structure = flatten(state, "state")
     places: dict[Keys, dict[str, int]] = {}
     for i, keys in enumerate(paths):
         if keys and keys[-1] in ("mean", "var"):
