@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 
 from jbn.core.checks import read_flag
-from jbn.paths import Patterns, flatten, join, name_few, select
+from jbn.paths import Patterns, count_of, flatten, join, name_few, select
 
 Tree = TypeVar("Tree")
 
@@ -67,7 +67,8 @@ def keep_statistics(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
     if paths != others:
         lost, more = (sorted(set(a) - set(b)) for a, b in ((paths, others), (others, paths)))
         raise ValueError(
-            f"old and new differ: of {len(paths)} and {len(others)} paths, only old has {name_few(map(repr, lost))}, "
+            f"old and new differ: of {len(paths)} and {count_of(len(others), 'path')}, only old has "
+            f"{name_few(map(repr, lost))}, "
             f"only new has {name_few(map(repr, more))}; expected the statistics of one model before and after a step, "
             "such as variables['batch_stats'] and updates['batch_stats'] in Flax Linen."
         )
