@@ -1,5 +1,6 @@
 """Arrays in files: ``.npz``, ``.safetensors``, which needs the package of that name, and Keras's, which need h5py."""
 
+import errno
 import io
 import os
 import zipfile
@@ -143,11 +144,14 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
     try:
         with path.open("rb") as file:
             return _READERS[kind](file)
-    except (OSError, ImportError):
+    except ImportError:
         raise
     except _Unfit as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # each format has its own, and they have no common base
+        # Libraries have OSErrors for content too, which no call of the system gave, or one that content had misled.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         other = _recognize(path)
         fix = (
             f"Expected a whole {kind} file of arrays; copy or save it again."
@@ -168,8 +172,11 @@ def _recognize(path: Path) -> str | None:
         start = file.read(8)
     if not zipfile.is_zipfile(path):
         return next((suffix for first, suffix in _STARTS.items() if start.startswith(first)), None)
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # as many kinds as ways to damage it
+        return None
     theirs = {"data.pkl": ".pt", "config.json": ".keras"}
     return next((suffix for name in names for last, suffix in theirs.items() if Path(name).name == last), ".npz")
 

@@ -251,7 +251,15 @@ def header(text):
     return len(text).to_bytes(8, "little") + text
 
 
+ZIP = zipped(**{"a.npy": npy(np.ones(3))})
 MISNAMED = {
+    "a zip whose directory is damaged": (
+        ".npz",
+        ZIP.replace(b"PK\1\2", b"PK\1\3"),
+        r"Bad magic .* Expected a whole .npz",
+    ),
+    "a zip that begins before its start": (".npz", ZIP[30:], r"Expected a whole .npz"),
+    "an HDF5 file that is cut": (".h5", b"\x89HDF\r\n\x1a\n" + bytes(99), r"Expected a whole .h5"),
     "an array": (".npz", npy(np.ones(3)), r"It begins as .npy does. To read it: np.load\("),
     "PyTorch's": (".npz", zipped(**{"m__data.pkl": b""}), r"holds 'm/data.pkl', which is no array. .* torch.load\("),
     "Keras'": (
@@ -280,8 +288,8 @@ MISNAMED = {
 @pytest.mark.parametrize("case", MISNAMED)
 def test_what_is_not_what_its_name_says(tmp_path, case):
     suffix, content, message = MISNAMED[case]
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors")
+    for package in {".safetensors": ["safetensors"], ".h5": ["h5py"]}.get(suffix, []):
+        pytest.importorskip(package)
     (tmp_path / f"m{suffix}").write_bytes(content)
     with pytest.raises(ValueError, match=rf"m{suffix} cannot be read: .*{message}"):
         jbn.load_arrays(tmp_path / f"m{suffix}")
