@@ -1,5 +1,6 @@
 """Arrays in files: ``.npz``, ``.safetensors``, which needs the package of that name, and Keras's, which need h5py."""
 
+import errno
 import io
 import os
 import zipfile
@@ -7,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-from uuid import uuid4
 
 import jax.numpy as jnp
 import numpy as np
 
+from jbn.atomic import replace_file
 from jbn.converting.trees import as_numpy
 from jbn.keras_files import read_h5, read_keras
 from jbn.paths import flatten, join
@@ -68,15 +69,16 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, Any] | tuple[
     """Write arrays by name into a file, aside first and then in one move; ``load_arrays`` gives back the same.
 
     Args:
-        path: a file that ends in ``.safetensors`` or ``.npz``.
+        path: a file that ends in ``.safetensors`` or ``.npz``, or a link to one, which stays. A process that is killed
+            meanwhile leaves the old file, and beside it a hidden one that the next call in that folder removes.
         arrays: names to arrays of NumPy, jax or PyTorch, such as a ``state_dict`` or what ``jbn.convert`` makes for
             "torch" and "keras". Or a tree, such as the variables of Linen, ``nnx.state(model)`` or
             ``(params, state)``: its arrays get the keys above them as names, joined by slashes, and come back so, flat.
 
     Raises:
-        ValueError: for another suffix, and before anything is written for what the file would not give back: names such
-            as "a" beside "a.npy" in ``.npz`` and "__metadata__" in ``.safetensors``; dtypes, of which ``.npz`` has no
-            bfloat16 and no float8, and neither has complex numbers.
+        ValueError: for another suffix, a folder, and before anything is written for what the file would not give back:
+            names such as "a" beside "a.npy" in ``.npz`` and "__metadata__" in ``.safetensors``; dtypes, of which
+            ``.npz`` has no bfloat16 and no float8, and neither has complex numbers.
         TypeError: for what is not a mapping of strings to arrays, or a tree of arrays.
         OSError: where the file cannot be written.
         ImportError: where ``safetensors`` is needed and not installed.
@@ -93,6 +95,9 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, Any] | tuple[
     path = Path(path)
     if path.suffix not in _FORMATS:
         raise ValueError(f"path is {str(path)!r}; expected a file that ends in {' or '.join(_FORMATS)}.")
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no file"
+        raise ValueError(f"path is {str(path)!r}, {what}; expected a file, or a name that is free.")
     if not isinstance(arrays, Mapping | tuple):
         raise TypeError(f"arrays is of type {type(arrays).__name__}; expected a mapping of names to arrays, or a tree.")
     found = {name: _read_array(name, value, path.suffix) for name, value in _flatten(arrays).items()}
@@ -101,14 +106,7 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, Any] | tuple[
         raise ValueError(
             f"arrays: {path.suffix} does not give back the name {lost[0]!r}: {form.names}. Expected another name."
         )
-    # A name of its own, for others may write the same file at the same time, such as each process of a run.
-    partial = path.with_name(f".{uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            form.write(file, found)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, lambda file: form.write(file, found))
 
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
@@ -146,11 +144,14 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
     try:
         with path.open("rb") as file:
             return _READERS[kind](file)
-    except (OSError, ImportError):
+    except ImportError:
         raise
     except _Unfit as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # each format has its own, and they have no common base
+        # Libraries have OSErrors for content too, which no call of the system gave, or one that content had misled.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         other = _recognize(path)
         fix = (
             f"Expected a whole {kind} file of arrays; copy or save it again."
@@ -171,8 +172,11 @@ def _recognize(path: Path) -> str | None:
         start = file.read(8)
     if not zipfile.is_zipfile(path):
         return next((suffix for first, suffix in _STARTS.items() if start.startswith(first)), None)
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # as many kinds as ways to damage it
+        return None
     theirs = {"data.pkl": ".pt", "config.json": ".keras"}
     return next((suffix for name in names for last, suffix in theirs.items() if Path(name).name == last), ".npz")
 
@@ -181,7 +185,7 @@ def _flatten(arrays: Mapping[Any, Any] | tuple[Any, ...]) -> Mapping[Any, Any]:
     """Return arrays by name: those of a mapping as they are, those of a tree by the keys above them."""
     if isinstance(arrays, Mapping) and not any(isinstance(value, Mapping | tuple | list) for value in arrays.values()):
         return arrays
-    paths, leaves, _ = flatten(arrays)
+    paths, leaves, _ = flatten(arrays, "arrays")
     names = [join(path) for path in paths]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"arrays: {twice[0]!r} is there as a name and as keys of a tree; expected another name.")

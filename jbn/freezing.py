@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 
 from jbn.core.checks import read_flag
-from jbn.paths import Patterns, flatten, join, name_few, select
+from jbn.paths import Patterns, count_of, flatten, join, name_few, select
 
 Tree = TypeVar("Tree")
 
@@ -62,13 +62,14 @@ def keep_statistics(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
     >>> kept["backbone"]["bn"].var.tolist(), kept["head"]["bn"].var.tolist()
     ([1.0, 1.0], [2.0, 2.0])
     """
-    keys, before, structure = flatten(old)
-    other_keys, after, _ = flatten(new)
+    keys, before, structure = flatten(old, "old")
+    other_keys, after, _ = flatten(new, "new")
     paths, others = list(map(join, keys)), list(map(join, other_keys))
     if paths != others:
         lost, more = (sorted(set(a) - set(b)) for a, b in ((paths, others), (others, paths)))
         raise ValueError(
-            f"old and new differ: of {len(paths)} and {len(others)} paths, only old has {name_few(map(repr, lost))}, "
+            f"old and new differ: of {len(paths)} and {count_of(len(others), 'path')}, only old has "
+            f"{name_few(map(repr, lost))}, "
             f"only new has {name_few(map(repr, more))}; expected the statistics of one model before and after a step, "
             "such as variables['batch_stats'] and updates['batch_stats'] in Flax Linen."
         )
@@ -108,7 +109,7 @@ def trainable_mask(params: Tree, frozen: Patterns) -> Tree:
     >>> mask = functools.partial(jbn.trainable_mask, frozen="backbone")
     >>> tx = optax.multi_transform({True: optax.adamw(1e-3), False: optax.set_to_zero()}, mask)
     """
-    keys, _, structure = flatten(params)
+    keys, _, structure = flatten(params, "params")
     return jax.tree.unflatten(structure, [not hit for hit in select(list(map(join, keys)), frozen)])
 
 
@@ -127,7 +128,7 @@ def decay_mask(params: Tree) -> Tree:
     {'bn': {'scale': False}, 'conv': {'bias': False, 'kernel': True}}
     >>> tx = optax.adamw(1e-3, mask=jbn.decay_mask)
     """
-    paths, _, structure = flatten(params)
+    paths, _, structure = flatten(params, "params")
     return jax.tree.unflatten(structure, [keys[-1:] not in _NOT_DECAYED for keys in paths])
 
 
@@ -156,8 +157,8 @@ def norm_mask(params: Tree, state: Any) -> Tree:
     Source: D. Wang, E. Shelhamer, S. Liu, B. Olshausen, T. Darrell, "Tent: Fully Test-Time Adaptation by Entropy
     Minimization", 2021: statistics of the batch, and gradients for scale and bias alone.
     """
-    paths, _, structure = flatten(params)
-    places = {keys[:-1] for keys in flatten(state)[0] if keys[-1:] in _STATISTICS}
+    paths, _, structure = flatten(params, "params")
+    places = {keys[:-1] for keys in flatten(state, "state")[0] if keys[-1:] in _STATISTICS}
     hits = [keys[:-1] in places and keys[-1:] in _NOT_DECAYED for keys in paths]
     if not any(hits):
         raise ValueError(

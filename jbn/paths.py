@@ -11,9 +11,15 @@ Keys = tuple[str, ...]
 Patterns = str | Sequence[str]
 
 
-def flatten(tree: Any) -> tuple[list[Keys], list[Any], PyTreeDef]:
-    """Return the keys and the leaves of a tree, and its structure."""
-    found, structure = tree_flatten_with_path(tree)
+def flatten(tree: Any, argument: str = "") -> tuple[list[Keys], list[Any], PyTreeDef]:
+    """Return the keys and the leaves of a tree, which errors name as ``argument``, and its structure."""
+    try:
+        found, structure = tree_flatten_with_path(tree)
+    except (ValueError, TypeError) as error:  # of a dictionary, or of a class of nodes
+        raise TypeError(
+            f"{argument} has keys of several kinds in one node, which jax cannot sort ({error}); expected strings "
+            "alone, or whole numbers alone.".lstrip()
+        ) from error
     return [read_keys(path) for path, _ in found], [leaf for _, leaf in found], structure
 
 
@@ -43,14 +49,15 @@ def match(path: str, patterns: Patterns) -> bool:
     return any(_hits(path, pattern) for pattern in those) and not any(_hits(path, pattern) for pattern in without)
 
 
-def select(paths: Sequence[str], patterns: Patterns, kind: str = "paths") -> list[bool]:
+def select(paths: Sequence[str], patterns: Patterns, kind: str = "path") -> list[bool]:
     """Say of each path whether it matches; every pattern must match one of them, those after a ``!`` too."""
     for pattern in _read_patterns(patterns):
         if not any(_hits(path, pattern.removeprefix("!")) for path in paths):
             near = get_close_matches(pattern, paths, n=4, cutoff=0.0)
             there = f" ({name_few(map(repr, near), len(paths))})" if near else ""
             raise ValueError(
-                f"patterns: {pattern!r} matches none of the {len(paths)} {kind}{there}; expected patterns of fnmatch "
+                f"patterns: {pattern!r} matches none of the {count_of(len(paths), kind)}{there}; expected patterns of "
+                f"fnmatch "
                 "for paths joined by '/'."
             )
     return [match(path, patterns) for path in paths]
@@ -66,6 +73,17 @@ def name_few(items: Iterable[str], number: int | None = None, most: int = 4) -> 
     names = list(items)
     more = (len(names) if number is None else number) - len(names[:most])
     return (", ".join(names[:most]) or "none") + f" and {more} more" * (more > 0)
+
+
+def count_of(number: int, what: str) -> str:
+    """Say how many there are of something, whose first word is a noun that takes an s.
+
+    >>> from jbn.paths import count_of
+    >>> count_of(1, "layer"), count_of(2, "layer of tree")
+    ('1 layer', '2 layers of tree')
+    """
+    noun, *more = what.split(" ", 1)
+    return " ".join([str(number), noun + "s" * (number != 1), *more])
 
 
 def _read_patterns(patterns: Patterns) -> Sequence[str]:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jbn.checking.report import Report, Row
 from jbn.core.forward import Params, State, bn_forward
+from jbn.paths import count_of
 from jbn.version import __version__
 
 # The bounds of the README. They hold on every device: with rsqrt to 2.5 ulps, the worst of JAX's table of accuracy
@@ -342,7 +343,7 @@ def _heading(devices: Sequence[jax.Device]) -> tuple[str, str]:
         except metadata.PackageNotFoundError:
             continue
     number, kind = len(devices), f"{devices[0].platform}, {devices[0].device_kind}"
-    devices_here = f"{number} device: {kind}" if number == 1 else f"{number} devices: {kind}"
+    devices_here = f"{count_of(number, 'device')}: {kind}"
     process = f" (process {jax.process_index()})" if jax.process_count() > 1 else ""
     return (
         ", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from jbn.paths import count_of
+
 
 @dataclass(frozen=True)
 class Row:
@@ -51,10 +53,10 @@ class Report:
     def verdict(self) -> str:
         """The last line of the table: how many checks passed, which failed, and what could not be checked."""
         of = {kind: [row for row in self.rows if row.verdict == kind] for kind in ("passed", "failed", "skipped")}
-        done = f"passed: {len(of['passed'])} checks"
+        done = f"passed: {count_of(len(of['passed']), 'check')}"
         if of["failed"]:
             names = "; ".join(row.name for row in of["failed"])
-            done = f"FAILED: {len(of['failed'])} of {len(of['passed'] + of['failed'])} checks: {names}"
+            done = f"FAILED: {len(of['failed'])} of {count_of(len(of['passed'] + of['failed']), 'check')}: {names}"
         return done + "".join(f"; skipped: {row.name} ({row.note})" for row in of["skipped"])
 
     def lines(self) -> Iterator[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from jbn.comparing.pairs import Pair, find_pairs, nearest_layout
 from jbn.comparing.record import Call, Record
 from jbn.converting.names import Names
 from jbn.converting.trees import Array, as_numpy
-from jbn.paths import name_few
+from jbn.paths import count_of, name_few
 
 # Half an ulp is rounded at each operation. An output is rounded a few times to its own dtype, and sums are in float32
 # or wider: of n terms they are off by a random walk of √n roundings, and no layer sums many more than 64² = 4096.
@@ -134,7 +134,8 @@ def compare(
     pairs = find_pairs(first, second, names)
     if not pairs:
         raise ValueError(
-            f"The {len(first)} calls of a and the {len(second)} of b have nothing in common, neither shapes nor "
+            f"The {count_of(len(first), 'call of a')} and the {len(second)} of b have nothing in common, neither "
+            f"shapes nor "
             "classes nor paths; expected records of two models, given the same input."
         )
     matches, before = list[ComparedLayer](), 0.0
@@ -157,7 +158,7 @@ def compare(
         return Comparison(tuple(matches), alone, match, message)
     meet = sum(match.parts for match in matches)
     meet_again = f", {meet} of them meet again" * bool(meet)
-    message = f"The models part nowhere: {len(matches)} layers agree within rounding{meet_again}."
+    message = f"The models part nowhere: {count_of(len(matches), 'layer')} within rounding{meet_again}."
     return Comparison(tuple(matches), alone, None, message)
 
 

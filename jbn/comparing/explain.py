@@ -7,6 +7,7 @@ from math import erf, sqrt
 import numpy as np
 
 from jbn.converting.trees import Array
+from jbn.paths import count_of
 
 # What is equal to this times the allowed error is called equal: the same rounding went through one more operation.
 _SLACK = 4
@@ -71,7 +72,7 @@ def _equal(a: Array, b: Array, allowed: float) -> bool:
 def _non_finite(a: Array, b: Array, allowed: float, axis: int) -> Iterator[str]:
     bad = [int((~np.isfinite(x)).sum()) for x in (a, b)]
     if any(bad):
-        yield f"of {a.size} values {bad[0]} in a and {bad[1]} in b are NaN or inf"
+        yield f"of {count_of(a.size, 'value')} {bad[0]} in a and {bad[1]} in b are NaN or inf"
 
 
 def _activation(a: Array, b: Array, allowed: float, axis: int) -> Iterator[str]:

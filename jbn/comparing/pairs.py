@@ -8,7 +8,7 @@ import numpy as np
 from jbn.comparing.record import Call, Record
 from jbn.converting.names import Names, rename
 from jbn.converting.trees import Array, Path
-from jbn.paths import name_few
+from jbn.paths import count_of, name_few
 
 Pair = tuple[str, str]
 
@@ -124,7 +124,8 @@ def _pair_by_names(a: Record, b: Record, names: Names) -> list[Pair]:
     pairs = [(ours.known[old], theirs.known[new]) for old, new in renamed.items() if new in theirs.known]
     if not pairs:
         raise ValueError(
-            f"names pairs none of the {len(a)} calls of a ({name_few(map(repr, a))}) with one of the {len(b)} of b "
+            f"names pairs none of the {count_of(len(a), 'call of a')} ({name_few(map(repr, a))}) with one of the "
+            f"{len(b)} of b "
             f"({name_few(map(repr, b))}); expected paths of a to paths of b."
         )
     return pairs

@@ -11,7 +11,7 @@ import jax
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
 from jbn.converting.names import Names, check_keys, rename, rename_arrays
 from jbn.converting.trees import Address, Layer, Path, as_numpy, convey, dtype_of, fill, index_shapes, is_float
-from jbn.paths import name_few, select
+from jbn.paths import count_of, name_few, select
 
 Value = TypeVar("Value")
 Library = Literal["jbn", "linen", "nnx", "torch", "keras", "haiku", "equinox"]
@@ -212,7 +212,7 @@ def read_by_path(
         if not fits(value):
             raise ValueError(f"{argument}: {pattern!r} has {value!r}; expected {expected}.")
         try:
-            hits = select(paths, "/".join(origin.split(pattern)), "layers of tree")
+            hits = select(paths, "/".join(origin.split(pattern)), "layer of tree")
         except ValueError as error:
             raise ValueError(f"{argument}, {error}") from error
         found = {path: value for path, hit in zip(layers, hits, strict=True) if hit} | found
@@ -248,7 +248,7 @@ def _check_complete(
             near = "".join(f" (near {name!r})" for name in get_close_matches(goal.spell(at), lacking, n=1, cutoff=0.0))
             shown.append(f"{goal.spell(at)!r} from {came[at[:-1]]!r}{near}")
         raise ValueError(
-            f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: "
+            f"tree and like differ. Of {count_of(len(ours), 'array of tree')} {len(lost)} are left over: "
             f"{name_few(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
             f"{name_few(map(repr, lacking))}. Expected names that bring them together, None for what is left "
             f"out; in like only what is to be filled; embeddings named in kinds.{hint}"
@@ -261,6 +261,7 @@ def _check_complete(
     ]
     if other:
         raise ValueError(
-            f"{len(other)} arrays of tree differ from like: {name_few(other)}. Expected the same sizes; transposed and "
+            f"tree and like differ in {count_of(len(other), 'array')}: {name_few(other)}. Expected the same sizes; "
+            f"transposed and "
             "depthwise convolutions are to be named in kinds."
         )

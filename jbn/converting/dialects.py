@@ -23,7 +23,7 @@ import numpy as np
 
 from jbn.converting import models, trees
 from jbn.converting.trees import OTHER, STATISTICS, VECTORS, Address, Addresses, Array, Layer, Path
-from jbn.paths import name_few
+from jbn.paths import count_of, name_few
 
 Shape = tuple[int, ...]
 
@@ -185,8 +185,10 @@ def _check_statistics(layer: Layer) -> None:
         bad = ~np.isfinite(value) | ((value < 0) if name == "var" else False)
         if bad.any():
             raise ValueError(
-                f"has a running {name} with {bad.sum()} of {bad.size} values that are NaN, infinite or negative, such "
-                f"as {value[bad].flat[0]:g}; expected finite ones, a variance of 0 or more. An older checkpoint may "
+                f"has a running {name} that is NaN, infinite or negative in {bad.sum()} of "
+                f"{count_of(bad.size, 'value')}, "
+                f"such as {value[bad].flat[0]:g}; expected finite ones, a variance of 0 or more. An older checkpoint "
+                f"may "
                 "have them; or leave the layer out, by names, and use jbn.recalibrate."
             )
 

@@ -12,7 +12,7 @@ from jbn.converting.dialects import KINDS, Dialect
 from jbn.converting.flow import Flow, trace_flow
 from jbn.converting.pairing import Arrays, Fits, Found, Search, find_groups
 from jbn.converting.trees import Path, dtype_of, index
-from jbn.paths import name_few
+from jbn.paths import count_of, name_few
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ class Proposal:
         cells = [(f"    {old!r}: {new!r},", known[old]) for old, new in self.names.items()]
         width = max(len(cell) for cell, _ in cells)
         lines = [f"{cell:{width}}  # {_remark(match)}" for cell, match in cells]
-        several = f"{len(self.matches)} layers: {len(self.certain)} certain, {len(self.ambiguous)} ambiguous"
+        several = (
+            f"{count_of(len(self.matches), 'layer')}: {len(self.certain)} certain, {len(self.ambiguous)} ambiguous"
+        )
         ends = [f"# {several}, {len(self.unmatched)} without a match; {len(self.lacking)} lacking in the source"]
         if self.lacking:
             ends.append(f"# lacking: {', '.join(self.lacking)}")

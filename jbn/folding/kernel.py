@@ -15,6 +15,7 @@ from jbn.converting.trees import as_numpy, narrow
 from jbn.core import checks
 from jbn.core.forward import Params
 from jbn.core.layout import Layout
+from jbn.paths import count_of
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
@@ -248,7 +249,8 @@ def _check_statistics(mean: Any, var: Any, epsilon: float) -> None:
         if bad.any():
             expected = f"finite ones, {least}" if name == "var" else "finite ones"
             raise ValueError(
-                f"state.{name} has {bad.sum()} of {bad.size} values such as {value[bad].flat[0]:g}; expected "
+                f"state.{name} has {bad.sum()} of {count_of(bad.size, 'value')} such as {value[bad].flat[0]:g}; "
+                f"expected "
                 f"{expected}. jbn.recalibrate measures them anew."
             )
 

@@ -17,6 +17,7 @@ from jbn.lab.run import directory
 from jbn.lab.run.metrics import history
 from jbn.lab.step import PERCENTILES
 from jbn.lab.train import train
+from jbn.paths import count_of
 
 SAVE_EVERY = 50  # A checkpoint takes about 50 ms, and a step from 1 ms (dense) to 300 ms (conv64).
 
@@ -97,7 +98,7 @@ def _train(plan: TrainOptions, place: DemoPlace, console: Console, mesh: Mesh) -
     if (found["device"], found["devices"]) != (mesh.devices.flat[0].device_kind, mesh.size):
         entry["median_step_ms"] = None  # of other devices than those that the table names
     entry |= _history(out)
-    say(console, f"{plan.title}: {found['test_accuracy']:.1%} on test after {plan.steps} steps")
+    say(console, f"{plan.title}: {found['test_accuracy']:.1%} on test after {count_of(found['steps'], 'step')}")
     first = entry["first_step_with_loss_not_finite"]
     if first is not None:
         say(console, f"{plan.title}: the loss is not finite at step {first}; the record went on.")

@@ -35,7 +35,7 @@ from jbn.lab.step import (
     recipe_of,
     update,
 )
-from jbn.paths import name_few
+from jbn.paths import count_of, name_few
 
 LOOK_EVERY = 5  # steps of a run that is recorded for a figure
 
@@ -51,7 +51,7 @@ def run(options: TrainOptions, place: TrainPlace, console: Console) -> None:
     said = ", ".join(_accuracies(found)) or "no validation data"
     pace = "" if found["median_step_ms"] is None else f", {found['median_step_ms']:g} ms a step"
     size = min(directory.read_options(place.out, TrainOptions).batch_size, found["images"]["training"])
-    where = f"after {found['steps']} steps of {size} images on {name_devices(mesh)}"
+    where = f"after {count_of(found['steps'], 'step')} of {count_of(size, 'image')} on {name_devices(mesh)}"
     say(console, f"{said} {where}{pace}")
     for name in (directory.METRICS, directory.RESULTS):
         console.print(f"Wrote {place.out / name}", soft_wrap=True)

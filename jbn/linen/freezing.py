@@ -139,6 +139,6 @@ def freeze(
     if _SCOPE.has_met(rule) and not (found.paths or found.skipped):
         return
     try:
-        select((*found.paths, *found.skipped), several, "layers")
+        select((*found.paths, *found.skipped), several, "layer")
     except ValueError as error:
         warnings.warn(f"freeze(): {error} It acts on what is called inside the block.", stacklevel=3)

@@ -117,7 +117,7 @@ def freeze(
     """
     frozen = Frozen.read(use_running_average=use_running_average, update=update, affine=affine)
     found = Norms().find(model)
-    hits = select([path for path, _ in found], patterns, "norms of the model")
+    hits = select([path for path, _ in found], patterns, "norm of the model")
     chosen = [(path, norm) for (path, norm), hit in zip(found, hits, strict=True) if hit]
     if others := [path for path, norm in chosen if not isinstance(norm, BatchNorm)]:
         raise ValueError(

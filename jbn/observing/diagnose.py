@@ -13,7 +13,7 @@ from jbn.core.checks import read_epsilon, read_momentum
 from jbn.core.state import Observation
 from jbn.observing.findings import Examination, Finding, LayerStatistics, find_unobserved, in_words, indices
 from jbn.observing.survey import ForeignLayers, Layer, Seen, Statistics, Survey, Vector, survey
-from jbn.paths import Keys, flatten, join, name_few
+from jbn.paths import Keys, count_of, flatten, join, name_few
 
 # A fit of the prior whose standard error is larger tells nothing: the prior and the batch are too much alike.
 _UNTOLD = 0.1
@@ -32,7 +32,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
 
     def __repr__(self) -> str:
-        return "\n".join(f.message for f in self.findings) or f"No findings in {len(self.layers)} layers."
+        return "\n".join(f.message for f in self.findings) or f"No findings in {count_of(len(self.layers), 'layer')}."
 
 
 def diagnose(
@@ -128,7 +128,7 @@ def diagnose(
     seen, idle = model.select(model.merge([answers]))
     foreign = [layer for layer in model.layers if layer not in answers]
     before = _layers_before(compiled.trace(params, question, batch).jaxpr, model, question, params)
-    paths, leaves, _ = flatten(params)
+    paths, leaves, _ = flatten(params, "params")
     scales = {keys[:-1]: leaf for keys, leaf in zip(paths, leaves, strict=True) if keys[-1:] == ("scale",)}
     examples = _count_examples(batch)
 
@@ -247,7 +247,7 @@ def _find_non_finite(
     for keys, bad in in_params:
         where = bad.any(tuple(range(bad.ndim - 1))) if bad.ndim else bad[None]
         path = join(keys) or "params"
-        message = f"{path}: {bad.sum()} of {bad.size} values are NaN or inf: {in_words(where)}. They reach "
+        message = f"{path}: NaN or inf in {bad.sum()} of {count_of(bad.size, 'value')}: {in_words(where)}. It reaches "
         message += "all that comes after. Go back to an older checkpoint, and look for what made a step too large."
         yield Finding(path, "non-finite", indices(where), message)
     if in_params:
@@ -271,7 +271,7 @@ def _find_non_finite(
     for layer in sorted(layer for layer in broken if len(before[layer] & broken) == least):
         where = ~np.isfinite(seen[layer].mean + seen[layer].var)
         others = len(broken) - 1
-        spread = f" and so in {others} other {'layer' if others == 1 else 'layers'}" if others else ""
+        spread = f" and so in {count_of(others, 'layer')} beside it" if others else ""
         message = f"{layer.path}: statistics of this batch are NaN or inf{spread}: {in_words(where)}. {why}"
         yield Finding(layer.path, "non-finite", indices(where), message)
 

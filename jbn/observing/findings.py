@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn.observing.survey import Vector
-from jbn.paths import name_few
+from jbn.paths import count_of, name_few
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -181,7 +181,7 @@ class Examination:
         count = self.layer.count
         return self._finding(
             "few values",
-            f"only {count.min():.0f} values per channel in this batch, expected {FEW} or more",
+            f"only {count_of(int(count.min()), 'value per channel')} in this batch, expected {FEW} or more",
             count < FEW,
             "Statistics of so few differ much from batch to batch, and y with them. Take larger batches, or those of "
             "all devices together (axis_name); for evaluation, jbn.recalibrate.",
@@ -276,14 +276,16 @@ def find_unobserved(idle: Sequence[str], foreign: Sequence[str], number: int) ->
     """
     if idle:
         message = (
-            f"{len(idle)} of {number} layers evaluate in a training call, or it does not reach them: they normalize by "
+            f"{len(idle)} of {count_of(number, 'layer')} evaluate in a training call, or it does not reach them: they "
+            f"normalize by "
             f"running statistics and never move: {name_few(idle)}. Is the flag of training passed on to them? If they "
             "are frozen on purpose, all is well."
         )
         yield Finding("", "evaluates", (), message, tuple(idle))
     if foreign:
         message = (
-            f"{len(foreign)} of {number} layers are not jbn's, and what they see is not known: {name_few(foreign)}. "
+            f"{len(foreign)} of {count_of(number, 'layer')} are not jbn's, and what they see is not known: "
+            f"{name_few(foreign)}. "
             "For Flax's own use jbn.linen.replace() or jbn.nnx.replace(model); for a norm class of its own name it "
             "there: replace(also=(Class,))."
         )
@@ -309,7 +311,7 @@ def in_words(where: Flags) -> str:
     found = indices(where)
     if len(found) == where.size > 1:
         return f"all {where.size} channels"
-    return f"{'channel' if len(found) == 1 else 'channels'} {name_few(map(str, found), most=5)} of {where.size}"
+    return f"{'channel' + 's' * (len(found) > 1)} {name_few(map(str, found), most=5)} of {where.size}"
 
 
 def _least(values: Vector, where: Flags) -> str:

@@ -11,9 +11,10 @@ from typing import Any, TypeVar, get_args
 import jax
 import numpy as np
 
+from jbn.core.checks import read_flag
 from jbn.core.state import Observation, Upstream
 from jbn.observing.survey import Layer, Seen, Statistics, survey
-from jbn.paths import name_few
+from jbn.paths import count_of, name_few
 
 StateT = TypeVar("StateT")
 
@@ -89,6 +90,9 @@ def recalibrate(
     if not callable(apply):
         raise TypeError(f"apply is of type {type(apply).__name__}; expected a function of params, state and batch.")
     check_batches(batches, upstream)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is of type {type(progress).__name__}; expected a function of two numbers.")
+    unbiased = read_flag("unbiased", unbiased)
     model = survey(state)
     statistics = model.remembered()
     # A stack of layers, such as that of ``nn.scan``, is as many layers as its leading axes have entries.
@@ -118,7 +122,8 @@ def recalibrate(
         )
     if idle:
         warnings.warn(
-            f"{len(idle)} of {len(model.layers)} layers keep their statistics: they evaluate in this call, or it does "
+            f"{len(idle)} of {count_of(len(model.layers), 'layer')} keep their statistics: they evaluate in this "
+            f"call, or it does "
             f"not reach them: {name_few(layer.path for layer in idle)}. If they are not frozen on purpose, pass them "
             "the flag of training.",
             stacklevel=_count_frames_of_jbn() + 1,

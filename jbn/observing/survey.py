@@ -127,6 +127,7 @@ class Survey:
         try:
             new = apply(params, question, batch)
         except Exception as error:
+            _check_arrays(error, params=params, batch=batch)
             if strangers := self._strangers(apply, params, layers, asked, batch):
                 raise ForeignLayers(strangers) from error
             raise
@@ -222,21 +223,40 @@ class Survey:
 
 def survey(state: Any) -> Survey:
     """Find every mean that has a var beside it."""
-    paths, leaves, structure = flatten(state)
+    paths, leaves, structure = flatten(state, "state")
     places: dict[Keys, dict[str, int]] = {}
     for i, keys in enumerate(paths):
         if keys and keys[-1] in ("mean", "var"):
             places.setdefault(keys[:-1], {})[keys[-1]] = i
     layers = [Layer(keys, at["mean"], at["var"]) for keys, at in places.items() if len(at) == 2]
+    # One without features has nothing to see, and none of its statistics moves.
+    layers = [layer for layer in layers if np.size(leaves[layer.mean])]
     if not layers:
         held = name_few(join(keys) or "the state" for keys in paths[:5]) if paths else "nothing"
-        raise ValueError(f"state holds {held}; expected statistics of layers, a mean and a var beside each other.")
+        raise ValueError(
+            f"state holds {held}; expected statistics of layers, a mean and a var beside each "
+            "other, of one feature or more."
+        )
     for layer in layers:
         for name, leaf in (("mean", leaves[layer.mean]), ("var", leaves[layer.var])):
             kind = getattr(getattr(leaf, "dtype", type(leaf)), "name", type(leaf).__name__)
             if kind not in FLOATS:
                 raise TypeError(f"The {name} of {layer.path} is of {kind}; expected an array of {', '.join(FLOATS)}.")
     return Survey(layers, leaves, structure)
+
+
+def _check_arrays(error: Exception, **trees: Any) -> None:
+    """Refuse what jax does not take for an array, where that has made a call fail."""
+    for name, tree in trees.items():
+        for keys, leaf in zip(*flatten(tree, name)[:2], strict=True):
+            try:
+                jax.typeof(leaf)
+            except TypeError:
+                kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+                raise TypeError(
+                    f"{join((name, *keys))} is of type {kind}; expected an array of NumPy or jax. One of PyTorch is "
+                    "tensor.numpy(); what is no array belongs into apply."
+                ) from error
 
 
 def _is_observation(node: object) -> bool:

@@ -291,7 +291,7 @@ def test_the_command(monkeypatch, command, verdict):
         "          measured  bound",
         "training",
         f"  y          3e-07  4e-06  {verdict}  on 3",
-        "passed: 1 checks" if verdict == "passed" else "FAILED: 1 of 1 checks: training: y",
+        "passed: 1 check" if verdict == "passed" else "FAILED: 1 of 1 check: training: y",
     ]
 
 

@@ -67,7 +67,7 @@ REFUSED = {
         "torch",
         "jbn",
         {"names": {"layer1.bn": "a"}},
-        r"names: 'layer1.bn' matches none of the 1 layers: layer1.bn1",
+        r"names: 'layer1.bn' matches none of the 1 layer: layer1.bn1",
     ),
     "a star is in a key": (under("a.b.bn"), "torch", "jbn", {"names": {"*.bn": "*"}}, r"'\*.bn' matches none"),
     "part of a key": (under("layer11"), "torch", "jbn", {"names": {"layer1": "a"}}, r"'layer1' matches none"),
@@ -78,7 +78,7 @@ REFUSED = {
         "torch",
         "linen",
         {"kinds": {"down": "transposed"}},
-        r"kinds, .*'down' matches none of the 1 layers of tree \('up'\)",
+        r"kinds, .*'down' matches none of the 1 layer of tree \('up'\)",
     ),
     "groups": (UP, "torch", "linen", {"kinds": {"up": "transposed"}}, r"^up of tree is a transposed .*expected like"),
     "multiplier": (
@@ -134,7 +134,7 @@ REFUSED = {
         {},
         r"^a of tree has beta and bias, which all become bias",
     ),
-    "count elsewhere": (BN, "torch", "jbn", {"count": {"bn": 9}}, r"count, .*'bn' matches none of the 1 layers"),
+    "count elsewhere": (BN, "torch", "jbn", {"count": {"bn": 9}}, r"count, .*'bn' matches none of the 1 layer"),
     "left over": (
         {**under("bn"), "fc.weight": np.ones((2, 3))},
         "torch",
@@ -182,7 +182,7 @@ REFUSED = {
         "torch",
         "linen",
         {"like": linen(bn=4)},
-        r"4 arrays of tree differ from like: 'bn/bias' is float32 \(3,\), in like float32 \(4,\)",
+        r"tree and like differ in 4 arrays: 'bn/bias' is float32 \(3,\), in like float32 \(4,\)",
     ),
     "transposed and not named": (
         UP,
@@ -316,7 +316,7 @@ def test_statistics_that_no_batch_has_are_refused(source, target, name, value, d
     tree = SPELLED[source](*(bad if name == one else good for one in ("mean", "var")))
     like = jbn.convert(SPELLED[source](good, good), source, target)
     for shapes in (None, like):
-        message = rf"^bn of tree has a running {name} with 1 of 3 values that are NaN, .* such as {value:g}; .*recalibr"
+        message = rf"^bn of tree has a running {name} that is NaN, .* in 1 of 3 values, such as {value:g}; .*recalibr"
         with pytest.raises(ValueError, match=message):
             jbn.convert(tree, source, target, like=shapes)
     jbn.convert(SPELLED[source](-good, 0 * good), source, target)
@@ -338,7 +338,7 @@ def test_what_jax_would_make_another_number_of_is_refused(array, value, message)
 def test_a_variance_that_the_count_makes_infinite_is_refused():
     variables = linen(a=3)
     variables["batch_stats"]["a"]["var"] = np.full(3, 3e38, np.float32)
-    with pytest.raises(ValueError, match=r"^a of tree has a running var with 3 of 3 values .* such as inf"):
+    with pytest.raises(ValueError, match=r"^a of tree has a running var that is NaN, .* in 3 of 3 values, such as inf"):
         jbn.convert(variables, "linen", "torch", count=2)
     jbn.convert(variables, "linen", "torch")
 
@@ -350,7 +350,7 @@ def test_averages_of_equinox_are_refused_alike(index, value):
     averages = [jnp.ones(3), jnp.ones(3)]
     averages[index] = averages[index].at[0].set(value)
     state = state.set(model.batch_state_index, tuple(averages)).set(model.batch_counter, jnp.array(5))
-    with pytest.raises(ValueError, match=r"^the layer of tree has a running .* with 1 of 3 values"):
+    with pytest.raises(ValueError, match=r"^the layer of tree has a running .* in 1 of 3 values"):
         jbn.convert((model, state), "equinox", "linen")
 
 

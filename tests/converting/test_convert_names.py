@@ -62,7 +62,7 @@ def test_two_arrays_of_one_name_are_refused():
 
 
 def test_a_star_is_no_name_of_every_array():
-    with pytest.raises(ValueError, match=r"names: '\*' matches none of the 1 layers"):
+    with pytest.raises(ValueError, match=r"names: '\*' matches none of the 1 layer"):
         jbn.convert(TORCH, "torch", "linen", names={"*": "layers_*"})
 
 

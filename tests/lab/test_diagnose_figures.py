@@ -133,10 +133,10 @@ def test_the_first_layer_that_is_not_finite_names_the_input():
     batch = {"image": rows(32), "label": np.arange(32)}
     batch["image"][4, 1] = np.inf
     (finding,) = diagnose(lambda p, s, batch: apply(p, s, batch["image"]), PARAMS, STATE, batch).findings
-    assert "and so in 1 other layer" in finding.message
+    assert "and so in 1 layer beside it" in finding.message
     assert "values of batch/image" in finding.message
     (finding,) = diagnose(apply, changed(PARAMS, "head/w", scaled([1], 1e38)), STATE, rows(32)).findings
-    assert "other layer" not in finding.message
+    assert "beside it" not in finding.message
     assert "overflowed" in finding.message
 
 

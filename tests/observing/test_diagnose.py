@@ -224,3 +224,17 @@ def test_a_planted_fault_is_found_and_no_other(planted, count):
     diagnosis = diagnose(apply, params, state, batch)
     assert found(diagnosis) == [expected]
     assert str(diagnosis).startswith(f"{expected[0]}: ")
+
+
+def test_one_of_a_kind_is_said_as_one():
+    params, state = jbn.bn_init(1)
+    one = rows(64)[:, :1]
+    state = jbn.State(jnp.asarray(one.mean(0)), jnp.asarray(one.var(0)))
+
+    def alone(params, state, x):
+        return jbn.bn_forward(params, state, x, True)[1]
+
+    assert repr(diagnose(alone, params, state, one)) == "No findings in 1 layer."
+    assert "only 1 value per channel in" in repr(diagnose(alone, params, state, one[:1]))
+    broken = jbn.Params(jnp.full(1, jnp.inf), params.bias)
+    assert repr(diagnose(alone, broken, state, one)).startswith("scale: NaN or inf in 1 of 1 value: channel 0 of 1.")

@@ -42,6 +42,12 @@ def masked(params, state, x):
     return {"a": a, "b": jbn.bn_forward(None, state["b"], x, True)[1]}
 
 
+class Foreign:
+    """An array of a library that jax does not know."""
+
+    shape, dtype = (4, C), "float32"
+
+
 X = rows()
 REFUSED = {
     "no batches": (apply, FRESH, [], {}, ValueError, "batches is empty"),
@@ -57,6 +63,14 @@ REFUSED = {
     "a layer of Flax": (by_flax, FRESH, [X], {}, ValueError, r"^a gave no moments.*jbn.linen.replace\(\)"),
     "a state made anew": (anew, FRESH, [X], {}, ValueError, "^a gave no moments"),
     "an exported layer": (exported, FRESH, [X], {}, ValueError, "^a gave no moments"),
+    "a batch of PyTorch": (
+        lambda p, s, x: apply(p, s, x["x"]), FRESH, [{"x": Foreign()}], {}, TypeError,
+        r"^batch/x is of type .*\.Foreign; expected an array of NumPy or jax\. One of PyTorch is tensor\.numpy\(\)",
+    ),
+    "no function of progress": (apply, FRESH, [X], {"progress": 3}, TypeError, "progress is of type int; expected a f"),
+    "no flag": (apply, FRESH, [X], {"unbiased": "no"}, TypeError, "unbiased is 'no' of type str; expected True or"),
+    "keys of several kinds": (apply, {**FRESH, 1: FRESH["a"]}, [X], {}, TypeError, "^state has keys of several kinds"),
+    "no features": (apply, jbn.bn_init(0)[1], [X], {}, ValueError, "state holds mean, var; .* of one feature or more"),
     "no valid rows": (masked, FRESH, [X], {}, ValueError, "Fewer than two valid rows reached a;"),
     "NaN": (apply, FRESH, [np.where(X > 2, X, np.nan)], {}, ValueError, "statistics of a, b are not finite"),
     "NaN, recalibrated": (

@@ -190,7 +190,7 @@ def test_of_a_stack_some_layers_may_evaluate():
 
         return jax.lax.scan(layer, x, (state, jnp.array([True, False])))[1]
 
-    with pytest.warns(UserWarning, match="^1 of 1 layers keep"):
+    with pytest.warns(UserWarning, match="^1 of 1 layer keep"):
         got = recalibrate(apply, None, stack, cut(rows(), 16))
     np.testing.assert_array_equal(got.mean[0], KNOWN.mean)
     evaluated = oracle.forward(rows(), stats=tuple(map(oracle.wide, KNOWN))).y
