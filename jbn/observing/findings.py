@@ -284,8 +284,8 @@ def find_unobserved(idle: Sequence[str], foreign: Sequence[str], number: int) ->
     if foreign:
         message = (
             f"{len(foreign)} of {number} layers are not jbn's, and what they see is not known: {name_few(foreign)}. "
-            "For Flax's own use jbn.linen.replace() or jbn.nnx.replace(model); for a norm class of its own name it "
-            "there: replace(also=(Class,))."
+            "For Flax's own use diagnose of jbn.linen or jbn.nnx, or replace there; for copies of their class tell "
+            "either so: also=(Class,)."
         )
         yield Finding("", "foreign", (), message, tuple(foreign))
 
