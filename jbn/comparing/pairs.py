@@ -130,7 +130,10 @@ class _Paths:
 
     def __init__(self, record: Record) -> None:
         self.known = {self.split(path): path for path in record}
-        self.spell = self.known.__getitem__
+
+    def spell(self, path: Path) -> str:
+        """Write a path as the record does."""
+        return self.known.get(path, "/".join(path))
 
     def split(self, path: str) -> Path:
         """Read a path."""

@@ -13,6 +13,7 @@ import numpy as np
 from jbn.converting.dialects import Dialect, Said, translate
 from jbn.converting.flow import Flow
 from jbn.converting.trees import Path, is_float
+from jbn.paths import find_wrapper
 
 # The arrays of a layer: their names, shapes and dtypes.
 Arrays = tuple[tuple[str, tuple[int, ...], Any], ...]
@@ -124,8 +125,11 @@ class Search:
         """Return what each layer of the source may be."""
         found = {path: Found(None, False, "fits no layer") for path in self.given}
         fits = self.fits
-        if fits.ours.keys() == fits.theirs.keys() and all(fits(path, path) for path in self.given):
-            return {path: Found(path, True, "same paths", kind=fits.said.get(path)) for path in self.given}
+        wrapper = find_wrapper(self.given, fits.theirs.__contains__)
+        same = {path: path[len(wrapper) :] for path in self.given}
+        if {*same.values()} == fits.theirs.keys() and all(fits(path, target) for path, target in same.items()):
+            reason = f"same paths under {fits.origin.spell(wrapper)!r}" if wrapper else "same paths"
+            return {path: Found(target, True, reason, kind=fits.said.get(path)) for path, target in same.items()}
         parts = [(group, part) for group in groups for part in self._part(group)]
         contrary = self._find_contrary([part for _, part in parts])
         open_parts: list[tuple[Group, Group, str]] = []
