@@ -94,7 +94,10 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, Any] | tuple[
     if path.suffix not in _FORMATS:
         raise ValueError(f"path is {str(path)!r}; expected a file that ends in {' or '.join(_FORMATS)}.")
     if not isinstance(arrays, Mapping | tuple):
-        raise TypeError(f"arrays is of type {type(arrays).__name__}; expected a mapping of names to arrays, or a tree.")
+        raise TypeError(
+            f"arrays is of type {type(arrays).__name__}; expected a mapping of names to arrays, or a tree: variables "
+            "of Linen, nnx.state(model), a state_dict(); of a TrainState a mapping of its params and batch_stats."
+        )
     found = {name: _read_array(name, value, path.suffix) for name, value in _flatten(arrays).items()}
     form = _FORMATS[path.suffix]
     if lost := _find_lost(form, list(found)):

@@ -249,8 +249,9 @@ def _check_complete(
         raise ValueError(
             f"tree and like differ. Of {len(ours)} arrays of tree {len(lost)} are left over: "
             f"{name_few(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
-            f"{name_few(map(repr, lacking))}. Expected names that bring them together, None for what is left "
-            f"out; in like only what is to be filled; embeddings named in kinds.{hint}"
+            f"{name_few(map(repr, lacking))}. Expected names that bring them together, layers or, as in "
+            "{'*/gamma:0': '*/gamma'}, arrays by what the source's library calls them; None for what is left out; in "
+            f"like only what is to be filled; embeddings named in kinds.{hint}"
         )
     pairs = {goal.spell(at): (value, theirs[at]) for at, value in ours.items()}
     other = [

@@ -13,7 +13,7 @@ import numpy as np
 from jbn.converting.dialects import Dialect, Said, translate
 from jbn.converting.flow import Flow
 from jbn.converting.trees import Path, is_float
-from jbn.paths import find_wrapper
+from jbn.paths import find_wrapper, name_few
 
 # The arrays of a layer: their names, shapes and dtypes.
 Arrays = tuple[tuple[str, tuple[int, ...], Any], ...]
@@ -133,9 +133,10 @@ class Search:
 
     def match(self, groups: Sequence[Group]) -> tuple[Match, ...]:
         """Return what each layer of the source may be, in their order."""
-        found = {path: self._write(path, None, False, "fits no layer") for path in self.given}
-        certain: dict[Path, Path] = {}
         fits = self.fits
+        arrays = {path: name_few(f"{name} {shape}" for name, shape, _ in fits.ours[path]) for path in self.given}
+        found = {path: self._write(path, None, False, f"fits no layer: {arrays[path]}") for path in self.given}
+        certain: dict[Path, Path] = {}
         wrapper = find_wrapper(self.given, fits.theirs.__contains__)
         same = {path: path[len(wrapper) :] for path in self.given}
         if {*same.values()} == fits.theirs.keys() and all(fits(path, target) for path, target in same.items()):
