@@ -99,7 +99,10 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, Any] | tuple[
         what = "a folder" if path.is_dir() else "no file"
         raise ValueError(f"path is {str(path)!r}, {what}; expected a file, or a name that is free.")
     if not isinstance(arrays, Mapping | tuple):
-        raise TypeError(f"arrays is of type {type(arrays).__name__}; expected a mapping of names to arrays, or a tree.")
+        raise TypeError(
+            f"arrays is of type {type(arrays).__name__}; expected a mapping of names to arrays, or a tree: variables "
+            "of Linen, nnx.state(model), a state_dict(); of a TrainState a mapping of its params and batch_stats."
+        )
     found = {name: _read_array(name, value, path.suffix) for name, value in _flatten(arrays).items()}
     form = _FORMATS[path.suffix]
     if lost := _find_lost(form, list(found)):

@@ -1,8 +1,9 @@
 """Paths in trees: the keys of their leaves, patterns that choose among them, and how a message names some of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from typing import Any
 
 from jax.tree_util import GetAttrKey, PyTreeDef, keystr, tree_flatten_with_path
@@ -57,10 +58,16 @@ def select(paths: Sequence[str], patterns: Patterns, kind: str = "path") -> list
             there = f" ({name_few(map(repr, near), len(paths))})" if near else ""
             raise ValueError(
                 f"patterns: {pattern!r} matches none of the {count_of(len(paths), kind)}{there}; expected patterns of "
-                f"fnmatch "
-                "for paths joined by '/'."
+                f"fnmatch for paths joined by '/'.{_name_wrapper(paths, pattern.removeprefix('!'))}"
             )
     return [match(path, patterns) for path in paths]
+
+
+def find_wrapper(paths: Iterable[Keys], fits: Callable[[Keys], bool]) -> Keys:
+    """Return the first keys that all paths have, as those of a wrapper, and without which a path fits; or none."""
+    below = [path for path in paths if path]  # the wrapper itself may be called, at the root
+    shared = tuple(keys[0] for keys in takewhile(lambda keys: len({*keys}) == 1, zip(*below, strict=False)))
+    return next((shared[:n] for n in range(1, len(shared) + 1) if any(fits(path[n:]) for path in below)), ())
 
 
 def name_few(items: Iterable[str], number: int | None = None, most: int = 4) -> str:
@@ -91,6 +98,12 @@ def _read_patterns(patterns: Patterns) -> Sequence[str]:
     if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
         raise TypeError(f"patterns is {patterns!r}; expected a string or a sequence of strings.")
     return several
+
+
+def _name_wrapper(paths: Iterable[str], pattern: str) -> str:
+    """Say that a pattern lacks the prefix of a wrapper, if that is what it lacks."""
+    wrapper = join(find_wrapper([tuple(path.split("/")) for path in paths], lambda keys: _hits(join(keys), pattern)))
+    return f" All are under {wrapper!r}: expected {join((wrapper, pattern))!r}." if wrapper else ""
 
 
 def _hits(path: str, pattern: str) -> bool:

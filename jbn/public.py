@@ -6,7 +6,8 @@ from jbn.comparing.compare import ComparedLayer, Comparison, compare
 from jbn.comparing.record import Call, record
 from jbn.converting.convert import convert
 from jbn.converting.options import convert_options
-from jbn.converting.propose import Match, Proposal, propose_names
+from jbn.converting.pairing import Match
+from jbn.converting.propose import Proposal, propose_names
 from jbn.core.forward import Params, State, batch_norm, bn_forward, bn_init, moments
 from jbn.core.saved import remat_policy
 from jbn.core.statistics import Moments, merge

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from textwrap import TextWrapper
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ _ROUNDINGS, _SUMS = 8, 64
 _GROWTH = 8
 # A normalization divides by no less than the root of its epsilon.
 _EPSILON = 1e-5
+# A table is as wide as a terminal at least is: of longer paths it shows the ends.
+_COLUMNS = 80
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,17 @@ class Comparison:
 
     def __repr__(self) -> str:
         cells = list(self.lines())
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-        for name, paths in zip("ab", self.alone, strict=True):
-            if paths:
-                table.append(f"without a partner, {name}: {name_few((path or '(model)' for path in paths), most=8)}")
-        return "\n".join([*table, self.message])
+        a, b, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
+        room = _COLUMNS - sum(2 + width for width in others) - 2
+        widths = min(a, max(room - b, room // 2)), min(b, max(room - a, room // 2)), *others
+        table = ["  ".join(map(_end, line, widths)).rstrip() for line in cells]
+        text = [
+            f"without a partner, {name}: {name_few((path or '(model)' for path in paths), most=8)}"
+            for name, paths in zip("ab", self.alone, strict=True)
+            if paths
+        ]
+        wrap = TextWrapper(_COLUMNS, break_long_words=False, break_on_hyphens=False).wrap
+        return "\n".join([*table, *(line for part in (*text, self.message) for line in wrap(part))])
 
 
 def compare(
@@ -126,7 +134,8 @@ def compare(
     norm  norm  8x4    0.0e+00  4.3e-06
     act   act   8x4    1.4e+00  4.3e-06 <- first
     out   out   8x4    0.0e+00  4.3e-06
-    The models part at act (a) and act (b), whose inputs are not known: a equals relu(b): b lacks an activation.
+    The models part at act (a) and act (b), whose inputs are not known: a equals
+    relu(b): b lacks an activation.
     """
     first, second = _read("a", a), _read("b", b)
     if tolerance is not None and not 0 < tolerance < 1:
@@ -160,6 +169,11 @@ def compare(
     meet_again = f", {meet} of them meet again" * bool(meet)
     message = f"The models part nowhere: {count_of(len(matches), 'layer')} within rounding{meet_again}."
     return Comparison(tuple(matches), alone, None, message)
+
+
+def _end(cell: str, width: int) -> str:
+    """Pad a cell, or leave out its beginning: a path is known by its end."""
+    return cell.ljust(width) if len(cell) <= width else f"..{cell[len(cell) - width + 2 :]}"
 
 
 def _read(name: str, record: Any) -> Record:

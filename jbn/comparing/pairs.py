@@ -1,7 +1,7 @@
 """Which call of one model is which call of the other: by name, or by what the layers take and return."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -27,64 +27,85 @@ def find_pairs(a: Record, b: Record, names: Names | None) -> list[Pair]:
     if names is not None:
         return _pair_by_names(a, b, names)
     paths_a, paths_b = list(a), list(b)
-    scores = np.array([[_score(i, a[i], j, b[j]) for j in paths_b] for i in paths_a]).reshape(len(a), len(b))
+    named = np.equal.outer([_spell(path) for path in a], [_spell(path) for path in b])
+    scores = _score(list(a.values()), list(b.values()), named)
     pairs = dict(_align(scores))
-    # Branches that the models go through in another order are found by their values.
-    free = [j for j in range(len(b)) if j not in pairs.values()]
+    # Branches that the models go through in another order are found by their values, or by their names.
+    free = np.where((scores > _VALUES / 2) | named, scores, 0)
+    free[:, list(pairs.values())] = 0
     for i in range(len(a)):
-        best = max(free, key=lambda j: scores[i, j], default=None)
-        if i not in pairs and best is not None and scores[i, best] > _VALUES / 2:
+        best = int(free[i].argmax())
+        if i not in pairs and free[i, best]:
             pairs[i] = best
-            free.remove(best)
+            free[:, best] = 0
     return [(paths_a[i], paths_b[j]) for i, j in sorted(pairs.items())]
-
-
-def lay_out(x: Array, y: Array) -> Iterator[Array]:
-    """Yield y as it is and with features last or first, each if it has the shape of x."""
-    views = [y, np.moveaxis(y, 1, -1), np.moveaxis(y, -1, 1)] if y.ndim > 2 else [y]
-    yield from (view for view in views if view.shape == x.shape)
 
 
 def nearest_layout(x: Array, y: Array) -> Array | None:
     """Return y in the layout in which it is nearest to x, or None where no layout has the shape of x."""
-    return min(lay_out(x, y), key=lambda view: _sample_error(x, view), default=None)
+    views = [view for view in _lay_out(y) if view.shape == x.shape]
+    if len(views) < 2:
+        return views[0] if views else None
+    return min(views, key=lambda view: float(_errors(sample(x), sample(view))))
 
 
-def _score(path_a: str, a: Call, path_b: str, b: Call) -> float:
-    """Say how much speaks for a pair; nothing where neither shapes nor classes nor names agree."""
-    values = _closeness(a.outputs, b.outputs)
-    name = _NAME if _spell(path_a) == _spell(path_b) else 0.0
-    kind = _KIND if a.kind and _spell_kind(a.kind) == _spell_kind(b.kind) else 0.0
-    known = name + kind
+def _lay_out(y: Array) -> list[Array]:
+    """Return y as it is, and with features last or first."""
+    return [y, np.moveaxis(y, 1, -1), np.moveaxis(y, -1, 1)] if y.ndim > 2 else [y]
+
+
+def _score(a: Sequence[Call], b: Sequence[Call], named: Array) -> Array:
+    """Say how much speaks for each pair; nothing where neither shapes nor classes nor names agree."""
+    kind = np.equal.outer([_spell_kind(call) or "a" for call in a], [_spell_kind(call) or "b" for call in b])
+    known = _NAME * named + _KIND * kind
+    values = _closeness([call.outputs for call in a], [call.outputs for call in b])
     # A layer that takes what another takes is not it: an activation takes what the convolution after it would.
-    inputs = _closeness(a.inputs, b.inputs) if known else None
-    if values is None:
-        return known + _INPUTS * (inputs or 0) if known else 0.0
-    return _VALUES * values + _INPUTS * (inputs or 0) + known + _SHAPE
+    inputs = np.nan_to_num(_closeness([call.inputs for call in a], [call.inputs for call in b])) * (known > 0)
+    return np.nan_to_num(_VALUES * values + _SHAPE) + _INPUTS * inputs + known
 
 
-def _closeness(a: tuple[Array, ...], b: tuple[Array, ...]) -> float | None:
-    """Return 1 for equal arrays, 0 for arrays that are farther apart than their size, None for other shapes."""
-    if len(a) != len(b) or not a:
-        return None
-    errors = []
-    for x, y in zip(a, b, strict=True):
-        view = nearest_layout(x, y)
-        if view is None:
-            return None
-        errors.append(_sample_error(x, view))
-    return float(min(1.0, max(0.0, np.log10(max(*errors, _NEAREST)) / np.log10(_NEAREST))))
+def _closeness(a: Sequence[tuple[Array, ...]], b: Sequence[tuple[Array, ...]]) -> Array:
+    """Return 1 for equal arrays, 0 for arrays that are farther apart than their size, NaN for other shapes or none."""
+    found = np.full((len(a), len(b)), np.nan)
+    for number in {len(x) for x in a} & {len(y) for y in b} - {0}:
+        rows, columns = ([i for i, x in enumerate(several) if len(x) == number] for several in (a, b))
+        errors = [
+            _compute_errors([a[i][place] for i in rows], [b[j][place] for j in columns]) for place in range(number)
+        ]
+        largest = np.maximum(np.max(errors, 0), _NEAREST)
+        found[np.ix_(rows, columns)] = (np.log10(largest) / np.log10(_NEAREST)).clip(0, 1)
+    return found
 
 
-def _sample_error(x: Array, y: Array) -> float:
-    """Return the relative error in L2 of a sample of two arrays; inf is far, and so is NaN."""
+def _compute_errors(a: Sequence[Array], b: Sequence[Array]) -> Array:
+    """Return the error of each array of b beside each of a, in the nearest layout; NaN where none has the shape.
+
+    Each array is sampled once: of pairs there are many more.
+    """
+    found, views = np.full((len(a), len(b)), np.nan), dict[tuple[int, ...], list[tuple[int, Array]]]()
+    for j, y in enumerate(b):
+        for view in _lay_out(y):
+            views.setdefault(view.shape, []).append((j, sample(view)))
+    stacks = {shape: np.stack([numbers for _, numbers in same]) for shape, same in views.items()}
+    for i, x in enumerate(a):
+        if x.shape in stacks:
+            np.fmin.at(found[i], [j for j, _ in views[x.shape]], _errors(sample(x), stacks[x.shape]))
+    return found
+
+
+def sample(x: Array) -> Array:
+    """Return some numbers of an array, of arrays of one shape those at the same places."""
     rng = np.random.default_rng(0)
     at = tuple(rng.integers(0, n, _SAMPLE) for n in x.shape) if x.size > _SAMPLE else ...
+    return np.asarray(x[at], np.float64).ravel()
+
+
+def _errors(x: Array, several: Array) -> Array:
+    """Return the relative errors in L2 of samples, the last axis, beside that of x; inf is far, and so is NaN."""
     with np.errstate(all="ignore"):
-        left, right = (np.asarray(v[at], np.float64) for v in (x, y))
-        norm = np.sqrt((left**2).sum())
-        error = np.sqrt(((left - right) ** 2).sum()) / norm if norm else float(np.any(right))
-    return float(error) if np.isfinite(error) else np.inf
+        norm, off = np.sqrt((x**2).sum()), np.sqrt(((several - x) ** 2).sum(-1))
+        errors = off / norm if norm else np.sign(off)
+    return np.where(np.isfinite(errors), errors, np.inf)
 
 
 def _align(scores: Array) -> Iterator[tuple[int, int]]:
@@ -92,8 +113,7 @@ def _align(scores: Array) -> Iterator[tuple[int, int]]:
     n, m = scores.shape
     best = np.zeros((n + 1, m + 1))
     for i in range(n):
-        for j in range(m):
-            best[i + 1, j + 1] = max(best[i, j] + scores[i, j], best[i, j + 1], best[i + 1, j])
+        best[i + 1, 1:] = np.maximum.accumulate(np.maximum(best[i, 1:], best[i, :-1] + scores[i]))
     i, j = n, m
     while i and j:
         if best[i, j] == best[i - 1, j]:
@@ -110,7 +130,10 @@ class _Paths:
 
     def __init__(self, record: Record) -> None:
         self.known = {self.split(path): path for path in record}
-        self.spell = self.known.__getitem__
+
+    def spell(self, path: Path) -> str:
+        """Write a path as the record does."""
+        return self.known.get(path, "/".join(path))
 
     def split(self, path: str) -> Path:
         """Read a path."""
@@ -136,7 +159,7 @@ def _spell(path: str) -> str:
     return path.replace(".", "/")
 
 
-def _spell_kind(kind: str) -> str:
+def _spell_kind(call: Call) -> str:
     """Write the class of a layer as other libraries would."""
-    plain = re.sub(r"_|\d+d?|[Tt]imm", "", kind.removeprefix("_")).lower()
+    plain = re.sub(r"_|\d+d?|[Tt]imm", "", call.kind.removeprefix("_")).lower()
     return _ALIASES.get(plain, plain)

@@ -59,14 +59,15 @@ class Recorder:
 
 
 def record(model: Any, *args: Any, **kwargs: Any) -> Record:
-    """Call a model of PyTorch or Keras and return what each of its layers took and returned.
+    """Call a model of PyTorch, Keras or Haiku and return what each of its layers took and returned.
 
     Models of Flax have ``jbn.linen.record`` and ``jbn.nnx.record``. The model is called as it is: what moves in its
     training moves here too.
 
     Args:
-        model: a ``torch.nn.Module`` or a ``keras.Model``, on the backend that is set.
-        args: what it is called with.
+        model: a ``torch.nn.Module``; a ``keras.Model``, on the backend that is set; or what ``hk.transform`` or
+            ``hk.transform_with_state`` returned, or its ``apply``.
+        args: what it is called with, in Haiku what ``apply`` is.
         kwargs: likewise, such as ``training=False`` of Keras.
 
     Returns:
@@ -79,9 +80,13 @@ def record(model: Any, *args: Any, **kwargs: Any) -> Record:
     >>> import jbn
     >>> jbn.record("a path")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    TypeError: model is of type str; expected a model of PyTorch or Keras; those of Flax have jbn.linen.record ...
+    TypeError: model is of type str; expected a model of PyTorch, Keras or Haiku; those of Flax have ...
     """
-    recorder, layers = Recorder(), list(_layers(model))
+    recorder = Recorder()
+    if str(getattr(model, "__module__", "")).startswith("haiku."):
+        _run_haiku(recorder, getattr(model, "apply", model), args, kwargs)
+        return recorder.calls
+    layers = list(_layers(model))
     kept = [(layer, method, vars(layer)[method]) for _, layer, method in layers if method in vars(layer)]
     try:
         for path, layer, method in layers:
@@ -95,6 +100,19 @@ def record(model: Any, *args: Any, **kwargs: Any) -> Record:
     return recorder.calls
 
 
+def _run_haiku(recorder: Recorder, apply: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Call what Haiku has made of a function, and note the calls of its modules."""
+    import haiku  # it is there, where one of its functions is
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        return recorder.run(call, context.module.module_name, type(context.module).__name__, args, kwargs)
+
+    with haiku.intercept_methods(intercept):
+        apply(*args, **kwargs)
+
+
 def _layers(model: Any) -> Iterator[tuple[str, Any, str]]:
     """Yield the path of every layer, the layer, and the method that a call of it runs."""
     if hasattr(model, "named_modules"):
@@ -106,8 +124,8 @@ def _layers(model: Any) -> Iterator[tuple[str, Any, str]]:
                 yield getattr(layer, "path", None) or layer.name, layer, "call"
     else:
         raise TypeError(
-            f"model is of type {type(model).__name__}; expected a model of PyTorch or Keras; those of Flax have "
-            "jbn.linen.record and jbn.nnx.record."
+            f"model is of type {type(model).__name__}; expected a model of PyTorch, Keras or Haiku; those of Flax have "
+            "jbn.linen.record and jbn.nnx.record. Of any other give jbn.compare its outputs by path."
         )
 
 

@@ -11,7 +11,7 @@ import jax
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
 from jbn.converting.names import Names, check_keys, rename, rename_arrays
 from jbn.converting.trees import Address, Layer, Path, as_numpy, convey, dtype_of, fill, index_shapes, is_float
-from jbn.paths import count_of, name_few, select
+from jbn.paths import count_of, find_wrapper, name_few, select
 
 Value = TypeVar("Value")
 Library = Literal["jbn", "linen", "nnx", "torch", "keras", "haiku", "equinox"]
@@ -224,8 +224,7 @@ def _find_wrapper(paths: Sequence[Path], lost: Iterable[Path], wanted: Mapping[P
     first = {path[:1] for path in paths}
     if len(first) > 1 or first & {(), *(path[:1] for path in wanted)} or first != {at[:1] for at in lost}:
         return ()
-    ends = (n for n in range(1, min(map(len, paths)) + 1) if {path[n:] for path in paths} & {*wanted})
-    return paths[0][: next(ends, 1)]
+    return find_wrapper(paths, wanted.__contains__) or paths[0][:1]
 
 
 def _check_complete(
@@ -250,8 +249,9 @@ def _check_complete(
         raise ValueError(
             f"tree and like differ. Of {count_of(len(ours), 'array of tree')} {len(lost)} are left over: "
             f"{name_few(shown, len(lost))}. Of {len(theirs)} in like {len(lacking)} are lacking: "
-            f"{name_few(map(repr, lacking))}. Expected names that bring them together, None for what is left "
-            f"out; in like only what is to be filled; embeddings named in kinds.{hint}"
+            f"{name_few(map(repr, lacking))}. Expected names that bring them together, layers or, as in "
+            "{'*/gamma:0': '*/gamma'}, arrays by what the source's library calls them; None for what is left out; in "
+            f"like only what is to be filled; embeddings named in kinds.{hint}"
         )
     pairs = {goal.spell(at): (value, theirs[at]) for at, value in ours.items()}
     other = [

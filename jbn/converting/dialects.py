@@ -212,7 +212,8 @@ def _check_others(layer: Layer, origin: Dialect, goal: Dialect) -> None:
     if lost := (statistics & {*others.values()}) | (untrained if goal.apart else set()):
         raise ValueError(
             f"has {name_few(sorted(lost))}, which may be no parameter, and nothing says what it is; expected like, "
-            "which says where it belongs; or leave the layer out, by names."
+            "which says where it belongs; or by names either what the source's library calls it, as in "
+            "{'*/moving_mean:0': '*/moving_mean'}, or None, which leaves the layer out."
         )
 
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, Protocol
 
 from jbn.converting.trees import Path
-from jbn.paths import count_of, name_few
+from jbn.paths import count_of, find_wrapper, name_few
 
 Names = Mapping[str, str | None] | Callable[[str], str | None]
 
@@ -39,7 +39,10 @@ def rename(names: Names | None, origin: Writing, goal: Writing, paths: Sequence[
         hits = {path: match for path in paths if (match := pattern.fullmatch(_slash(path)))}
         if not hits:
             near = name_few(get_close_matches(old, list(map(origin.spell, paths)), n=4, cutoff=0.0), len(paths))
-            raise ValueError(f"names: {old!r} matches none of the {count_of(len(paths), 'layer')}: {near}.")
+            wrapper = find_wrapper(paths, lambda path, pattern=pattern: bool(pattern.fullmatch(_slash(path))))  # type: ignore[misc]
+            fix = f"{origin.spell((*wrapper, *origin.split(old)))!r}"
+            hint = f" All are under {origin.spell(wrapper)!r}: expected {fix}." if wrapper else ""
+            raise ValueError(f"names: {old!r} matches none of the {count_of(len(paths), 'layer')}: {near}.{hint}")
         if not any(path not in found for path in hits):
             before = name_few(map(repr, dict.fromkeys(rules[path] for path in hits)))
             raise ValueError(

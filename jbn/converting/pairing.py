@@ -13,6 +13,7 @@ import numpy as np
 from jbn.converting.dialects import Dialect, Said, translate
 from jbn.converting.flow import Flow
 from jbn.converting.trees import Path, is_float
+from jbn.paths import find_wrapper, name_few
 
 # The arrays of a layer: their names, shapes and dtypes.
 Arrays = tuple[tuple[str, tuple[int, ...], Any], ...]
@@ -21,14 +22,24 @@ Arrays = tuple[tuple[str, tuple[int, ...], Any], ...]
 _KINDS = (None, "embedding", "depthwise", "transpose_kernel", "transposed")
 
 
-@dataclass
-class Found:
-    """What a layer of the source may be."""
+@dataclass(frozen=True)
+class Match:
+    """A layer of the source, and which it may be in the target.
 
-    target: Path | None
+    Attributes:
+        source: its path.
+        target: the path in the target; None if no layer is left for it there.
+        certain: whether nothing else is possible, if the two models are the same and the source is in order.
+        reason: why, or why not.
+        rivals: the other layers of the target that it may be.
+        kind: what ``convert`` has to be told of it, see ``kinds`` there; or None.
+    """
+
+    source: str
+    target: str | None
     certain: bool
     reason: str
-    rivals: tuple[Path, ...] = ()
+    rivals: tuple[str, ...] = ()
     kind: str | None = None
 
 
@@ -120,12 +131,17 @@ class Search:
     def __init__(self, fits: Fits, flow: Flow, given: Sequence[Path], trusted: bool) -> None:
         self.fits, self.flow, self.given, self.trusted = fits, flow, given, trusted
 
-    def match(self, groups: Sequence[Group]) -> dict[Path, Found]:
-        """Return what each layer of the source may be."""
-        found = {path: Found(None, False, "fits no layer") for path in self.given}
+    def match(self, groups: Sequence[Group]) -> tuple[Match, ...]:
+        """Return what each layer of the source may be, in their order."""
         fits = self.fits
-        if fits.ours.keys() == fits.theirs.keys() and all(fits(path, path) for path in self.given):
-            return {path: Found(path, True, "same paths", kind=fits.said.get(path)) for path in self.given}
+        arrays = {path: name_few(f"{name} {shape}" for name, shape, _ in fits.ours[path]) for path in self.given}
+        found = {path: self._write(path, None, False, f"fits no layer: {arrays[path]}") for path in self.given}
+        certain: dict[Path, Path] = {}
+        wrapper = find_wrapper(self.given, fits.theirs.__contains__)
+        same = {path: path[len(wrapper) :] for path in self.given}
+        if {*same.values()} == fits.theirs.keys() and all(fits(path, target) for path, target in same.items()):
+            reason = f"same paths under {fits.origin.spell(wrapper)!r}" if wrapper else "same paths"
+            return tuple(self._write(path, target, True, reason, fits.said.get(path)) for path, target in same.items())
         parts = [(group, part) for group in groups for part in self._part(group)]
         contrary = self._find_contrary([part for _, part in parts])
         open_parts: list[tuple[Group, Group, str]] = []
@@ -133,18 +149,33 @@ class Search:
             (path, *_), size = part.sources, len(group.sources)
             if part.is_pair and (size == 1 or self.fits.has_kernel(path) not in contrary):
                 reason = "shapes" if size == 1 else f"order, of {size} such layers"
-                found[path] = Found(part.targets[0], True, reason, kind=group.kinds[path])
+                certain[path] = part.targets[0]
+                found[path] = self._write(path, certain[path], True, reason, group.kinds[path])
             else:
                 whole = group if part.is_pair else part  # its order is worth nothing
                 if not any(whole is other for _, other, _ in open_parts):
                     open_parts.append((group, whole, self._explain(group, part)))
-        taught = _Lessons([(path, match.target) for path, match in found.items() if match.target is not None])
+        taught = _Lessons(certain.items())
         for group, part, reason in open_parts:
             guesses = taught.guess(part, self.fits, group.kinds)
             for path in part.sources:
-                rivals = tuple(target for target in part.targets if target != guesses.get(path))
-                found[path] = Found(guesses.get(path), False, reason, rivals, group.kinds[path])
-        return found
+                rivals = [target for target in part.targets if target != guesses.get(path)]
+                found[path] = self._write(path, guesses.get(path), False, reason, group.kinds[path], rivals)
+        return tuple(found.values())
+
+    def _write(
+        self,
+        source: Path,
+        target: Path | None,
+        certain: bool,
+        reason: str,
+        kind: str | None = None,
+        rivals: Iterable[Path] = (),
+    ) -> Match:
+        """Write the paths as the libraries do."""
+        spell = self.fits.goal.spell
+        written = None if target is None else spell(target)
+        return Match(self.fits.origin.spell(source), written, certain, reason, tuple(map(spell, rivals)), kind)
 
     def _part(self, group: Group) -> list[Group]:
         """Part a group where all layers before come before all layers after it, however the data walk."""

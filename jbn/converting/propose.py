@@ -8,32 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 from jbn.converting.convert import Library, read_by_path, read_dialect, read_layers, unpack
-from jbn.converting.dialects import KINDS, Dialect
+from jbn.converting.dialects import KINDS
 from jbn.converting.flow import Flow, trace_flow
-from jbn.converting.pairing import Arrays, Fits, Found, Search, find_groups
+from jbn.converting.pairing import Arrays, Fits, Match, Search, find_groups
 from jbn.converting.trees import Path, dtype_of, index
 from jbn.paths import count_of, name_few
-
-
-@dataclass(frozen=True)
-class Match:
-    """A layer of the source, and which it may be in the target.
-
-    Attributes:
-        source: its path.
-        target: the path in the target; None if no layer is left for it there.
-        certain: whether nothing else is possible, if the two models are the same and the source is in order.
-        reason: why, or why not.
-        rivals: the other layers of the target that it may be.
-        kind: what ``convert`` has to be told of it, see ``kinds`` there; or None.
-    """
-
-    source: str
-    target: str | None
-    certain: bool
-    reason: str
-    rivals: tuple[str, ...] = ()
-    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,8 +132,7 @@ def propose_names(
     wanted = [*flow.order, *(path for path in _sort(list(theirs))[0] if path not in flow.order)]
     fits = Fits(origin, goal, _read_arrays(ours), _read_arrays(theirs), {**known, **said})
     groups = find_groups(fits, given, wanted)
-    found = Search(fits, flow, given, trusted).match(groups)
-    matches = tuple(_spell(found[path], path, origin, goal) for path in given)
+    matches = Search(fits, flow, given, trusted).match(groups)
     used = {match.target for match in matches}
     return Proposal(matches, tuple(name for name in map(goal.spell, wanted) if name not in used))
 
@@ -192,12 +170,6 @@ def _split_number(part: str) -> tuple[int, int, str]:
 def _is_under(path: str, other: str) -> bool:
     """Say whether a layer is inside of another one."""
     return path != other and (not other or path.startswith((f"{other}/", f"{other}.")))
-
-
-def _spell(found: Found, path: Path, origin: Dialect, goal: Dialect) -> Match:
-    target = None if found.target is None else goal.spell(found.target)
-    rivals = tuple(map(goal.spell, found.rivals))
-    return Match(origin.spell(path), target, found.certain, found.reason, rivals, found.kind)
 
 
 def _remark(match: Match) -> str:

@@ -133,7 +133,8 @@ def freeze(
     if hits := [path for path in others if match(path, several)]:
         warnings.warn(
             f"freeze() leaves {name_few(map(repr, hits))} as they are, which match and are not jbn's; expected "
-            "jbn.linen.BatchNorm. Call the model inside jbn.linen.replace() too, or let the patterns leave them out.",
+            "jbn.linen.BatchNorm. Call the model inside jbn.linen.replace() too, with also= for copies of Flax's, "
+            "or let the patterns leave them out.",
             stacklevel=3,
         )
     if _SCOPE.has_met(rule) and not (found.paths or found.skipped):

@@ -10,7 +10,9 @@ from flax.core import FrozenDict, unfreeze
 from flax.core.scope import in_filter
 
 from jbn.core.state import Upstream
+from jbn.linen.norms import Norms
 from jbn.linen.replacing import replace
+from jbn.norms import Classes
 from jbn.observing.calls import NumberedBatches, arguments
 from jbn.observing.diagnose import Diagnosis
 from jbn.observing.diagnose import diagnose as diagnose_function
@@ -28,15 +30,15 @@ def diagnose(
     epsilon: float = 1e-5,
     momentum: float | None = None,
     updates: int | None = None,
+    also: Classes = (),
     mutable: Any = None,
     **call: Any,
 ) -> Diagnosis:
     """Run one batch through a Linen model as in training and say what is wrong with its normalization.
 
-    It is ``jbn.diagnose`` of ``model.apply(variables, batch, mutable=mutable, **call)`` inside ``jbn.linen.replace()``,
-    so that Flax's norms can be observed. To set more, enter that context around it: a model whose norms name an axis of
-    ``pmap`` needs ``replace(axis_name=None)``, one with a norm class of its own ``replace(also=(Class,))``. It compiles
-    at each call.
+    It is ``jbn.diagnose`` of ``model.apply(variables, batch, mutable=mutable, **call)`` inside
+    ``jbn.linen.replace(also=also)``, so that Flax's norms can be observed. To set more, enter that context around it: a
+    model whose norms name an axis of ``pmap`` needs ``replace(axis_name=None)``. It compiles at each call.
 
     Args:
         model: the model.
@@ -46,6 +48,7 @@ def diagnose(
         epsilon: see ``jbn.diagnose``, like the two that follow.
         momentum: likewise.
         updates: likewise.
+        also: classes of norms that compute what Flax's does, see ``jbn.linen.replace``.
         mutable: the collections that the call may change, as in ``model.apply``; unless given all in ``variables`` but
             ``params``.
         call: keyword arguments of ``model.apply`` in training: those of the model, such as ``train=True``, and
@@ -55,8 +58,9 @@ def diagnose(
         ``Diagnosis(layers, findings)``, see ``jbn.diagnose``.
 
     Raises:
-        ValueError: see ``jbn.diagnose``; and for variables without ``batch_stats``, also among the ``mutable``.
-        TypeError: for arguments of other kinds.
+        ValueError: see ``jbn.diagnose``; and for variables without ``batch_stats``, also among the ``mutable``; and for
+            layers of ``also`` whose variables are not those of Flax's.
+        TypeError: for arguments of other kinds, and classes of ``also`` whose fields or call are not Flax's.
 
     >>> import flax.linen as nn, jax
     >>> import jbn.linen
@@ -67,7 +71,7 @@ def diagnose(
     ['prior']
     """
     params, stats = _read_variables(model, variables)
-    apply = _training_call(model, variables, mutable, call)
+    apply = _training_call(model, variables, also, mutable, call)
     options: dict[str, Any] = {"epsilon": epsilon, "momentum": momentum, "updates": updates}
     return diagnose_function(apply, params, stats, batch, **options)
 
@@ -80,6 +84,7 @@ def recalibrate(
     upstream: Upstream = "batch",
     unbiased: bool = False,
     progress: Callable[[int, int], object] | None = None,
+    also: Classes = (),
     mutable: Any = None,
     rngs: Any = None,
     **call: Any,
@@ -95,7 +100,8 @@ def recalibrate(
         upstream: see ``jbn.recalibrate``, like the two that follow.
         unbiased: likewise.
         progress: likewise.
-        mutable: see ``jbn.linen.diagnose``.
+        also: see ``jbn.linen.diagnose``, like the one that follows.
+        mutable: likewise.
         rngs: keys as in ``model.apply``; the number of the batch is folded into them.
         call: keyword arguments of ``model.apply`` in training, such as ``train=True``.
 
@@ -103,8 +109,8 @@ def recalibrate(
         Variables of the type of those given, with other ``batch_stats``; all other collections are those given.
 
     Raises:
-        ValueError: see ``jbn.recalibrate``; and for variables without ``batch_stats``, also among the ``mutable``.
-        TypeError: for arguments of other kinds.
+        ValueError: see ``jbn.recalibrate``; and as ``jbn.linen.diagnose``.
+        TypeError: likewise.
 
     Warns:
         UserWarning: where layers evaluate or are not reached, and keep their statistics.
@@ -118,7 +124,7 @@ def recalibrate(
     """
     check_batches(batches, upstream)
     params, stats = _read_variables(model, variables)
-    run = _training_call(model, variables, mutable, call)
+    run = _training_call(model, variables, also, mutable, call)
 
     def apply(params: Any, stats: Any, numbered: Any) -> Any:
         number, batch = numbered
@@ -146,8 +152,11 @@ def _read_variables(model: object, variables: object) -> tuple[Any, Any]:
     return variables.get("params", {}), unfreeze(variables["batch_stats"])  # type: ignore[no-untyped-call]
 
 
-def _training_call(model: nn.Module, variables: Mapping[str, Any], mutable: Any, call: dict[str, Any]) -> Any:
+def _training_call(
+    model: nn.Module, variables: Mapping[str, Any], also: Classes, mutable: Any, call: dict[str, Any]
+) -> Any:
     """Return the call of a model as a function of parameters, statistics and batch that returns new statistics."""
+    kinds = Norms.read(also).also
     mutable = [name for name in variables if name != "params"] if mutable is None else mutable
     if not in_filter(mutable, "batch_stats"):
         raise ValueError(f"mutable is {mutable!r}; expected batch_stats among them, which a call in training changes.")
@@ -158,7 +167,7 @@ def _training_call(model: nn.Module, variables: Mapping[str, Any], mutable: Any,
         with warnings.catch_warnings():
             # A model without any norm of Flax is named as one by what observes it.
             warnings.filterwarnings("ignore", r"replace\(\) met no")
-            with replace():
+            with replace(also=kinds):
                 _, new = model.apply(given, *arguments(batch), mutable=mutable, **call, **keys)
         return unfreeze(new["batch_stats"])  # type: ignore[no-untyped-call]
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jbn.core.state import Upstream
 from jbn.nnx.editing import replace
+from jbn.norms import Classes
 from jbn.observing.calls import NumberedBatches, arguments
 from jbn.observing.diagnose import Diagnosis
 from jbn.observing.diagnose import diagnose as diagnose_function
@@ -27,23 +28,25 @@ def diagnose(
     epsilon: float = 1e-5,
     momentum: float | None = None,
     updates: int | None = None,
+    also: Classes = (),
     method: Method = "__call__",
     **call: Any,
 ) -> Diagnosis:
     """Run one batch through an NNX model as in training and say what is wrong with its normalization.
 
-    It is ``jbn.diagnose`` for a copy of the model, in which ``jbn.nnx.replace`` has put jbn's norms in the place of
-    Flax's. A model in which every norm evaluates, as after ``model.eval()``, is run as after ``model.train()``; any
-    other as it is, so that a norm which was left in evaluation is found. The model itself stays what it is: its
-    variables, its mode, its random state. It compiles at each call.
+    It is ``jbn.diagnose`` for a copy of the model, in which ``jbn.nnx.replace(also=also)`` has put jbn's norms in the
+    place of Flax's. A model in which every norm evaluates, as after ``model.eval()``, is run as after
+    ``model.train()``; any other as it is, so that a norm which was left in evaluation is found. The model itself stays
+    what it is: its variables, its mode, its random state. It compiles at each call.
 
     Args:
-        model: the model. One with a norm class of its own is given to ``jbn.nnx.replace(model, also=(Class,))`` first.
+        model: the model.
         batch: what it is called with. A tuple is several positional arguments, such as ``(x, mask)``: of a batch of
             images and labels, give the images.
         epsilon: see ``jbn.diagnose``, like the two that follow.
         momentum: likewise.
         updates: likewise.
+        also: classes of norms that compute what Flax's does, see ``jbn.nnx.replace``.
         method: what is called, a method by its name or a function of the model and the batch.
         call: keyword arguments of the call in training.
 
@@ -51,8 +54,8 @@ def diagnose(
         ``Diagnosis(layers, findings)``, see ``jbn.diagnose``.
 
     Raises:
-        ValueError: see ``jbn.diagnose``.
-        TypeError: for arguments of other kinds.
+        ValueError: see ``jbn.diagnose``; and for modules of ``also`` whose variables are not those of Flax's.
+        TypeError: for arguments of other kinds, and classes of ``also`` whose attributes or call are not Flax's.
 
     >>> from flax import nnx
     >>> import jax, jbn.nnx
@@ -62,7 +65,7 @@ def diagnose(
     >>> [finding.kind for finding in jbn.nnx.diagnose(model, x).findings]
     ['prior']
     """
-    params, stats, run = _take_apart(model, method, call)
+    params, stats, run = _take_apart(model, also, method, call)
 
     def apply(params: Any, stats: Any, batch: Any) -> Any:
         return run(params, stats, (np.uint32(0), batch))
@@ -78,6 +81,7 @@ def recalibrate(
     upstream: Upstream = "batch",
     unbiased: bool = False,
     progress: Callable[[int, int], object] | None = None,
+    also: Classes = (),
     method: Method = "__call__",
     **call: Any,
 ) -> ModelT:
@@ -91,6 +95,7 @@ def recalibrate(
         upstream: see ``jbn.recalibrate``, like the two that follow.
         unbiased: likewise.
         progress: likewise.
+        also: see ``jbn.nnx.diagnose``.
         method: what is called, a method by its name or a function of the model and the batch.
         call: keyword arguments of the call in training.
 
@@ -98,8 +103,8 @@ def recalibrate(
         The model that was given.
 
     Raises:
-        ValueError: see ``jbn.recalibrate``; the model is as it was.
-        TypeError: for arguments of other kinds.
+        ValueError: see ``jbn.recalibrate``; and as ``jbn.nnx.diagnose``; the model is as it was.
+        TypeError: likewise.
 
     Warns:
         UserWarning: where layers evaluate or are not reached, and keep their statistics.
@@ -112,13 +117,13 @@ def recalibrate(
     True
     """
     check_batches(batches, upstream)
-    params, stats, apply = _take_apart(model, method, call)
+    params, stats, apply = _take_apart(model, also, method, call)
     options: dict[str, Any] = {"upstream": upstream, "unbiased": unbiased, "progress": progress}
     nnx.update(model, recalibrate_function(apply, params, stats, NumberedBatches(batches), **options))
     return model
 
 
-def _take_apart(model: Any, method: Method, call: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _take_apart(model: Any, also: Classes, method: Method, call: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Return the parameters and statistics of a model, and its call as a function of them and a numbered batch."""
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is of type {type(model).__name__}; expected a flax.nnx.Module.")
@@ -126,7 +131,7 @@ def _take_apart(model: Any, method: Method, call: dict[str, Any]) -> tuple[Any, 
     with warnings.catch_warnings():
         # A model without any norm of Flax is named as one by what observes it.
         warnings.filterwarnings("ignore", r"The model is of type \w+ and holds no")
-        replace(copy)
+        replace(copy, also=also)
     if all(getattr(module, "use_running_average", True) for _, module in nnx.iter_graph(copy)):
         copy.train()
     graph, *parts = nnx.split(copy, nnx.Param, nnx.BatchStat, nnx.RngCount, ...)

@@ -285,9 +285,8 @@ def find_unobserved(idle: Sequence[str], foreign: Sequence[str], number: int) ->
     if foreign:
         message = (
             f"{len(foreign)} of {count_of(number, 'layer')} are not jbn's, and what they see is not known: "
-            f"{name_few(foreign)}. "
-            "For Flax's own use jbn.linen.replace() or jbn.nnx.replace(model); for a norm class of its own name it "
-            "there: replace(also=(Class,))."
+            f"{name_few(foreign)}. For Flax's own use diagnose of jbn.linen or jbn.nnx, or replace there; for copies "
+            "of their class tell either so: also=(Class,)."
         )
         yield Finding("", "foreign", (), message, tuple(foreign))
 

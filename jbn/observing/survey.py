@@ -18,8 +18,8 @@ Apply = Callable[[Any, Any, Any], Any]
 
 _FOREIGN = (
     "gave no moments; expected every layer to call jbn.bn_forward and to return what it returns. Flax's own layers do "
-    "inside jbn.linen.replace() or after jbn.nnx.replace(model), a norm class of its own where it is named there: "
-    "replace(also=(Class,)). Nothing may be exported or compiled ahead of time."
+    "in the tools of jbn.linen and jbn.nnx, inside jbn.linen.replace() and after jbn.nnx.replace(model); copies of "
+    "their class where one of these is told so: also=(Class,). Nothing may be exported or compiled ahead of time."
 )
 _IDLE = (
     "gave no moments: in this call they evaluate, or it does not reach them. Expected a call as in training: with the "

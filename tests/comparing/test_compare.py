@@ -10,6 +10,7 @@ from flax import nnx
 import jbn
 import jbn.linen
 import jbn.nnx
+from jbn.comparing import explain, pairs
 
 TRAINING = {"train": True, "mutable": ["batch_stats"]}
 
@@ -259,3 +260,38 @@ def test_another_order_of_the_channels():
     x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
     assert "in another order of the channels" in jbn.compare({"flat": x}, {"flat": x[:, ::-1]}).message
     assert "the same values in another order" in jbn.compare({"flat": x}, {"flat": x[::-1, ::-1]}).message
+
+
+def test_a_branch_that_parts_in_another_order_is_paired_by_its_names():
+    p, q, r, s = np.random.default_rng(0).standard_normal((4, 8, 3)).astype(np.float32)
+    found = jbn.compare({"p": p, "q": q, "r": r}, {"p": p, "r": r, "q": s})
+    assert found.first.paths == ("q", "q")
+
+
+def test_a_number_that_models_return_may_differ(x):
+    found = jbn.compare({"act": np.ones(3), "loss": np.float32(1)}, {"act": np.ones(3), "loss": np.float32(2)})
+    assert found.first.paths == ("loss", "loss")
+
+
+def test_the_report_fits_a_terminal():
+    paths = [f"backbone/stage_{i}/Bottleneck_0/BatchNorm_{i}" for i in range(12)]
+    a = {path: np.arange(8.0) * i for i, path in enumerate(paths, 1)}
+    b = {"b" if i == 1 else path: value for i, (path, value) in enumerate({**a, paths[5]: -a[paths[5]]}.items())}
+    lines = repr(jbn.compare(a, b)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[6].split()[:2] == ["..leneck_0/BatchNorm_5"] * 2
+    assert lines[2].split()[1] == "b"
+    assert paths[5] in " ".join(lines[-4:])
+
+
+def test_arrays_are_looked_at_once_for_all_pairs_and_searched_in_a_sample(monkeypatch):
+    seen, sizes = [], []
+    monkeypatch.setattr(pairs, "sample", lambda x, sample=pairs.sample: seen.append(x) or sample(x))
+    monkeypatch.setattr(explain, "_ACTIVATIONS", {"tanh": lambda x: sizes.append(x.size) or np.tanh(x)})
+    rng = np.random.default_rng(0)
+    for n in (10, 20):
+        a = {str(i): rng.standard_normal((50, 50, 8)) for i in range(n)}
+        jbn.compare(a, {**a, "4": rng.standard_normal((50, 50, 8))})
+    assert len(seen) <= 30 * 4
+    assert sizes
+    assert max(sizes) < 50 * 50 * 8

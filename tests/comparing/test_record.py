@@ -119,6 +119,30 @@ def test_a_model_that_raises_is_put_right(torch, theirs):
     assert not any("forward" in vars(layer) for layer in theirs.modules())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["the transformed function", "apply"])
+def test_a_haiku_model_and_its_port(part):
+    hk = pytest.importorskip("haiku")
+
+    def net(x, train):
+        for i, stride in enumerate((1, 2), 1):
+            x = hk.Conv2D(8, 3, stride, with_bias=False, name=f"conv{i}")(x)
+            x = jax.nn.relu(hk.BatchNorm(True, True, 0.9, eps=1e-5, name=f"bn{i}")(x, train))
+        return hk.Linear(5, name="fc")(x.mean((1, 2)))
+
+    model = hk.transform_with_state(net)
+    with jax.numpy_rank_promotion("allow"):
+        params, state = model.init(jax.random.key(0), X, True)
+        called = model if part == "the transformed function" else model.apply
+        a = {train: jbn.record(called, params, state, None, X, train) for train in (False, True)}
+    variables = jbn.convert((params, state), "haiku", "linen", names=NAMES)
+    for train, epsilon, first in ((False, 1e-5, None), (True, 1e-5, None), (False, 1e-3, ("bn1", "BatchNorm_0"))):
+        call = {"train": True, "mutable": ["batch_stats"]} if train else {}
+        found = jbn.compare(a[train], jbn.linen.record(Port("SAME", epsilon=epsilon), variables, X, **call))
+        assert (found.first and found.first.paths) == first, found
+        assert [match.paths for match in found.matches] == [*NAMES.items()]
+
+
 def test_a_port_of_a_keras_model(keras):
     layers = keras.layers
     with jax.numpy_rank_promotion("allow"):

@@ -77,6 +77,27 @@ def test_the_prefix_of_a_wrapper_is_told(prefix):
     jax.tree.map(np.testing.assert_array_equal, jbn.convert(tree, "torch", "linen", names=names, like=LIKE), WANT)
 
 
+def test_a_pattern_that_lacks_the_prefix_of_a_wrapper_is_completed():
+    tree = under("_orig_mod.module.norm.", TORCH) | under("_orig_mod.module.fc.", {"weight": np.ones((2, 3))})
+    hint = r"All are under '_orig_mod{0}module': expected '_orig_mod{0}module{0}{1}'\.$"
+    with pytest.raises(ValueError, match=hint.format("[.]", "nor[*]")):
+        jbn.convert(tree, "torch", "linen", names={"nor*": "nor*"})
+    for tool in (jbn.convert, jbn.propose_names):
+        with pytest.raises(ValueError, match="^kinds, .*" + hint.format("/", "fc")):
+            tool(tree, "torch", "linen", kinds={"fc": "transposed"}, like=LIKE)
+    calls = {"": np.ones(3), "module": np.ones(3), "module.norm": np.ones(3)}  # the wrapper is called too
+    with pytest.raises(ValueError, match=r"All are under 'module': expected 'module\.norm'\."):
+        jbn.compare(calls, {"": np.ones(3), "bn": np.ones(3)}, names={"norm": "bn"})
+    with pytest.raises(ValueError, match="matches none") as caught:
+        jbn.convert(tree, "torch", "linen", names={"other": "norm"})
+    assert "All are under" not in str(caught.value)
+
+
+def test_the_same_paths_in_a_wrapper_are_the_same():
+    proposal = jbn.propose_names(under("module.norm.", TORCH), "torch", "linen", like=LIKE)
+    assert proposal.matches == (jbn.Match("module.norm", "norm", True, "same paths under 'module'"),)
+
+
 @pytest.mark.parametrize(
     "tree",
     [

@@ -162,6 +162,7 @@ def test_what_is_left_over_and_what_is_lacking():
     assert proposal.names == {"stem": "layers_0", "more": None, "body": "layers_1"}
     assert (proposal.unmatched, proposal.lacking) == (("more",), ("layers_2",))
     assert "# lacking: layers_2" in repr(proposal)
+    assert "None,        # left out: fits no layer: bias (7,), weight (7, 7)\n" in repr(proposal)
 
 
 def test_more_layers_than_places_are_ambiguous():

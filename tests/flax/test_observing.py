@@ -244,14 +244,14 @@ def test_a_copied_class_is_named_with_the_cure():
     variables = model.init(KEY, x, False)
     diagnosis = jbn.linen.diagnose(model, variables, x, epsilon=EPSILON, train=True)
     assert diagnosis.findings[0].layers == ("first",)
-    assert "replace(also=(Class,))" in diagnosis.findings[0].message
+    assert "also=(Class,)" in diagnosis.findings[0].message
     kernels = [variables["params"][f"Dense_{i}"]["kernel"] for i in range(2)]
     (seen,) = [layer for layer in diagnosis.layers if layer.count.any()]
     check_all([jbn.State(seen.batch_mean, seen.batch_var)], exact(kernels, [x])[1:])
-    with pytest.raises(ValueError, match=r"^first gave no moments.*replace\(also=\(Class,\)\)"):
+    with pytest.raises(ValueError, match=r"^first gave no moments.*also=\(Class,\)"):
         jbn.linen.recalibrate(model, variables, [x], train=True)
     alone = Mixed(flax=False)
-    with pytest.raises(ValueError, match=r"^first gave no moments.*replace\(also=\(Class,\)\)"):
+    with pytest.raises(ValueError, match=r"^first gave no moments.*also=\(Class,\)"):
         jbn.linen.diagnose(alone, alone.init(KEY, x, False), x, train=True)
 
 

@@ -1,5 +1,6 @@
 """What public models do with batch norms: every tool takes it, or says what it leaves alone."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -92,6 +93,16 @@ def test_a_frozen_model_keeps_its_statistics(make):
     assert frozen == jbn.linen.Found(("n0", "n1"), ())
     close(y, model.apply(variables, X))
     same(new["batch_stats"], variables["batch_stats"])
+
+
+def test_a_copied_class_is_observed_where_it_is_named():
+    model, variables = started(WithCopies)
+    x = jbn.linen.record(model, variables, X)["c0"].outputs[0].astype("d")
+    found = jbn.linen.diagnose(model, variables, X, also=Copied, train=True)
+    assert [layer.count.min() for layer in found.layers] == [X.size // 3] * 2
+    new = jbn.linen.recalibrate(model, variables, [X], also=(Copied,), train=True)["batch_stats"]["n0"]
+    close(new["mean"], x.mean((0, 1, 2)))
+    close(new["var"], x.var((0, 1, 2)))
 
 
 def test_an_axis_name_that_is_written_into_a_model_is_taken_away():
@@ -213,6 +224,8 @@ def test_what_may_compute_something_else_is_refused(case):
     variables = model.init(jax.random.key(0), x)
     with pytest.raises(error, match=words):
         jbn.linen.fold(model, variables, x, also=also)
+    with pytest.raises(error, match=words):
+        jbn.linen.diagnose(model, {"batch_stats": {}} | variables, x, also=also)
     for call in (lambda: model.apply(variables, x), lambda: model.init(jax.random.key(0), x)):
         with pytest.raises(error, match=words), jbn.linen.replace(also=also):
             call()
@@ -269,6 +282,17 @@ def test_fold_takes_every_norm_in_nnx_and_its_result_is_exported(make):
     close(export.deserialize(exported.serialize()).call(X), model(X))
 
 
+def test_a_copied_class_is_observed_where_it_is_named_in_nnx():
+    model = filled(NNX["copied class"])
+    x = np.asarray(model.c0(X), "d")
+    found = jbn.nnx.diagnose(model, X, also=CopiedNNX)
+    assert [layer.count.min() for layer in found.layers] == [X.size // 3] * 2
+    jbn.nnx.recalibrate(model, [X], also=(CopiedNNX,))
+    assert type(model.n0) is CopiedNNX
+    close(model.n0.mean[...], x.mean((0, 1, 2)))
+    close(model.n0.var[...], x.var((0, 1, 2)))
+
+
 def test_an_axis_name_that_is_written_into_an_nnx_model_is_taken_away():
     model, _ = jbn.nnx.replace(filled(NNX["axis name"]), axis_name=None)
     model.train()
@@ -323,8 +347,9 @@ class TrainsNNX(CopiedNNX):
 )
 def test_what_may_compute_something_else_is_refused_in_nnx(kind, error, words):
     model = nnx.Dict(n0=kind(4), n1=nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
-    with pytest.raises(error, match=words):
-        jbn.nnx.replace(model, also=kind)
+    for tool in (partial(jbn.nnx.replace, model), partial(jbn.nnx.recalibrate, model, [jnp.ones((4, 4))])):
+        with pytest.raises(error, match=words):
+            tool(also=kind)
     assert (type(model.n0), type(model.n1)) == (kind, nnx.BatchNorm)
     with pytest.raises(error, match=words):
         jbn.nnx.foldable(nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), kind(4)), jnp.ones((2, 4)), also=kind)
