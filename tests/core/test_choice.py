@@ -188,7 +188,7 @@ def test_shards_choose_as_the_whole_batch_does(how):
         each = lambda x, g, weight: step(x, g, weight, axis_name="data")  # noqa: E731
         sharded = jax.shard_map(
             each, mesh=mesh(), in_specs=(P("data"), P("data"), P()), check_vma=checked,
-            out_specs=(P("data"), P(), P("data"), P() if checked else P()),
+            out_specs=(P("data"), P(), P("data"), P()),
         )  # fmt: skip
         got = jax.jit(sharded)(d.x, g, weight)
         if not checked:  # the sum over shards of what a shard finds is the caller's
