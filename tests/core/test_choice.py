@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 import jbn
 import jbn.linen
-import jbn.nnx
 from benchmarks import passes
 from tests.core.test_passes import on_accelerators
 from tests.support import oracle
