@@ -2,12 +2,14 @@
 
 from jbn.checking.check import check
 from jbn.checking.report import Report
+from jbn.choosing import mix, renorm, renorm_schedule
 from jbn.comparing.compare import ComparedLayer, Comparison, compare
 from jbn.comparing.record import Call, record
 from jbn.converting.convert import convert
 from jbn.converting.options import convert_options
 from jbn.converting.pairing import Match
 from jbn.converting.propose import Proposal, propose_names
+from jbn.core.choice import Correction
 from jbn.core.forward import Params, State, batch_norm, bn_forward, bn_init, moments
 from jbn.core.saved import remat_policy
 from jbn.core.statistics import Moments, merge

@@ -6,10 +6,9 @@ the derivative rule instead, so that they are differentiated and seen at every c
 arrays. That can be static: equal programs share what was compiled, and nothing is kept alive by it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from hashlib import sha256
 from typing import Any, TypeAlias
 
 import jax
@@ -20,14 +19,10 @@ from jax.core import Tracer, eval_jaxpr
 from jax.dtypes import float0
 
 from jbn.core import checks
-from jbn.core.axes import vary_as
 from jbn.core.lax import lax
+from jbn.core.programs import WITH_RULE, bodies, equations, find_type, inline, write
 
 Activation: TypeAlias = Callable[[Array], Array]
-
-# What can stand where it is called. The second kind has a rule for its derivative, which is lost by that.
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
-_WITH_RULE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 @dataclass(frozen=True)
@@ -71,16 +66,9 @@ def trace_activation(
     """
     if activation is None:
         return None, ()
-    checks.check_activation(activation)
-    typed = _find_type(z.dtype, *map(jax.typeof, others))
+    checks.check_callable("activation", activation, "of one array, for instance jax.nn.relu")
+    typed = find_type(z.dtype, *map(jax.typeof, others))
     return (_trace_once if _is_of_jax(activation) else _trace)(activation, typed)
-
-
-# An eager call that has nothing new must trace nothing.
-@lru_cache(maxsize=1024)
-def _find_type(dtype: np.dtype[Any], *others: Any) -> jax.ShapeDtypeStruct:
-    """Return the type of z, which varies over the mesh axes over which one of the others does."""
-    return jax.eval_shape(lambda x, *more: vary_as(x.astype(dtype), *more), *others)
 
 
 def _is_of_jax(activation: Any) -> bool:
@@ -94,10 +82,10 @@ def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tu
     traced = jax.make_jaxpr(lambda z: activation(z))(z)
     checks.check_activation_output(traced.out_avals, z)
     # Calls stand where they are made from here on, because an inner ``jit`` has constants of its own.
-    f = jax.make_jaxpr(lambda z: _evaluate(traced.jaxpr, traced.consts, z))(z)
+    f = jax.make_jaxpr(lambda z: inline(traced.jaxpr, traced.consts, z))(z)
     inexact = tuple(bool(jnp.issubdtype(array.dtype, jnp.inexact)) for array in f.consts)
     # Nothing differentiates the value, so that it needs no rules.
-    value = jax.make_jaxpr(lambda z, *held: _evaluate(f.jaxpr, held, z, also=_WITH_RULE))(z, *f.consts)
+    value = jax.make_jaxpr(lambda z, *held: inline(f.jaxpr, held, z, also=WITH_RULE))(z, *f.consts)
 
     def differentiate(z: Array, *others: Array) -> Array:
         held, (dz, *given) = others[: len(inexact)], others[len(inexact) :]
@@ -108,8 +96,8 @@ def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tu
 
     tangents = [array for array, has in zip(f.consts, inexact, strict=True) if has]
     rough = jax.make_jaxpr(differentiate)(z, *f.consts, z, *tangents)
-    slope = jax.make_jaxpr(lambda *args: _evaluate(rough.jaxpr, rough.consts, *args))(z, *f.consts, z, *tangents)
-    text = "\n".join([*map(_write, (value, slope)), _check_rules(traced, f, slope, z)])
+    slope = jax.make_jaxpr(lambda *args: inline(rough.jaxpr, rough.consts, *args))(z, *f.consts, z, *tangents)
+    text = "\n".join([*map(write, (value, slope)), _check_rules(traced, f, slope, z)])
     selects = _selects(slope.jaxpr, len(f.consts) + 1)
     return Program(text, inexact, selects, value.jaxpr, slope.jaxpr), (*f.consts, *slope.consts)
 
@@ -117,34 +105,14 @@ def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tu
 _trace_once = lru_cache(maxsize=1024)(_trace)
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], *args: Any, also: Sequence[str] = ()) -> list[Any]:
-    """Evaluate a program, with the bodies of calls in their places; ``also`` of calls of these kinds."""
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if hasattr(atom, "val") else values[atom]
-
-    for eqn in jaxpr.eqns:
-        body = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
-        if body is not None and eqn.primitive.name in (*_CALLS, *also):
-            found = _evaluate(body.jaxpr, body.consts, *map(read, eqn.invars), also=also)
-        else:
-            # A program of this equation alone, because how an equation is bound differs between versions of JAX.
-            taken = list(dict.fromkeys(atom for atom in eqn.invars if not hasattr(atom, "val")))
-            alone = jaxpr.replace(constvars=[], invars=taken, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
-            found = eval_jaxpr(alone, (), *map(read, taken))
-        values.update(zip(eqn.outvars, found, strict=True))
-    return list(map(read, jaxpr.outvars))
-
-
 def _check_rules(traced: Any, f: Any, slope: Any, z: jax.ShapeDtypeStruct) -> str:
     """Refuse rules of derivatives whose arrays cannot be arguments; return what else decides the derivative."""
-    rules = (eqn for eqn in _equations(traced.jaxpr) if eqn.primitive.name in _WITH_RULE)
+    rules = (eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name in WITH_RULE)
     if any(isinstance(array, Tracer) for array in f.consts) and any(rule.params.get("num_consts") for rule in rules):
         raise TypeError(checks.HELD_BY_RULE)
-    if any(body.consts for program in (f, slope) for eqn in _equations(program.jaxpr) for body in _bodies(eqn)):
-        raise TypeError(checks.HELD_INSIDE)
-    if not any(eqn.primitive.name == "custom_lin" for eqn in _equations(slope.jaxpr)):
+    if any(body.consts for program in (f, slope) for eqn in equations(program.jaxpr) for body in bodies(eqn)):
+        raise TypeError(checks.HELD_INSIDE.format(name="activation"))
+    if not any(eqn.primitive.name == "custom_lin" for eqn in equations(slope.jaxpr)):
         return ""
 
     def transpose(z: Array, g: Array, *held: Array) -> Any:
@@ -153,33 +121,7 @@ def _check_rules(traced: Any, f: Any, slope: Any, z: jax.ShapeDtypeStruct) -> st
     back = jax.make_jaxpr(transpose)(z, z, *f.consts)
     if back.consts:
         raise TypeError(checks.HELD_BY_VJP)
-    return _write(back)
-
-
-def _write(program: Any) -> str:
-    """Return what a program computes, in words; arrays that JAX wrote into it, which its text leaves out, in bytes."""
-    atoms = (atom for eqn in _equations(program.jaxpr) for atom in (*eqn.invars, *_returned(eqn)))
-    arrays = (np.asarray(atom.val) for atom in (*atoms, *program.jaxpr.outvars) if np.ndim(getattr(atom, "val", 0)))
-    return "\n".join([str(program), *(sha256(array.tobytes()).hexdigest() for array in arrays)])
-
-
-def _returned(eqn: Any) -> Iterator[Any]:
-    for body in _bodies(eqn):
-        yield from body.jaxpr.outvars
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for body in _bodies(eqn):
-            yield from _equations(body.jaxpr)
-
-
-def _bodies(eqn: Any) -> Iterator[Any]:
-    for value in eqn.params.values():
-        for body in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(body, "jaxpr") and hasattr(body, "consts"):
-                yield body
+    return write(back)
 
 
 def _selects(jaxpr: Any, tangent: int) -> bool:

@@ -167,15 +167,15 @@ HELD_BY_VJP = (
     "Expected jax.custom_jvp, which JAX transposes, or the activation applied to y, outside of the normalization."
 )
 HELD_INSIDE = (
-    "activation has a compiled function inside a loop or a condition that reads arrays from outside. Expected them as "
+    "{name} has a compiled function inside a loop or a condition that reads arrays from outside. Expected them as "
     "arguments of that function."
 )
 
 
-def check_activation(activation: object) -> None:
+def check_callable(name: str, value: object, arguments: str) -> None:
     """Refuse what is no function."""
-    if not callable(activation):
-        raise TypeError(f"activation is {activation!r}; expected a function of one array, for instance jax.nn.relu.")
+    if not callable(value):
+        raise TypeError(f"{name} is {value!r}; expected a function {arguments}.")
 
 
 def check_activation_output(found: Sequence[Any], z: jax.ShapeDtypeStruct) -> None:

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.export import register_namedtuple_serialization
-from jax.numpy import asarray, ones, zeros, zeros_like
+from jax.numpy import asarray, ones, zeros
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core import checks
 from jbn.core.activation import Activation
 from jbn.core.axes import name_mesh, place_as
+from jbn.core.choice import NormalizeBy, moments_of_state
 from jbn.core.normalize import Operands, Recipe, normalize, normalize_by_batch
-from jbn.core.prepare import Axis, AxisName, Groups, read_operands, read_rows, read_sharing, read_state
+from jbn.core.prepare import Axis, AxisName, Groups, read_choice, read_operands, read_rows, read_sharing, read_state
 from jbn.core.saved import INPUT, name_arrays
 from jbn.core.state import Observation, move, replace_arrays
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, statistics
@@ -92,6 +93,7 @@ def bn_forward(
     residual: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
     unbiased: bool = False,
+    normalize_by: NormalizeBy | None = None,
 ) -> tuple[Array, StateT]:
     r"""Normalize x per feature, by the statistics of the batch or by running ones, and return the new state.
 
@@ -132,6 +134,10 @@ def bn_forward(
         residual: an array of the shape of x, added before the activation.
         dtype: dtype of y, that of x unless given.
         unbiased: let the running variance be n/(n - 1) times the biased one, as in PyTorch.
+        normalize_by: a function of the moments of the batch (of each group, where there are groups), those of the
+            state and ε, differentiable in all of them, that returns what to normalize by in their place: ``Moments``;
+            or a ``Correction`` beside those of the batch, as ``jbn.renorm`` does. It costs no pass over x, and decides
+            nothing where x is normalized by the state, nor about how the state moves.
 
     Returns:
         y, of the shape of x, and a state of the type, shapes, dtypes and sharding of the one given. No gradient flows
@@ -177,6 +183,8 @@ def bn_forward(
         train = train and rows.layout.group_row_count * shards != 1  # a last batch of one row
     elif train:
         checks.check_rows(rows.layout, shards)
+    if train and normalize_by is not None:
+        recipe, operands = read_choice(normalize_by, rows, recipe, operands, mean, var)
     y, new = _with_statistics(rows, recipe, _Uses(train, update, unbiased), operands, held, var, weight)
     return y, replace_arrays(state, **new) if update else state
 
@@ -337,10 +345,7 @@ def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) ->
 
 def _normalize_by_running(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:
     """Normalize by the statistics of the state."""
-    mean = mean.astype(recipe.wide)
-    none = zeros((), recipe.wide)
-    known = Moments(none, zeros_like(mean), mean, var.astype(recipe.wide), none)
-    return normalize(recipe, known, operands)
+    return normalize(recipe, moments_of_state(mean.astype(recipe.wide), var.astype(recipe.wide)), operands)
 
 
 def _name_operands(operands: Operands) -> Operands:

@@ -11,6 +11,7 @@ from jax.numpy import where
 
 from jbn.core.activation import Program
 from jbn.core.axes import name_mesh, vary_as
+from jbn.core.choice import Basis, Choice, Correction
 from jbn.core.lax import lax
 from jbn.core.layout import Layout
 from jbn.core.saved import MOMENTS, name_arrays
@@ -27,6 +28,7 @@ class Recipe:
     activation: Program | None
     dtype: np.dtype[Any]
     wide: np.dtype[Any]
+    choice: Choice | None = None  # of what the batch is normalized by, where it is not its own statistics
 
 
 class Operands(NamedTuple):
@@ -38,6 +40,7 @@ class Operands(NamedTuple):
     bias: Array | None  # (features,)
     residual: Array | None  # the shape of x
     held: tuple[Array, ...]  # the arrays that the activation holds
+    basis: Basis | None = None  # what is chosen from, where there is a choice
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -128,7 +131,8 @@ def normalize_by_batch(rows: SharedRows, recipe: Recipe, pilot: Array, operands:
     with name_mesh():  # The derivative then finds what was traced for the value.
         m = statistics(rows, operands.x, operands.mask, pilot)
     m = name_arrays(MOMENTS, m)
-    return normalize(replace(recipe, layout=rows.layout), rows.sums_over.pick(m), _lift(rows.layout, operands)), m
+    mine, operands = _choose(recipe, rows.sums_over.pick(m), _lift(rows.layout, operands))
+    return normalize(replace(recipe, layout=rows.layout), mine, operands), m
 
 
 def _lift(layout: Layout, operands: Operands) -> Operands:
@@ -137,21 +141,51 @@ def _lift(layout: Layout, operands: Operands) -> Operands:
     return operands._replace(scale=scale, bias=bias)
 
 
+def _choose(recipe: Recipe, m: Moments, operands: Operands) -> tuple[Moments, Operands]:
+    """Return the moments to normalize by, and the operands with a correction in scale and bias."""
+    if recipe.choice is None or operands.basis is None:
+        return m, operands
+    found, rest = recipe.choice(m, operands.basis), operands._replace(basis=None)
+    if not isinstance(found, Correction):
+        return found, rest
+    scale, bias = (None if v is None else v.astype(recipe.wide) for v in (operands.scale, operands.bias))
+    shift = found.shift if scale is None else scale * found.shift
+    corrected = found.scale if scale is None else scale * found.scale
+    return m, rest._replace(scale=corrected, bias=shift if bias is None else bias + shift)
+
+
 @normalize_by_batch.defjvp
 def _normalize_by_batch_jvp(rows: SharedRows, recipe: Recipe, primals: Any, tangents: Any) -> tuple[Any, Any]:
     pilot, operands = primals
     with name_mesh():
         m = name_arrays(MOMENTS, statistics(rows, operands.x, operands.mask, pilot))
-    recipe, pick = replace(recipe, layout=rows.layout), rows.sums_over.pick
-    y = normalize(recipe, pick(m), _lift(rows.layout, operands))
+    here, pick = replace(recipe, layout=rows.layout), rows.sums_over.pick
+    y = normalize(here, *_choose(recipe, pick(m), _lift(rows.layout, operands)))
 
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(m: Moments, operands: Operands, d: Operands) -> tuple[Array, Array, Array]:
         dx = d.x.astype(recipe.wide)
         dmean, dvar = differentiate_statistics(rows, operands.x, operands.mask, m, dx)
-        mine = pick((dmean, dvar))
+        mine, dmine = pick(m), tangent_moments(pick(m), *pick((dmean, dvar)))
         lifted, d = _lift(rows.layout, operands), _lift(rows.layout, d)
-        return _differentiate(recipe, pick(m), lifted, *mine, dx, d), dmean, dvar
+        if recipe.choice is not None:
+            (mine, lifted), (dmine, d) = _differentiate_choice(recipe, mine, lifted, dmine, d)
+        return _differentiate(here, mine, lifted, dmine.pilot + dmine.offset, dmine.var, dx, d), dmean, dvar
 
     dy, dmean, dvar = tangent(m, operands, tangents[1])
     return (y, m), (dy, tangent_moments(m, dmean, dvar))
+
+
+def _differentiate_choice(
+    recipe: Recipe, m: Moments, operands: Operands, dm: Moments, d: Operands
+) -> tuple[tuple[Moments, Operands], tuple[Moments, Operands]]:
+    """Return what ``_choose`` returns and its tangents, of which x, the mask and the residual keep their own."""
+
+    def choose(m: Moments, scale: Array | None, bias: Array | None, basis: Basis | None) -> Any:
+        chosen, rest = _choose(recipe, m, operands._replace(scale=scale, bias=bias, basis=basis))
+        return chosen, rest.scale, rest.bias
+
+    vectors, dvectors = ((of.scale, of.bias, of.basis) for of in (operands, d))
+    (chosen, scale, bias), (dchosen, dscale, dbias) = jax.jvp(choose, (m, *vectors), (dm, *dvectors))
+    corrected, dcorrected = {"scale": scale, "bias": bias}, {"scale": dscale, "bias": dbias}
+    return (chosen, operands._replace(**corrected, basis=None)), (dchosen, d._replace(**dcorrected, basis=None))

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core import checks
 from jbn.core.activation import Activation, trace_activation
+from jbn.core.axes import name_mesh
+from jbn.core.choice import Basis, NormalizeBy, trace_choice
 from jbn.core.layout import Layout
 from jbn.core.normalize import Operands, Recipe
 from jbn.core.state import Observation
-from jbn.core.statistics import SharedRows
+from jbn.core.statistics import Moments, SharedRows, choose_pilot, statistics
 
 AxisName = Hashable | Sequence[Hashable]
 Axis = int | Sequence[int]
@@ -79,3 +82,27 @@ def read_sharing(
     layout = replace(layout, group=examples)
     checks.check_groups_on_mesh(layout, x)
     return SharedRows(layout, sync.divide(shards), recipe.epsilon)
+
+
+def read_choice(
+    normalize_by: NormalizeBy, rows: SharedRows, recipe: Recipe, operands: Operands, mean: Array, var: Array
+) -> tuple[Recipe, Operands]:
+    """Read the function that chooses what the batch is normalized by."""
+    mean, var = mean.astype(recipe.wide), var.astype(recipe.wide)
+    mask = None if operands.mask is None else jax.typeof(operands.mask)
+    batch = _find_types(rows, jax.typeof(operands.x), mask, jax.typeof(mean))
+    grouped = rows.layout.group is not None
+    choice, held = trace_choice(normalize_by, batch, mean, var, recipe.epsilon, grouped=grouped)
+    return replace(recipe, choice=choice), operands._replace(basis=Basis(mean, var, held))
+
+
+# An eager call that has nothing new must trace nothing but the function.
+@lru_cache(maxsize=1024)
+def _find_types(rows: SharedRows, x: Any, mask: Any, mean: Any) -> Moments:
+    """Return the types of the moments that a shard normalizes by."""
+
+    def find(x: Array, mask: Array | None, mean: Array) -> Moments:
+        return rows.sums_over.pick(statistics(rows, x, mask, choose_pilot(mean, mean.dtype)))
+
+    with name_mesh():
+        return jax.eval_shape(find, x, mask, mean)

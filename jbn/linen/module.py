@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core.checks import arithmetic_dtype, cast_mask, read_flag, read_layout
+from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward
 from jbn.linen.freezing import frozen_at
 
@@ -44,6 +45,7 @@ class BatchNorm(nn.Module):
         activation: f, a function such as ``nn.relu``, applied last and recomputed in the backward pass.
         group_size: number of examples that are a batch of their own, see ``jbn.bn_forward``.
         unbiased: let the running variance be that of a sample, as in PyTorch, see ``jbn.bn_forward``.
+        normalize_by: what to normalize by in training, such as ``jbn.renorm(3.0, 5.0)``, see ``jbn.bn_forward``.
 
     Raises:
         ValueError: see ``jbn.bn_forward``; and where statistics would silently restart, because ``batch_stats`` was
@@ -77,6 +79,7 @@ class BatchNorm(nn.Module):
     activation: Callable[[Array], Array] | None = None
     group_size: int | None = None
     unbiased: bool = False
+    normalize_by: NormalizeBy | None = None
 
     @nn.compact
     def __call__(
@@ -145,6 +148,7 @@ class BatchNorm(nn.Module):
             axis_index_groups=self.axis_index_groups,
             group_size=self.group_size,
             unbiased=self.unbiased,
+            normalize_by=self.normalize_by,
             **options,
         )
         if update:

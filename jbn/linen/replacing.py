@@ -15,8 +15,10 @@ from jbn.norms import Classes
 from jbn.paths import join
 from jbn.replacing import Found, check_overrides
 
-OPTIONS = ("momentum", "epsilon", "dtype", "axis_name", "axis_index_groups", "activation", "group_size", "unbiased")
-
+OPTIONS = (
+    "momentum", "epsilon", "dtype", "axis_name", "axis_index_groups", "activation", "group_size", "unbiased",
+    "normalize_by",
+)  # fmt: skip
 
 _SCOPE = Scope[tuple[tuple[str, Hashable], ...]]("replace")
 
@@ -42,7 +44,8 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
         also: classes of norms that compute what Flax's does, such as a copy of its code: fields of Flax's names, a call
             like Flax's, the same variables. Their variables are made by their own code.
         overrides: fields to set on each layer, jbn's own included: ``momentum``, ``epsilon``, ``dtype``, ``axis_name``,
-            ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``. The others keep their values.
+            ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``, ``normalize_by``. The others keep their
+            values.
 
     Yields:
         ``Found(paths, skipped)``, which fills up as layers are traced or called: those that compute with jbn, and

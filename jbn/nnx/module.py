@@ -13,12 +13,13 @@ from jax.typing import ArrayLike
 
 from jbn.core.axes import forbid_transformations
 from jbn.core.checks import OneValue, cast_mask, read_flag
+from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward
 from jbn.freezing import Frozen
 from jbn.nnx.variables import read, write
 
 # The attributes that Flax's norm lacks, and what they are where nothing is said.
-NEW = {"activation": None, "group_size": None, "unbiased": False}
+NEW = {"activation": None, "group_size": None, "unbiased": False, "normalize_by": None}
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -37,6 +38,8 @@ class BatchNorm(nnx.BatchNorm):
             in the backward pass.
         group_size: number of examples that are a batch of their own, see ``jbn.bn_forward``.
         unbiased: let the running variance be that of a sample, as in PyTorch, see ``jbn.bn_forward``.
+        normalize_by: what to normalize by in training, such as ``jbn.renorm(3.0, 5.0)``, see ``jbn.bn_forward``; or a
+            module that is called so, whose variables are those of the model.
         options: those of ``flax.nnx.BatchNorm``: ``use_running_average``, False unless given; ``axis``, ``momentum``
             (weight of the old statistics), ``epsilon``, ``dtype``, ``axis_name`` and ``axis_index_groups`` as in
             ``jbn.bn_forward``; ``param_dtype``, ``use_bias``, ``use_scale``, ``bias_init``, ``scale_init`` and ``rngs``
@@ -66,12 +69,14 @@ class BatchNorm(nnx.BatchNorm):
         activation: Callable[[Array], Array] | None = None,
         group_size: int | None = None,
         unbiased: bool = False,
+        normalize_by: NormalizeBy | None = None,
         **options: Any,
     ) -> None:
         super().__init__(num_features, **options)
         self.activation = activation
         self.group_size = group_size
         self.unbiased = unbiased
+        self.normalize_by = normalize_by
 
     def __call__(
         self,
@@ -132,6 +137,7 @@ class BatchNorm(nnx.BatchNorm):
                 update=update,
                 momentum=self.momentum,
                 unbiased=self.unbiased,
+                normalize_by=self.normalize_by,
                 **options,
             )
         except OneValue as error:
