@@ -82,10 +82,13 @@ def _find_type(dtype: np.dtype[Any], *others: Any) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda x, *more: vary_as(x.astype(dtype), *more), *others)
 
 
+# As they were when this was imported: what somebody puts in their places later may do another thing at every call.
+_OF_JAX = {id(function): function for room in (jax.nn, jnp, lax) for function in vars(room).values()}
+
+
 def _is_of_jax(activation: Any) -> bool:
     """Say whether a function is one that JAX itself has, by identity: such a one does the same at every call."""
-    name = str(getattr(activation, "__name__", None))
-    return any(getattr(room, name, None) is activation for room in (jax.nn, jnp, lax))
+    return _OF_JAX.get(id(activation)) is activation
 
 
 def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tuple[Array, ...]]:

@@ -16,6 +16,7 @@ from jbn.core import checks
 from jbn.core.activation import Activation
 from jbn.core.axes import name_mesh, place_as
 from jbn.core.normalize import Operands, Recipe, normalize, normalize_by_batch
+from jbn.core.numbers import read_momentum
 from jbn.core.prepare import Axis, AxisName, Groups, read_operands, read_rows, read_sharing, read_state
 from jbn.core.saved import INPUT, name_arrays
 from jbn.core.state import Observation, move, replace_arrays
@@ -168,7 +169,7 @@ def bn_forward(
     if not (train or update):
         return _evaluate(recipe, operands, mean, var), state
     rows = read_sharing(recipe, operands.x, axis_name, axis_index_groups, group_size)
-    weight = checks.read_momentum(momentum) if update else 0.0
+    weight = read_momentum(momentum) if update else 0.0
     if update:
         checks.check_replicas(rows.sync, operands.x, operands.mask, mean)
         checks.check_moving(mean, var)

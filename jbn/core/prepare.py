@@ -12,6 +12,7 @@ from jbn.core import checks
 from jbn.core.activation import Activation, trace_activation
 from jbn.core.layout import Layout
 from jbn.core.normalize import Operands, Recipe
+from jbn.core.numbers import read_epsilon
 from jbn.core.state import Observation
 from jbn.core.statistics import SharedRows
 
@@ -51,7 +52,7 @@ def read_operands(
     wide = checks.arithmetic_dtype(values.dtype, out)
     arrays = [value for value in (values, scale, bias, added, *state) if value is not None]
     program, held = trace_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide), *arrays)
-    recipe = Recipe(layout, checks.read_epsilon(epsilon, wide, by_batch=by_batch), program, out, wide)
+    recipe = Recipe(layout, read_epsilon(epsilon, wide, by_batch=by_batch), program, out, wide)
     return recipe, Operands(values, valid, scale, bias, added, held)
 
 

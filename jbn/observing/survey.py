@@ -112,7 +112,7 @@ class Survey:
             like = self.leaves[layer.mean]
             mean, none = (_put(value, like, wide) for value in (known.mean, np.zeros_like(known.mean)))
             updates = _put(np.zeros_like(known.mean), like, np.int32)
-            leaves[layer.mean] = Observation(mean, none, none, none, none, updates, upstream=upstream)
+            leaves[layer.mean] = Observation(mean, none, none, none, none, none, updates, upstream=upstream)
             leaves[layer.var] = _put(known.var, self.leaves[layer.var], wide)
         return jax.tree.unflatten(self.structure, leaves)
 
@@ -124,6 +124,7 @@ class Survey:
         """
         asked = jax.tree.leaves(question, is_leaf=_is_observation)
         layers = [layer for layer in self.layers if _is_observation(asked[layer.mean])]
+        _check_batch(batch)
         try:
             new = apply(params, question, batch)
         except Exception as error:
@@ -180,10 +181,11 @@ class Survey:
         with np.errstate(invalid="ignore", over="ignore"):
             for answer in answers:
                 for layer, found in answer.items():
-                    count, pilot, offset, var = (
-                        np.asarray(value, np.float64) for value in (found.count, found.pilot, found.offset, found.var)
+                    count, rest, pilot, offset, var, updates = (
+                        np.asarray(getattr(found, name), np.float64)
+                        for name in ("count", "rest", "pilot", "offset", "var", "updates")
                     )
-                    new = Seen(count, pilot + offset, var, np.asarray(found.updates, np.float64))
+                    new = Seen(count + rest, pilot + offset, var, updates)
                     seen[layer] = seen[layer].merge(new) if layer in seen else new
         return seen
 
@@ -237,6 +239,19 @@ def survey(state: Any) -> Survey:
             if kind not in FLOATS:
                 raise TypeError(f"The {name} of {layer.path} is of {kind}; expected an array of {', '.join(FLOATS)}.")
     return Survey(layers, leaves, structure)
+
+
+def _check_batch(batch: Any) -> None:
+    """Refuse what a compiled function does not take."""
+    for keys, leaf in zip(*flatten(batch)[:2], strict=True):
+        try:
+            jax.typeof(leaf)
+        except TypeError:
+            kind, where = f"{type(leaf).__module__.split('.')[0]}.{type(leaf).__name__}", join(keys)
+            fix = "its .numpy()" if hasattr(leaf, "numpy") else "leave it out, or read it with np.asarray"
+            raise TypeError(
+                f"A batch {f'has, at {where},' if where else 'is'} a {kind}; expected arrays of JAX or NumPy: {fix}."
+            ) from None
 
 
 def _is_observation(node: object) -> bool:

@@ -157,6 +157,15 @@ def test_a_number_that_changes_in_a_closure():
     np.testing.assert_allclose(jbn.batch_norm(X, activation=act)[0], leaky(PLAIN, 0.5), atol=1e-6)
 
 
+def test_what_stands_in_the_place_of_a_function_of_jax_is_read_again(monkeypatch):
+    slope = 0.1
+    monkeypatch.setattr(jax.nn, "relu", lambda z: leaky(z, slope))
+    jax.nn.relu.__name__ = "relu"
+    np.testing.assert_allclose(jbn.batch_norm(X, activation=jax.nn.relu)[0], leaky(PLAIN, 0.1), atol=1e-6)
+    slope = 0.5
+    np.testing.assert_allclose(jbn.batch_norm(X, activation=jax.nn.relu)[0], leaky(PLAIN, 0.5), atol=1e-6)
+
+
 def gradient_of_bias(act):
     return jax.grad(lambda bias: jbn.batch_norm(X, None, bias, activation=act)[0].sum())(jnp.zeros(4))
 
