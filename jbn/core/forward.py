@@ -18,9 +18,8 @@ from jbn.core.axes import name_mesh, place_as
 from jbn.core.normalize import Operands, Recipe, normalize, normalize_by_batch
 from jbn.core.numbers import read_momentum
 from jbn.core.prepare import Axis, AxisName, Groups, read_operands, read_rows, read_sharing, read_state
-from jbn.core.saved import INPUT, name_arrays
 from jbn.core.state import Observation, move, replace_arrays
-from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, statistics
+from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, show_overflow, statistics
 
 StateT = TypeVar("StateT")
 
@@ -292,7 +291,7 @@ def _with_statistics(
     var: Array,
     weight: ArrayLike,
 ) -> tuple[Array, dict[str, Any]]:
-    wide, operands = recipe.wide, _name_operands(operands)
+    wide = recipe.wide
     mean = held.mean if isinstance(held, Observation) else held
     pilot = choose_pilot(mean, wide)
     if uses.train:
@@ -316,12 +315,12 @@ def _with_statistics(
 
 @partial(jax.jit, static_argnums=0)
 def _evaluate(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:
-    return _normalize_by_running(recipe, _name_operands(operands), mean, var)
+    return _normalize_by_running(recipe, operands, mean, var)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _normalize(rows: SharedRows, recipe: Recipe, operands: Operands) -> tuple[Array, Moments]:
-    pilot, operands = zeros(rows.layout.features, recipe.wide), _name_operands(operands)
+    pilot = zeros(rows.layout.features, recipe.wide)
     y, batch = normalize_by_batch(rows, recipe, pilot, operands)
     return y, merge_groups(rows, batch, pilot)
 
@@ -340,10 +339,5 @@ def _normalize_by_running(recipe: Recipe, operands: Operands, mean: Array, var: 
     """Normalize by the statistics of the state."""
     mean = mean.astype(recipe.wide)
     none = zeros((), recipe.wide)
-    known = Moments(none, zeros_like(mean), mean, var.astype(recipe.wide), none)
+    known = Moments(none, zeros_like(mean), mean, show_overflow(var.astype(recipe.wide)), none)
     return normalize(recipe, known, operands)
-
-
-def _name_operands(operands: Operands) -> Operands:
-    # Once, and outside the derivative rules: each of them would save an x of its own.
-    return operands._replace(x=name_arrays(INPUT, operands.x), residual=name_arrays(INPUT, operands.residual))
