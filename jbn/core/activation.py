@@ -35,6 +35,7 @@ class Program:
 
     Attributes:
         text: what it computes, and its derivative, in words.
+        settings: what its operations are told, such as a mesh: the words of two can be the same.
         inexact: for each array that f holds, whether it has tangents.
         selects: whether the derivative passes each number of dz on or puts 0 in its place, as that of ReLU does.
         value: f(z), of z and the arrays that f holds.
@@ -42,6 +43,7 @@ class Program:
     """
 
     text: str
+    settings: tuple[Any, ...]
     inexact: tuple[bool, ...]
     selects: bool
     value: Any = field(compare=False, repr=False)
@@ -93,7 +95,11 @@ def _is_of_jax(activation: Any) -> bool:
 
 def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tuple[Array, ...]]:
     # What is traced is a new function at each call, because JAX keeps the program of a function that it knows.
-    traced = jax.make_jaxpr(lambda z: activation(z))(z)
+    try:
+        traced = jax.make_jaxpr(lambda z: activation(z))(z)
+    except Exception as error:
+        error.add_note(checks.IN_ACTIVATION)
+        raise
     checks.check_activation_output(traced.out_avals, z)
     # Calls stand where they are made from here on, because an inner ``jit`` has constants of its own.
     f = jax.make_jaxpr(lambda z: _evaluate(traced.jaxpr, traced.consts, z))(z)
@@ -113,7 +119,8 @@ def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tu
     slope = jax.make_jaxpr(lambda *args: _evaluate(rough.jaxpr, rough.consts, *args))(z, *f.consts, z, *tangents)
     text = "\n".join([*map(_write, (value, slope)), _check_rules(traced, f, slope, z)])
     selects = _selects(slope.jaxpr, len(f.consts) + 1)
-    return Program(text, inexact, selects, value.jaxpr, slope.jaxpr), (*f.consts, *slope.consts)
+    settings = tuple(_find_settings(value, slope))
+    return Program(text, settings, inexact, selects, value.jaxpr, slope.jaxpr), (*f.consts, *slope.consts)
 
 
 _trace_once = lru_cache(maxsize=1024)(_trace)
@@ -163,6 +170,22 @@ def _write(program: Any) -> str:
     atoms = (atom for eqn in _equations(program.jaxpr) for atom in (*eqn.invars, *_returned(eqn)))
     arrays = (np.asarray(atom.val) for atom in (*atoms, *program.jaxpr.outvars) if np.ndim(getattr(atom, "val", 0)))
     return "\n".join([str(program), *(sha256(array.tobytes()).hexdigest() for array in arrays)])
+
+
+def _find_settings(*programs: Any) -> Iterator[Any]:
+    """Find what operations are told and that is equal by value; what is so by identity is new at each trace."""
+    for program in programs:
+        for eqn in _equations(program.jaxpr):
+            if eqn.primitive.name not in (*_WITH_RULE, "custom_lin"):
+                yield from (part for value in eqn.params.values() for part in _flatten(value))
+
+
+def _flatten(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple | list):
+        for part in value:
+            yield from _flatten(part)
+    elif type(value).__eq__ is not object.__eq__ and type(value).__hash__ is not None:
+        yield value
 
 
 def _returned(eqn: Any) -> Iterator[Any]:

@@ -173,6 +173,10 @@ def check_moving(mean: Array, var: Array) -> None:
             )
 
 
+IN_ACTIVATION = (
+    "This came up while activation was traced. It may read arrays from outside and not change them; a layer with state "
+    "of its own, such as running statistics or a count of random numbers, is called on y instead."
+)
 HELD_BY_RULE = (
     "activation is, or calls, a function with a derivative rule of its own (jax.custom_jvp or jax.custom_vjp) that "
     "reads a traced array from outside, by which such a rule is not differentiated. Expected it as an argument of that "

@@ -54,8 +54,8 @@ def read_operands(
     arrays = [value for value in (values, scale, bias, added, *state) if value is not None]
     program, held = trace_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide), *arrays)
     recipe = Recipe(layout, read_epsilon(epsilon, wide, by_batch=by_batch), program, out, wide)
-    # Named once, outside the derivative rules, each of which would save an x of its own; and outside what is compiled, in
-    # which the alias would be a new output. JAX keeps an input that passes through, and looks for NaN in outputs alone.
+    # Named once, outside the derivative rules, each of which would save an x of its own; and outside what is compiled,
+    # in which the alias would be a new output. JAX keeps an input that passes through, and looks for NaN in outputs.
     values, added = name_arrays(INPUT, (values, added))
     return recipe, Operands(values, valid, scale, bias, added, held)
 
