@@ -184,8 +184,10 @@ def _flatten(value: Any) -> Iterator[Any]:
     if isinstance(value, tuple | list):
         for part in value:
             yield from _flatten(part)
-    elif type(value).__eq__ is not object.__eq__ and type(value).__hash__ is not None:
-        yield value
+    else:
+        kind: Any = type(value)
+        if kind.__eq__ is not object.__eq__ and kind.__hash__ is not None:
+            yield value
 
 
 def _returned(eqn: Any) -> Iterator[Any]:
