@@ -311,6 +311,7 @@ def test_other_arrays_of_numpy_are_read(tmp_path, value):
         ({"a": 1.0}, "arrays: 'a' has a leaf of type float; expected an array"),
         ({"a": np.rec.array([(1, 2.0)])}, r"arrays: 'a' has an array of \(numpy.record, .*; expected numbers"),
         ({"a": np.array(["b"])}, "arrays: 'a' has an array of <U1; expected numbers"),
+        ({"a": np.ma.masked_array([1.0])}, "arrays: 'a' has a masked array .* expected a plain one"),
         ({1: np.ones(3)}, "arrays: 1 is of type int; expected a string"),
         ({"a": {1: np.ones(3), "b": np.ones(3)}}, r"^arrays has keys of several kinds in one node, .*; expected str"),
     ],

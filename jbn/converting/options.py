@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-import numpy as np
+from jbn.core.numbers import read_number
 
 _FLAX = {"epsilon": 1e-5, "momentum": 0.99, "use_scale": True, "use_bias": True, "unbiased": False}
 
@@ -97,9 +97,10 @@ def convert_options(options: Any, source: str, target: str) -> dict[str, Any]:
         raise ValueError(f"options of {source} lack {', '.join(lacking)}; expected them, for there is no default.")
     for name, value in options.items():
         fits, expected = _CHECKS.get(name, _FLAG)
-        if not fits(value) and (source, name, value) != ("torch", "momentum", None):
+        if not (fits(value) or (value is None and (source, name) == ("torch", "momentum"))):
             raise ValueError(f"options of {source}: {name} is {value!r}; expected {expected}.")
-    return {**_WRITTEN[target](_READ[source]({**known, **options})), **more}
+    numbers = {name: read_number(value) for name, value in options.items() if name in _NUMBERS and value is not None}
+    return {**_WRITTEN[target](_READ[source]({**known, **options, **numbers})), **more}
 
 
 def _read_layer(options: Any, source: str, target: str) -> tuple[Mapping[str, Any], dict[str, Any]]:
@@ -142,19 +143,17 @@ def _read_module(config: Mapping[str, Any], target: str) -> dict[str, Any]:
     return {**({} if axis == -1 else {"axis": axis}), **({} if dtype == "float32" else {"dtype": dtype})}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+def _read_number(value: Any) -> float:
+    known = read_number(value)
+    return math.nan if known is None else known
 
 
 _Check = tuple[Callable[[Any], bool], str]
 _FLAG: _Check = (lambda value: isinstance(value, bool), "True or False")
-_ADDEND: _Check = (lambda value: _is_number(value) and 0 <= value < math.inf, "a number, 0 or more")
-_WEIGHT: _Check = (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
-_CHECKS: dict[str, _Check] = {
-    **dict.fromkeys(("eps", "epsilon"), _ADDEND),
-    **dict.fromkeys(("momentum", "decay_rate"), _WEIGHT),
-    "mode": (lambda value: isinstance(value, str), "'batch'"),
-}
+_ADDEND: _Check = (lambda value: 0 <= _read_number(value) < math.inf, "a number, 0 or more")
+_WEIGHT: _Check = (lambda value: 0 <= _read_number(value) <= 1, "a number from 0 to 1")
+_NUMBERS = {"eps": _ADDEND, "epsilon": _ADDEND, "momentum": _WEIGHT, "decay_rate": _WEIGHT}
+_CHECKS: dict[str, _Check] = {**_NUMBERS, "mode": (lambda value: isinstance(value, str), "'batch'")}
 
 
 def _of_the_other(momentum: float) -> float:

@@ -188,6 +188,8 @@ def as_numpy(leaf: Any) -> Array:
         raise TypeError("is a key of random numbers; expected nnx.state(model, (nnx.Param, nnx.BatchStat)).")
     if isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "is_meta", False):
         raise TypeError(f"has a {type(leaf).__name__} without values; expected an array: shapes alone are for like.")
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError("has a masked array of NumPy, whose mask would be lost; expected a plain one: array.filled(0).")
     dtype = dtype_of(leaf)
     if not (jnp.issubdtype(dtype, np.number) or dtype == np.bool_):
         raise TypeError(f"has an array of {dtype}; expected numbers: leave it out.")

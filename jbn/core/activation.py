@@ -20,7 +20,7 @@ from jax.dtypes import float0
 
 from jbn.core import checks
 from jbn.core.lax import lax
-from jbn.core.programs import WITH_RULE, bodies, equations, find_type, inline, write
+from jbn.core.programs import WITH_RULE, bodies, equations, find_settings, find_type, inline, write
 
 Activation: TypeAlias = Callable[[Array], Array]
 
@@ -31,6 +31,7 @@ class Program:
 
     Attributes:
         text: what it computes, and its derivative, in words.
+        settings: what its operations are told, such as a mesh: the words of two can be the same.
         inexact: for each array that f holds, whether it has tangents.
         selects: whether the derivative passes each number of dz on or puts 0 in its place, as that of ReLU does.
         value: f(z), of z and the arrays that f holds.
@@ -38,6 +39,7 @@ class Program:
     """
 
     text: str
+    settings: tuple[Any, ...]
     inexact: tuple[bool, ...]
     selects: bool
     value: Any = field(compare=False, repr=False)
@@ -71,15 +73,22 @@ def trace_activation(
     return (_trace_once if _is_of_jax(activation) else _trace)(activation, typed)
 
 
+# As they were when this was imported: what somebody puts in their places later may do another thing at every call.
+_OF_JAX = {id(function): function for room in (jax.nn, jnp, lax) for function in vars(room).values()}
+
+
 def _is_of_jax(activation: Any) -> bool:
     """Say whether a function is one that JAX itself has, by identity: such a one does the same at every call."""
-    name = str(getattr(activation, "__name__", None))
-    return any(getattr(room, name, None) is activation for room in (jax.nn, jnp, lax))
+    return _OF_JAX.get(id(activation)) is activation
 
 
 def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tuple[Array, ...]]:
     # What is traced is a new function at each call, because JAX keeps the program of a function that it knows.
-    traced = jax.make_jaxpr(lambda z: activation(z))(z)
+    try:
+        traced = jax.make_jaxpr(lambda z: activation(z))(z)
+    except Exception as error:
+        error.add_note(checks.IN_ACTIVATION)
+        raise
     checks.check_activation_output(traced.out_avals, z)
     # Calls stand where they are made from here on, because an inner ``jit`` has constants of its own.
     f = jax.make_jaxpr(lambda z: inline(traced.jaxpr, traced.consts, z))(z)
@@ -99,7 +108,8 @@ def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tu
     slope = jax.make_jaxpr(lambda *args: inline(rough.jaxpr, rough.consts, *args))(z, *f.consts, z, *tangents)
     text = "\n".join([*map(write, (value, slope)), _check_rules(traced, f, slope, z)])
     selects = _selects(slope.jaxpr, len(f.consts) + 1)
-    return Program(text, inexact, selects, value.jaxpr, slope.jaxpr), (*f.consts, *slope.consts)
+    settings = tuple(find_settings(value, slope))
+    return Program(text, settings, inexact, selects, value.jaxpr, slope.jaxpr), (*f.consts, *slope.consts)
 
 
 _trace_once = lru_cache(maxsize=1024)(_trace)

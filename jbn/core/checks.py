@@ -4,7 +4,6 @@
 comes before x is touched. The tools keep the errors about their own arguments.
 """
 
-import math
 import operator
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +29,19 @@ def read_array(name: str, value: Any) -> Any:
         return value
     if not hasattr(value, "dtype"):
         raise TypeError(f"{name} is of type {type(value).__name__}; expected a jax or NumPy array.")
-    return jnp.asarray(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array of NumPy, whose mask would be lost; expected a plain one: {name}.filled(0), and "
+            f"what is valid as mask=~np.ma.getmaskarray({name})."
+        )
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        detach = ": detach it" if hasattr(value, "detach") else ""
+        raise TypeError(
+            f"{name} is of type {type(value).__name__} and dtype {value.dtype}, which JAX does not read; expected a "
+            f"jax or NumPy array of numbers{detach}."
+        ) from error
 
 
 def read_fields(name: str, tree: Any, fields: tuple[str, ...], required: bool = False) -> tuple[Any, ...]:
@@ -141,9 +152,15 @@ def check_mask(mask: Array | None, layout: Layout) -> Array | None:
     return mask
 
 
+def cast_array(name: str, value: ArrayLike) -> Array:
+    """Read an array as Flax takes it, nested lists of numbers too."""
+    return read_array(name, value) if hasattr(value, "dtype") else jnp.asarray(value)  # type: ignore[no-any-return]
+
+
 def cast_mask(mask: ArrayLike | None) -> Array | None:
-    """Read a mask as Flax takes it, of any dtype."""
-    return None if mask is None else jnp.asarray(mask, dtype=bool)
+    """Read a mask as Flax takes it, of any dtype that holds numbers."""
+    found = None if mask is None else cast_array("mask", mask)
+    return found if found is None or not jnp.issubdtype(found.dtype, np.number) else found.astype(bool)
 
 
 def check_moving(mean: Array, var: Array) -> None:
@@ -157,6 +174,10 @@ def check_moving(mean: Array, var: Array) -> None:
             )
 
 
+IN_ACTIVATION = (
+    "This came up while activation was traced. It may read arrays from outside and not change them; a layer with state "
+    "of its own, such as running statistics or a count of random numbers, is called on y instead."
+)
 HELD_BY_RULE = (
     "activation is, or calls, a function with a derivative rule of its own (jax.custom_jvp or jax.custom_vjp) that "
     "reads a traced array from outside, by which such a rule is not differentiated. Expected it as an argument of that "
@@ -254,61 +275,6 @@ def read_flag(name: str, value: object) -> bool:
             "or static_argnums with its position."
         )
     raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected True or False.")
-
-
-def read_epsilon(epsilon: object, dtype: DTypeLike = np.float32, *, by_batch: bool = False) -> float:
-    """Return epsilon as a number; refuse one that the arithmetic in ``dtype`` does not bear.
-
-    The variance of a batch may be 0, and its derivative divides by (σ² + ε)^1.5. Running variances are not, so that
-    epsilon may be 0 where these normalize.
-    """
-    known, largest = _read_number(epsilon), float(jnp.finfo(dtype).max)
-    if known is None:
-        raise TypeError(f"epsilon is {epsilon!r}; expected a Python number, known when tracing.")
-    least = largest ** (-2 / 3) if by_batch else 0.0
-    if not least <= known <= largest:
-        why = (
-            f"{least:.1g} or more in {jnp.dtype(dtype).name}, up to {largest:.1g}, for the variance of a batch may be 0"
-            if by_batch
-            else f"0 or more, up to {largest:.1g}"
-        )
-        raise ValueError(f"epsilon is {epsilon}; expected {why}: for instance 1e-5.")
-    return known
-
-
-def _read_number(value: Any) -> float | None:
-    """Return a real number that is known when tracing, of Python, NumPy or JAX; None for anything else."""
-    dtype = getattr(value, "dtype", None)
-    if dtype is None:
-        real = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating)) and hasattr(value, "__float__")
-        real = real and not jnp.issubdtype(dtype, np.timedelta64)  # an integer to NumPy
-    if not real or np.shape(value) != () or isinstance(value, jax.core.Tracer):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # Python lets integers grow without end.
-        return math.inf if value > 0 else -math.inf
-
-
-def read_momentum(momentum: ArrayLike) -> ArrayLike:
-    """Return 1 - momentum, the weight of the new value; refuse a momentum outside [0, 1] where it is known."""
-    known = _read_number(momentum)
-    if known is not None and not 0 <= known <= 1:
-        raise ValueError(
-            f"momentum is {momentum}; expected 0 to 1, the weight of the old value (PyTorch's is one minus it)."
-        )
-    if known is not None:
-        return 1.0 - known
-    if not isinstance(momentum, jax.Array | np.ndarray):
-        raise TypeError(f"momentum is {momentum!r}; expected a number from 0 to 1, the weight of the old value.")
-    if momentum.shape != () or not isinstance(momentum, jax.core.Tracer) or momentum.dtype.name not in FLOATS:
-        raise ValueError(
-            f"momentum has shape {momentum.shape} and dtype {momentum.dtype.name}; expected one floating-point number "
-            "from 0 to 1."
-        )
-    return lax.sub(lax.full((), 1, momentum.dtype), momentum)
 
 
 def read_dtype(dtype: DTypeLike | None, x: Array) -> np.dtype[Any]:

@@ -11,7 +11,7 @@ from jax.core import eval_jaxpr
 from jax.numpy import asarray, broadcast_to, zeros, zeros_like
 
 from jbn.core import checks
-from jbn.core.programs import bodies, equations, inline, write
+from jbn.core.programs import bodies, equations, find_settings, inline, write
 from jbn.core.statistics import Moments
 
 
@@ -40,6 +40,7 @@ class Choice:
     """A function that chooses what x is normalized by, as a program; two are equal if they compute the same."""
 
     text: str
+    settings: tuple[Any, ...]  # what is no part of its text
     corrects: bool  # whether it returns a Correction, or Moments
     program: Any = field(compare=False, repr=False)
 
@@ -95,7 +96,8 @@ def trace_choice(
         return eval_jaxpr(f.jaxpr, args[len(types) :], *args[: len(types)])
 
     program = jax.make_jaxpr(value)(*types, *f.consts)
-    return Choice("\n".join(map(write, (program, derivative))), corrects, program.jaxpr), tuple(f.consts)
+    text, settings = "\n".join(map(write, (program, derivative))), tuple(find_settings(program, derivative))
+    return Choice(text, settings, corrects, program.jaxpr), tuple(f.consts)
 
 
 def _read_fields(found: object, mean: Array) -> tuple[Array, ...]:

@@ -17,10 +17,10 @@ from jbn.core.activation import Activation
 from jbn.core.axes import name_mesh, place_as
 from jbn.core.choice import NormalizeBy, moments_of_state
 from jbn.core.normalize import Operands, Recipe, normalize, normalize_by_batch
+from jbn.core.numbers import read_momentum
 from jbn.core.prepare import Axis, AxisName, Groups, read_choice, read_operands, read_rows, read_sharing, read_state
-from jbn.core.saved import INPUT, name_arrays
 from jbn.core.state import Observation, move, replace_arrays
-from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, statistics
+from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, show_overflow, statistics
 
 StateT = TypeVar("StateT")
 
@@ -174,7 +174,7 @@ def bn_forward(
     if not (train or update):
         return _evaluate(recipe, operands, mean, var), state
     rows = read_sharing(recipe, operands.x, axis_name, axis_index_groups, group_size)
-    weight = checks.read_momentum(momentum) if update else 0.0
+    weight = read_momentum(momentum) if update else 0.0
     if update:
         checks.check_replicas(rows.sync, operands.x, operands.mask, mean)
         checks.check_moving(mean, var)
@@ -299,7 +299,7 @@ def _with_statistics(
     var: Array,
     weight: ArrayLike,
 ) -> tuple[Array, dict[str, Any]]:
-    wide, operands = recipe.wide, _name_operands(operands)
+    wide = recipe.wide
     mean = held.mean if isinstance(held, Observation) else held
     pilot = choose_pilot(mean, wide)
     if uses.train:
@@ -323,12 +323,12 @@ def _with_statistics(
 
 @partial(jax.jit, static_argnums=0)
 def _evaluate(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:
-    return _normalize_by_running(recipe, _name_operands(operands), mean, var)
+    return _normalize_by_running(recipe, operands, mean, var)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _normalize(rows: SharedRows, recipe: Recipe, operands: Operands) -> tuple[Array, Moments]:
-    pilot, operands = zeros(rows.layout.features, recipe.wide), _name_operands(operands)
+    pilot = zeros(rows.layout.features, recipe.wide)
     y, batch = normalize_by_batch(rows, recipe, pilot, operands)
     return y, merge_groups(rows, batch, pilot)
 
@@ -345,9 +345,5 @@ def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) ->
 
 def _normalize_by_running(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:
     """Normalize by the statistics of the state."""
-    return normalize(recipe, moments_of_state(mean.astype(recipe.wide), var.astype(recipe.wide)), operands)
-
-
-def _name_operands(operands: Operands) -> Operands:
-    # Once, and outside the derivative rules: each of them would save an x of its own.
-    return operands._replace(x=name_arrays(INPUT, operands.x), residual=name_arrays(INPUT, operands.residual))
+    known = moments_of_state(mean.astype(recipe.wide), show_overflow(var.astype(recipe.wide)))
+    return normalize(recipe, known, operands)

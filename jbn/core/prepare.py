@@ -15,6 +15,8 @@ from jbn.core.axes import name_mesh
 from jbn.core.choice import Basis, NormalizeBy, trace_choice
 from jbn.core.layout import Layout
 from jbn.core.normalize import Operands, Recipe
+from jbn.core.numbers import read_epsilon
+from jbn.core.saved import INPUT, name_arrays
 from jbn.core.state import Observation
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, statistics
 
@@ -54,7 +56,10 @@ def read_operands(
     wide = checks.arithmetic_dtype(values.dtype, out)
     arrays = [value for value in (values, scale, bias, added, *state) if value is not None]
     program, held = trace_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide), *arrays)
-    recipe = Recipe(layout, checks.read_epsilon(epsilon, wide, by_batch=by_batch), program, out, wide)
+    recipe = Recipe(layout, read_epsilon(epsilon, wide, by_batch=by_batch), program, out, wide)
+    # Named once, outside the derivative rules, each of which would save an x of its own; and outside what is compiled,
+    # in which the alias would be a new output. JAX keeps an input that passes through, and looks for NaN in outputs.
+    values, added = name_arrays(INPUT, (values, added))
     return recipe, Operands(values, valid, scale, bias, added, held)
 
 

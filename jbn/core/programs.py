@@ -50,6 +50,24 @@ def write(program: Any) -> str:
     return "\n".join([str(program), *(sha256(array.tobytes()).hexdigest() for array in arrays)])
 
 
+def find_settings(*programs: Any) -> Iterator[Any]:
+    """Find what operations are told and that is equal by value; what is so by identity is new at each trace."""
+    for program in programs:
+        for eqn in equations(program.jaxpr):
+            if eqn.primitive.name not in (*WITH_RULE, "custom_lin"):
+                yield from (part for value in eqn.params.values() for part in _flatten(value))
+
+
+def _flatten(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple | list):
+        for part in value:
+            yield from _flatten(part)
+    else:
+        kind: Any = type(value)
+        if kind.__eq__ is not object.__eq__ and kind.__hash__ is not None:
+            yield value
+
+
 def returned(eqn: Any) -> Iterator[Any]:
     """Return what the programs inside an equation return."""
     for body in bodies(eqn):

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 from jax import Array
-from jax.numpy import broadcast_to, zeros_like
+from jax.numpy import broadcast_to
 from jax.tree_util import register_dataclass
 
 from jbn.core.axes import place_as
@@ -48,7 +48,7 @@ def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool)
     # difference is the offset, exact.
     new_mean = old_mean + weight * ((batch.pilot - old_mean) + batch.offset)
     new_var = old_var + weight * (target - old_var)
-    known = lax.is_finite(old_mean) & lax.is_finite(old_var)
+    known = lax.is_finite(old_mean) & lax.is_finite(old_var) & (old_var >= 0)
     new_mean = lax.select(known, new_mean, batch.mean).astype(mean.dtype)
     new_var = lax.select(known, new_var, target).astype(var.dtype)
     # Judged after the cast: what fits into the dtype of the arithmetic need not fit into that of the state.
@@ -58,7 +58,7 @@ def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool)
 
 @partial(
     register_dataclass,
-    data_fields=["mean", "count", "pilot", "offset", "var", "updates"],
+    data_fields=["mean", "count", "pilot", "offset", "var", "rest", "updates"],
     meta_fields=["upstream"],
 )
 @dataclass(frozen=True)
@@ -74,10 +74,11 @@ class Observation:
 
     Attributes:
         mean: the running mean, (features,), that of ``State``.
-        count: the number of rows seen, (features,), like the three that follow.
+        count: the number of rows seen, (features,), like the four that follow; as in ``Moments``.
         pilot: a number near the mean of these rows.
         offset: what is missing to their mean.
         var: their biased variance.
+        rest: the number of rows - count.
         updates: how often the layer has taken statistics, int32.
         upstream: what the layer normalizes by: "batch", whatever its call asks for, or "recalibrated", the running
             statistics.
@@ -88,6 +89,7 @@ class Observation:
     pilot: Array
     offset: Array
     var: Array
+    rest: Array
     updates: Array
     upstream: Upstream = field(default="batch", kw_only=True)
 
@@ -95,8 +97,8 @@ class Observation:
         """Return the observation with the rows of a batch."""
         shape, dtype = self.mean.shape, self.mean.dtype
         new = jax.tree.map(lambda value: place_as(broadcast_to(value, shape).astype(dtype), self.mean), batch)
-        both = merge(Moments(self.count, self.pilot, self.offset, self.var, zeros_like(self.count)), new)
-        found = {name: getattr(both, name) for name in ("count", "pilot", "offset", "var")}
+        both = merge(Moments(self.count, self.pilot, self.offset, self.var, self.rest), new)
+        found = {name: getattr(both, name) for name in ("count", "pilot", "offset", "var", "rest")}
         return replace(self, **found, updates=self.updates + 1)
 
     # A user's code may read the shape or the dtype of a running mean; an observation answers as the array would.

@@ -126,7 +126,7 @@ def _merge(a: Moments, b: Moments) -> Moments:
         count,
         where(larger, a.pilot, b.pilot),
         where(larger, a.offset + share_b * delta, b.offset - share_a * delta),
-        share_a * a.var + share_b * b.var + share_a * share_b * delta * delta,
+        show_overflow(share_a * a.var + share_b * b.var + share_a * share_b * delta * delta),
         rest,
     )
 
@@ -293,10 +293,13 @@ def _moments_of_sums(count: ArrayLike, pilot: Array, first: Array, second: Array
     share = divide(1, count)
     offset = first * share
     var = lax.max(second * share - offset * offset, lax.full_like(second, 0))
-    # A sum of squares that has overflowed says nothing: NaN is seen, where y = 0 for an infinite variance would not be.
-    var = lax.select(var == jnp.inf, lax.full_like(var, jnp.nan), var)
     total = asarray(count)
-    return Moments(total, pilot, offset, var, zeros_like(total))
+    return Moments(total, pilot, offset, show_overflow(var), zeros_like(total))
+
+
+def show_overflow(var: Array) -> Array:
+    """Return a variance with NaN in the place of what has overflowed: it is seen, where y = 0 would not be."""
+    return lax.select(var == jnp.inf, lax.full_like(var, jnp.nan), var)
 
 
 # The derivative of the moments, with E the average over the valid rows of all shards and c = x - μ:

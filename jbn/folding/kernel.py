@@ -15,6 +15,7 @@ from jbn.converting.trees import as_numpy, narrow
 from jbn.core import checks
 from jbn.core.forward import Params
 from jbn.core.layout import Layout
+from jbn.core.numbers import read_epsilon
 from jbn.paths import count_of
 
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -212,7 +213,7 @@ def _read_norm(params: Any, state: Any, epsilon: float) -> _Norm:
     layout = Layout(tuple(mean.shape), tuple(range(mean.ndim)))
     for name, value in {"state.mean": mean, "state.var": var, "scale": scale, "bias": bias}.items():
         checks.check_vector(name, value, layout)
-    return _Norm(mean, var, scale, bias, checks.read_epsilon(epsilon))
+    return _Norm(mean, var, scale, bias, read_epsilon(epsilon))
 
 
 def _read_array(name: str, value: Any) -> Any:

@@ -9,9 +9,10 @@ from flax.linen import initializers
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.core.checks import arithmetic_dtype, cast_mask, read_flag, read_layout
+from jbn.core.checks import arithmetic_dtype, cast_array, cast_mask, read_flag, read_layout
 from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward
+from jbn.core.numbers import read_epsilon, read_momentum
 from jbn.linen.freezing import frozen_at
 
 Initializer = Callable[..., Any]
@@ -81,6 +82,12 @@ class BatchNorm(nn.Module):
     unbiased: bool = False
     normalize_by: NormalizeBy | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse numbers where they are written: a network can be initialized and evaluated with a wrong momentum."""
+        read_epsilon(self.epsilon)
+        read_momentum(self.momentum)
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -112,7 +119,7 @@ class BatchNorm(nn.Module):
                 f"activation is the module {type(self.activation).__name__}; expected a function, because the "
                 "derivative rule cannot create variables: call the module on the output of BatchNorm instead."
             )
-        x = jnp.asarray(x)
+        x = cast_array("x", x)
         mask = cast_mask(mask)
         shape = read_layout(x, self.axis).features
         _require_statistics(self)

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
 from jbn.core.axes import forbid_transformations
-from jbn.core.checks import OneValue, cast_mask, read_flag
+from jbn.core.checks import OneValue, cast_array, cast_mask, read_flag
 from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward
+from jbn.core.numbers import read_epsilon, read_momentum
 from jbn.freezing import Frozen
 from jbn.nnx.variables import read, write
 
@@ -73,6 +73,9 @@ class BatchNorm(nnx.BatchNorm):
         **options: Any,
     ) -> None:
         super().__init__(num_features, **options)
+        # Here, where they are written: a network can be evaluated with a wrong momentum.
+        read_epsilon(self.epsilon)
+        read_momentum(self.momentum)
         self.activation = activation
         self.group_size = group_size
         self.unbiased = unbiased
@@ -109,7 +112,7 @@ class BatchNorm(nnx.BatchNorm):
             "use_running_average", self.use_running_average if use_running_average is None else use_running_average
         )
         train, update = self.frozen.flags(evaluate)
-        x = jnp.asarray(x)
+        x = cast_array("x", x)
         mask = cast_mask(mask)
         params: dict[str, Any] = {
             "scale": None if self.scale is None else read(self.scale),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
-from jbn.core.checks import read_epsilon, read_momentum
+from jbn.core.numbers import read_epsilon, read_momentum
 from jbn.core.state import Observation
 from jbn.observing.findings import Examination, Finding, LayerStatistics, find_unobserved, in_words, indices
 from jbn.observing.survey import ForeignLayers, Layer, Seen, Statistics, Survey, Vector, survey

@@ -112,7 +112,7 @@ class Survey:
             like = self.leaves[layer.mean]
             mean, none = (_put(value, like, wide) for value in (known.mean, np.zeros_like(known.mean)))
             updates = _put(np.zeros_like(known.mean), like, np.int32)
-            leaves[layer.mean] = Observation(mean, none, none, none, none, updates, upstream=upstream)
+            leaves[layer.mean] = Observation(mean, none, none, none, none, none, updates, upstream=upstream)
             leaves[layer.var] = _put(known.var, self.leaves[layer.var], wide)
         return jax.tree.unflatten(self.structure, leaves)
 
@@ -181,10 +181,11 @@ class Survey:
         with np.errstate(invalid="ignore", over="ignore"):
             for answer in answers:
                 for layer, found in answer.items():
-                    count, pilot, offset, var = (
-                        np.asarray(value, np.float64) for value in (found.count, found.pilot, found.offset, found.var)
+                    count, rest, pilot, offset, var, updates = (
+                        np.asarray(getattr(found, name), np.float64)
+                        for name in ("count", "rest", "pilot", "offset", "var", "updates")
                     )
-                    new = Seen(count, pilot + offset, var, np.asarray(found.updates, np.float64))
+                    new = Seen(count + rest, pilot + offset, var, updates)
                     seen[layer] = seen[layer].merge(new) if layer in seen else new
         return seen
 

@@ -5,6 +5,7 @@ import itertools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jbn
@@ -27,6 +28,13 @@ def test_the_same_in_every_library(source, target):
     found = jbn.convert_options(THE_SAME[source], source, target)
     sample = source == "torch" and target in ("jbn", "linen", "nnx")
     assert found == THE_SAME[target] | ({"unbiased": True} if sample else {})
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.array, jnp.asarray], ids=["scalar", "array", "jax"])
+def test_numbers_may_be_of_any_type(kind):
+    found = jbn.convert_options({"eps": kind(2.0**-10), "momentum": kind(0.25)}, "torch", "jbn")
+    assert [type(found[name]) for name in ("epsilon", "momentum")] == [float, float]
+    assert (found["epsilon"], found["momentum"]) == (2.0**-10, 0.75)
 
 
 def test_defaults_arrive():
@@ -72,6 +80,10 @@ def test_scale_and_bias(options, source, target, want):
         ({"eps": float("nan")}, "torch", "jbn", r"eps is nan; expected a number"),
         ({"eps": float("inf")}, "torch", "jbn", r"eps is inf; expected a number"),
         ({"eps": "1e-5"}, "torch", "jbn", r"eps is '1e-5'; expected a number"),
+        ({"eps": np.complex64(1e-5)}, "torch", "jbn", r"eps is .*; expected a number"),
+        ({"eps": np.longdouble("1e4000")}, "torch", "jbn", r"eps is .*; expected a number"),
+        ({"momentum": np.zeros((), [("a", "f4")])}, "torch", "jbn", r"momentum is .*; expected a number"),
+        ({"momentum": jnp.float32(1.5)}, "torch", "jbn", r"momentum is .*; expected a number"),
         ({"affine": 1}, "torch", "jbn", r"affine is 1; expected True or False"),
         ({"track_running_stats": False}, "torch", "jbn", r"track_running_stats=False evaluates by .* expected True"),
         ({"use_scale": False}, "jbn", "torch", r"bias without a scale cannot be expressed in torch"),

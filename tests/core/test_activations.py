@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn
@@ -155,6 +155,35 @@ def test_a_number_that_changes_in_a_closure():
     np.testing.assert_allclose(jbn.batch_norm(X, activation=act)[0], leaky(PLAIN, 0.1), atol=1e-6)
     slope = 0.5
     np.testing.assert_allclose(jbn.batch_norm(X, activation=act)[0], leaky(PLAIN, 0.5), atol=1e-6)
+
+
+def test_what_stands_in_the_place_of_a_function_of_jax_is_read_again(monkeypatch):
+    slope = 0.1
+    monkeypatch.setattr(jax.nn, "relu", lambda z: leaky(z, slope))
+    jax.nn.relu.__name__ = "relu"
+    np.testing.assert_allclose(jbn.batch_norm(X, activation=jax.nn.relu)[0], leaky(PLAIN, 0.1), atol=1e-6)
+    slope = 0.5
+    np.testing.assert_allclose(jbn.batch_norm(X, activation=jax.nn.relu)[0], leaky(PLAIN, 0.5), atol=1e-6)
+
+
+def test_two_meshes_that_read_alike_are_two():
+    for devices in np.split(np.array(jax.devices()[:8]), 2):
+        placed = NamedSharding(Mesh(devices, "d"), P("d"))
+        y = jbn.batch_norm(
+            jax.device_put(X, placed),
+            activation=lambda z, placed=placed: jax.lax.with_sharding_constraint(leaky(z, 0.1), placed),
+        )[0]
+        assert y.devices() == set(devices)
+        np.testing.assert_allclose(y, leaky(PLAIN, 0.1), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Flax 0.12.0's NNX uses old names of jax
+def test_an_activation_that_changes_what_is_outside_is_named():
+    from flax import errors, nnx
+
+    with pytest.raises(errors.TraceContextError) as error:
+        jbn.batch_norm(X, activation=nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+    assert any("while activation was traced" in note for note in error.value.__notes__)
 
 
 def gradient_of_bias(act):

@@ -99,6 +99,16 @@ def test_squares_that_overflow_are_not_silent(size):
     np.testing.assert_allclose(new.var, [want.var[0], want.var[1] if right else 1], rtol=1e-5)
 
 
+def test_variances_that_overflowed_before_are_not_silent_either():
+    state = jbn.State(jnp.zeros(2), jnp.asarray([1, np.inf]))
+    x = np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32)
+    for update in (False, True):
+        y, _ = jbn.bn_forward(None, state, x, False, update=update)
+        np.testing.assert_array_equal(np.isnan(y).all(0), [False, True])
+    far = [jbn.moments(np.full((1, 1), mean, np.float32)) for mean in (1e20, -1e20)]
+    assert np.isnan(jbn.merge(*far).var)
+
+
 @pytest.mark.usefixtures("x64")
 def test_float64_is_float64_all_the_way():
     x = np.random.default_rng(0).standard_normal((1000, 3)) + 1e6

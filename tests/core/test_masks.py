@@ -50,6 +50,23 @@ def test_nothing_leaks(case, door, train):
             assert not oracle.wide(a)[hidden].any()
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", [None, jax.nn.silu], ids=["none", "silu"])
+def test_what_is_hidden_alarms_nobody(train, activation):
+    """An array that is only kept for the derivative is no output, in which JAX would look for NaN."""
+    rng, (params, state) = np.random.default_rng(0), jbn.bn_init(4)
+    mask = jnp.asarray(np.arange(8)[:, None] != 3)
+    x, residual = (jnp.where(mask, rng.standard_normal((8, 4)).astype(np.float32), jnp.nan) for _ in range(2))
+
+    def loss(params, x, residual):
+        options = {"mask": mask, "residual": residual, "activation": activation}
+        return jbn.bn_forward(params, state, x, train, **options)[0].sum()
+
+    with jax.debug_nans(True):
+        gradients = jax.grad(loss, (0, 1, 2))(params, x, residual)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
 @doors
 @pytest.mark.parametrize("case", MASKED, ids=str)
 def test_all_masked(case, door):

@@ -149,6 +149,12 @@ def test_names_and_groups_of_axes_reach_bn_forward():
     np.testing.assert_array_equal(y, jax.vmap(function, axis_name="batch")(x))
 
 
+@pytest.mark.parametrize("number", ["momentum", "epsilon"])
+def test_numbers_are_checked_where_they_are_written(number):
+    with pytest.raises(ValueError, match=f"{number} is -1"):
+        BatchNorm(4, **{number: -1}, rngs=nnx.Rngs(0))
+
+
 def test_a_mask_of_lower_rank_is_refused():
     for shape in [(4,), (8,), (8, 4), (4, 1)]:
         with pytest.raises(ValueError, match=r"mask has shape .* x has shape \(8, 4, 4\); expected the same rank"):

@@ -267,6 +267,7 @@ REFUSED = {
     ),
     "epsilon": (KERNEL, {"epsilon": -1e-5}, ValueError, "epsilon is -1e-05"),
     "no array": ([[1.0]], {}, TypeError, "kernel has a leaf of type list; expected an array"),
+    "a masked array": (np.ma.masked_array(KERNEL), {}, TypeError, "kernel has a masked array of NumPy"),
     "float16": (KERNEL.astype(np.float16) * 6e4, {}, ValueError, "folded kernel does not fit into float16: .* wider"),
 }  # fmt: skip
 

@@ -15,6 +15,8 @@ from flax import nnx
 import jbn
 import jbn.linen
 import jbn.nnx
+from jbn.core.state import Observation
+from jbn.observing.survey import Layer, Survey
 from tests.support import oracle
 from tests.support.shards import mesh
 
@@ -371,6 +373,27 @@ def test_one_trace_for_each_shape_of_a_batch():
     for _ in range(2):
         jbn.recalibrate(counting, PARAMS, FRESH, batches)
     assert traced == [(16, C), (8, C)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (lambda torch: {"x": torch.ones(4, C)}, r"batch/x is of type torch.Tensor; .* tensor.numpy\(\)"),
+        (lambda torch: "text", "batch is of type builtins.str; expected an array of NumPy or jax"),
+    ],
+)
+def test_a_batch_that_jax_does_not_take_is_named(batch, message):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=message):
+        jbn.recalibrate(apply, PARAMS, FRESH, [batch(torch)])
+
+
+def test_rows_beyond_the_integers_of_float32_are_observed():
+    layer, zero = Layer((), 0, 1), jnp.zeros(1)
+    seen = Observation(zero, zero + 2**24, zero, zero, zero, zero, jnp.zeros(1, jnp.int32))
+    for _ in range(3):
+        seen = seen.add(jbn.moments(jnp.ones((1, 1))))
+    assert Survey([layer], [], None).merge([{layer: seen}])[layer].count == 2**24 + 3
 
 
 def test_progress():

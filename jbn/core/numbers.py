@@ -1,0 +1,67 @@
+"""Numbers that are known when tracing, checked by their value, of whatever type they are: epsilon and momentum."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn.core.checks import FLOATS
+from jbn.core.lax import lax
+
+
+def read_number(value: Any) -> float | None:
+    """Return a real number that is known when tracing, of Python, NumPy or JAX; None for anything else."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating)) and hasattr(value, "__float__")
+        real = real and not jnp.issubdtype(dtype, np.timedelta64)  # an integer to NumPy
+    if not real or np.shape(value) != () or isinstance(value, jax.core.Tracer):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # Python lets integers grow without end.
+        return math.inf if value > 0 else -math.inf
+
+
+def read_epsilon(epsilon: object, dtype: DTypeLike = np.float32, *, by_batch: bool = False) -> float:
+    """Return epsilon as a number; refuse one that the arithmetic in ``dtype`` does not bear.
+
+    The variance of a batch may be 0, and its derivative divides by (σ² + ε)^1.5. Running variances are not, so that
+    epsilon may be 0 where these normalize.
+    """
+    known, largest = read_number(epsilon), float(jnp.finfo(dtype).max)
+    if known is None:
+        raise TypeError(f"epsilon is {epsilon!r}; expected a Python number, known when tracing.")
+    least = largest ** (-2 / 3) if by_batch else 0.0
+    if not least <= known <= largest:
+        why = (
+            f"{least:.2g} or more in {jnp.dtype(dtype).name}, up to {largest:.1g}, for the variance of a batch may be 0"
+            if by_batch
+            else f"0 or more, up to {largest:.1g}"
+        )
+        raise ValueError(f"epsilon is {epsilon}; expected {why}: for instance 1e-5.")
+    return known
+
+
+def read_momentum(momentum: ArrayLike) -> ArrayLike:
+    """Return 1 - momentum, the weight of the new value; refuse a momentum outside [0, 1] where it is known."""
+    known = read_number(momentum)
+    if known is not None and not 0 <= known <= 1:
+        raise ValueError(
+            f"momentum is {momentum}; expected 0 to 1, the weight of the old value (PyTorch's is one minus it)."
+        )
+    if known is not None:
+        return 1.0 - known
+    if not isinstance(momentum, jax.Array | np.ndarray):
+        raise TypeError(f"momentum is {momentum!r}; expected a number from 0 to 1, the weight of the old value.")
+    if momentum.shape != () or not isinstance(momentum, jax.core.Tracer) or momentum.dtype.name not in FLOATS:
+        raise ValueError(
+            f"momentum has shape {momentum.shape} and dtype {momentum.dtype.name}; expected one floating-point number "
+            "from 0 to 1."
+        )
+    return lax.sub(lax.full((), 1, momentum.dtype), momentum)
