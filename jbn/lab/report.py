@@ -16,6 +16,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from jbn.lab.options import number_of
+
 WIDE = 80  # columns from which there is room for a bar and the time left
 
 
@@ -70,6 +72,7 @@ def finding(plain: dict[str, Any], normalized: dict[str, Any]) -> str:
     (with_it, its), (without, theirs) = (
         (f"{network['test_accuracy']:.1%}", network["steps_to_95_percent"]) for network in (normalized, plain)
     )
-    reached = [f"95% in validation after {n} steps" if n else "never reached 95% in validation" for n in (its, theirs)]
+    steps = (number_of(n, "step") if n else None for n in (its, theirs))
+    reached = [f"95% in validation after {n}" if n else "never reached 95% in validation" for n in steps]
     heading = f"{plain['model']} at learning rate {plain['learning_rate']:g}"
     return f"{heading}: with batch norm {with_it} on test, {reached[0]}; without {without}, {reached[1]}."
