@@ -21,7 +21,7 @@ def main() -> None:
         fix = f'the command line needs {missing}, which is not installed: pip install "jbn[lab]"'
         print(f"jbn: {fix}", file=sys.stderr)
         status = 2
-    if status in (130, 143):
+    if status > 128:
         # After a signal a thread of JAX may still compile, and crash an interpreter that is being taken down.
         sys.stderr.flush()
         os._exit(status)

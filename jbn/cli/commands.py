@@ -67,8 +67,8 @@ def train(options: TrainOptions, place: TrainPlace) -> None:
 
     The global batch decides the result: its rows are spread over the devices, and batch normalization sees all of
     them. A run that was stopped or killed goes on with --resume, on any number of devices and processes.
-    SIGTERM and Ctrl-C save first. Exit status: 0 done, 1 stopped by an error, 2 a wrong option or file,
-    75 another process was lost, 130 and 143 stopped by Ctrl-C and SIGTERM.
+    SIGTERM, Ctrl-C and a closed terminal save first. Exit status: 0 done, 1 stopped by an error, 2 a wrong option or
+    file, 75 another process was lost, 143, 130 and 129 stopped by these.
     """
     from rich.console import Console
 

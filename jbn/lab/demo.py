@@ -14,11 +14,12 @@ from jbn.lab.figures import draw_demo
 from jbn.lab.options import DemoOptions, DemoPlace, TrainOptions, TrainPlace
 from jbn.lab.report import finding, say, table_of
 from jbn.lab.run import directory
-from jbn.lab.run.metrics import history
+from jbn.lab.run.metrics import gaps, history
 from jbn.lab.step import PERCENTILES
 from jbn.lab.train import train
 from jbn.paths import count_of
 
+NUMBERS = ("parameters", "test_accuracy", "test_loss", "median_step_ms")  # of a network's results
 SAVE_EVERY = 50  # A checkpoint takes about 50 ms, and a step from 1 ms (dense) to 300 ms (conv64).
 
 
@@ -85,6 +86,7 @@ def _train(plan: TrainOptions, place: DemoPlace, console: Console, mesh: Mesh) -
     try:
         if not (out / directory.RESULTS).exists():
             train(plan, of_network, console)
+        found = _kept(out, plan)
     except Stopped as stop:
         raise Stopped(f"{plan.title}: {stop}", stop.status) from None
     except OptionError as error:
@@ -92,9 +94,8 @@ def _train(plan: TrainOptions, place: DemoPlace, console: Console, mesh: Mesh) -
             raise
         fix = f"remove '{out}' to train this network anew"
         raise OptionError("--resume", f"{str(error).rpartition('; ')[0]}; {fix}") from None
-    found = json.loads((out / directory.RESULTS).read_text(encoding="utf-8"))
     entry = {"model": plan.model, "batch_norm": plan.batch_norm, "learning_rate": plan.learning_rate}
-    entry |= {name: found[name] for name in ("parameters", "test_accuracy", "test_loss", "median_step_ms")}
+    entry |= {name: found[name] for name in NUMBERS}
     if (found["device"], found["devices"]) != (mesh.devices.flat[0].device_kind, mesh.size):
         entry["median_step_ms"] = None  # of other devices than those that the table names
     entry |= _history(out)
@@ -103,6 +104,18 @@ def _train(plan: TrainOptions, place: DemoPlace, console: Console, mesh: Mesh) -
     if first is not None:
         say(console, f"{plan.title}: the loss is not finite at step {first}; the record went on.")
     return entry
+
+
+def _kept(out: Path, plan: TrainOptions) -> dict[str, Any]:
+    """Return the results of a network; ``OptionError`` where they, or a part of its record, are not there any more."""
+    path, lost = out / directory.RESULTS, gaps(history(out), plan.steps or 0)
+    if lost:
+        raise OptionError("--resume", f"'{out / directory.METRICS}' does not hold {lost} any more; the figure needs it")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: found[name] for name in (*NUMBERS, "device", "devices")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError("--resume", f"cannot read '{path}' ({error!r}); expected results") from None
 
 
 def _history(out: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jbn.lab.errors import OptionError
+from jbn.paths import count_of
 
 AXIS = "data"
 
@@ -22,7 +23,7 @@ def mesh_of(count: int | None) -> Mesh:
             jax.config.update("jax_num_cpu_devices", count)
     local = jax.local_devices()
     if count is not None and count > len(local):
-        here = f"{len(local)} {local[0].platform} device{'s' if len(local) > 1 else ''}"
+        here = count_of(len(local), f"{local[0].platform} device")
         raise OptionError("--devices", f"got {count}, but JAX finds {here} here; expected at most {len(local)}")
     of_each: dict[int, list[jax.Device]] = {}
     for device in jax.devices():

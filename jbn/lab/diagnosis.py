@@ -1,6 +1,7 @@
 """``jbn diagnose``: a checkpoint of ``jbn train`` and one batch of its data, as a diagnosis, a table and a figure."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -24,7 +25,7 @@ from jbn.lab.errors import FileError, OptionError
 from jbn.lab.figures import COLOURS
 from jbn.lab.models import MOMENTUM
 from jbn.lab.options import DiagnoseOptions, TrainOptions
-from jbn.lab.run.checkpoints import Checkpoints
+from jbn.lab.run.checkpoints import Checkpoints, is_step
 from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, read_options, write_atomically
 from jbn.lab.step import Recipe, augment, initial_state, recipe_of
 from jbn.observing.findings import FAR, LEAST_GAP
@@ -93,7 +94,8 @@ def diagnose_run(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
         chosen = max(steps, default=0) if step is None else step
         if chosen not in steps:
             saved = f"saved are those of steps {', '.join(map(str, steps))}" if steps else "none is saved"
-            raise FileError(f"no checkpoint of step {chosen or 'any'} in '{checkpoints.folder}'; {saved}")
+            which = f"no checkpoint of step {chosen}" if chosen else "no checkpoint"
+            raise FileError(f"{which} in '{checkpoints.folder}'; {saved}")
         state = checkpoints.read(chosen, like, mesh)
     found = diagnose(
         _training_pass(recipe),
@@ -124,10 +126,10 @@ def _training_pass(recipe: Recipe) -> Any:
 
 def _run_of(path: Path) -> tuple[Path, int | None]:
     """Return the folder of a run, and the step of the checkpoint in it, None for the last."""
-    whole = path.resolve()
-    inside = whole.parent.name == CHECKPOINTS and whole.name.isdigit()
+    whole = Path(os.path.realpath(path))  # it raises nothing, whatever is wrong with the name
+    inside = whole.parent.name == CHECKPOINTS and is_step(whole.name)
     out, step = (whole.parent.parent, int(whole.name)) if inside else (_network_of(path), None)
-    if not (out / OPTIONS).exists():
+    if not os.path.exists(out / OPTIONS):
         raise OptionError(
             "CHECKPOINT",
             f"no run of jbn train in '{out}'; expected its --out, or a checkpoint such as "
@@ -138,7 +140,7 @@ def _run_of(path: Path) -> tuple[Path, int | None]:
 
 def _network_of(path: Path) -> Path:
     """Return the network that has batch normalization in a run of the demo; any other folder as it is."""
-    inside = sorted(options.parent for options in path.glob(f"*/{OPTIONS}"))
+    inside = sorted(options.parent for options in path.glob(f"*/{OPTIONS}")) if os.path.isdir(path) else []
     if not inside:
         return path
     with _blame_checkpoint():

@@ -42,6 +42,22 @@ def choice(*choices: str) -> dict[str, Any]:
     return kind(str, choices.__contains__, f"{', '.join(choices[:-1])} or {choices[-1]}", "|".join(choices))
 
 
+def file_name(read: Callable[[str], Any], metavar: str, errors: str = "surrogateescape") -> dict[str, Any]:
+    """Return the kind of the names of files and folders: not the empty one, which a shell makes of an unset variable.
+
+    With ``errors`` "strict" they are in UTF-8, as Orbax writes no other.
+    """
+
+    def parse(text: str) -> Any:
+        if not str(text):
+            raise ValueError
+        str(text).encode(errors=errors)
+        return read(text)
+
+    expected = "a name" if errors == "surrogateescape" else "a name, in UTF-8"
+    return kind(parse, lambda name: name is not math.nan, f"{expected}; the folder one is in is '.'", metavar)
+
+
 SEED, DEVICES = whole_number(0, 2**32 - 1), whole_number(1, 64)
 # What float32 has, in which a step is computed: less is 0 there, and more infinite.
 LEAST, MOST = 2.0**-126, 2.0**128 - 2.0**104
@@ -51,9 +67,17 @@ NOT_NEGATIVE = kind(
 )
 EPOCHS = 100_000
 WARMUP = kind(float, lambda number: 0 <= number <= EPOCHS, f"a number from 0 on, up to {EPOCHS}", "N")
+PORTS = 2**16
 ADDRESS = kind(
-    str, lambda text: bool(re.fullmatch(r"([^:\s]+|\[[\da-f:]+\]):\d+", str(text))), "such as HOST:8476", "HOST:PORT"
+    str,
+    lambda text: bool(
+        re.fullmatch(r"([^:\s]+|\[[\da-f:]+\]):\d{1,5}", str(text), re.ASCII)
+        and 0 < int(str(text).rpartition(":")[2]) < PORTS
+    ),
+    f"such as HOST:8476, with a port from 1 to {PORTS - 1}",
+    "HOST:PORT",
 )
+FOLDER, OUT = file_name(str, "DIR"), file_name(Path, "DIR", "strict")
 SHARE = kind(float, lambda number: 0 <= number < 1, "a number from 0 to below 1", "DECAY")
 
 
@@ -124,7 +148,7 @@ class DemoPlace(Place):
     out: Path = option(
         Path("jbn-demo"),
         "Folder of checkpoints, results and figure; must not hold a run already, unless --resume.",
-        metavar="DIR",
+        OUT,
     )
     devices: int = option(
         1, "Devices that share each batch, 1 to 64, simulated on a CPU. The result is the same to rounding.", DEVICES
@@ -153,9 +177,9 @@ class TrainOptions(Options):
         None,
         "Folder of .npz files with images (n, h, w) or (n, h, w, c), uint8 or float, and labels (n,). "
         "Default: handwritten digits.",
-        metavar="DIR",
+        FOLDER,
     )
-    validation: str | None = option(None, "Folder of images to evaluate on, beside --data.", metavar="DIR")
+    validation: str | None = option(None, "Folder of images to evaluate on, beside --data.", FOLDER)
     epochs: int = option(10, "Times through the data.", whole_number(1, EPOCHS))
     batch_size: int = option(
         128,
@@ -204,9 +228,7 @@ class TrainOptions(Options):
 class TrainPlace(Place):
     """How ``jbn train`` is carried out."""
 
-    out: Path = option(
-        Path("jbn-train"), "Folder of checkpoints, metrics and results; shared by all machines.", metavar="DIR"
-    )
+    out: Path = option(Path("jbn-train"), "Folder of checkpoints, metrics and results; shared by all machines.", OUT)
     devices: int | None = option(None, "Devices of this process, simulated on a CPU. Default: all.", DEVICES)
     coordinator: str | None = option(
         None,
@@ -242,16 +264,32 @@ class DiagnoseOptions:
     checkpoint: Path = option(
         MISSING,
         "The --out of jbn train, for its last checkpoint, or one of its checkpoints: DIR/checkpoints/100.",
-        metavar="CHECKPOINT",
+        file_name(Path, "CHECKPOINT"),
     )
     batch_size: int | None = option(None, "Training images to look at. Default: a batch.", whole_number(2, 2**24))
     seed: int = option(0, "Seed of the choice of images.", SEED)
-    figure: Path | None = option(None, "Draw the statistics of every channel too.", metavar="FILE.png")
+    figure: Path | None = option(None, "Draw the statistics of every channel too.", file_name(Path, "FILE.png"))
 
 
 def options_of(record: type[Any]) -> list[Field[Any]]:
     """Return the fields of a record that are options."""
     return [field for field in fields(record) if "typer" in field.metadata]
+
+
+def check(options: Options) -> None:
+    """Raise ``ValueError`` where options that a file holds are none that a command writes."""
+    hints = get_type_hints(type(options))
+    for each in fields(options):
+        value, parse = getattr(options, each.name), each.metadata.get("typer", {}).get("parser")
+        if value == each.default:
+            continue
+        try:
+            parts = value if isinstance(value, tuple) else (value,)
+            fits = all(parse(str(part)) == part for part in parts) if parse else isinstance(value, hints[each.name])
+        except typer.BadParameter:
+            fits = False
+        if not fits:
+            raise ValueError(f"{each.name} is {value!r}")
 
 
 def flag(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, from the first line of a command to its last; imports nothing that takes time."""
+"""Ctrl-C, SIGTERM and a closed terminal, from the first line of a command on; imports nothing that takes time."""
 
 import contextlib
 import os
@@ -8,11 +8,17 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+
+
+def endings() -> list[int]:
+    """Return the signals that end a command: not those that ``nohup``, or a shell in the background, has it ignore."""
+    known = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def end_at_once(words: Callable[[], str]) -> dict[int, Any]:
-    """Let Ctrl-C and SIGTERM say ``words()`` and end this process, with 130 and 143; return the handlers of before.
+    """Let each signal say ``words()`` and end this process, with 128 and its number; return the handlers of before.
 
     No exception is raised, for what it is raised in may swallow it: a callback of the garbage collector does, JAX has
     one, and the run would go on to its end.
@@ -25,7 +31,7 @@ def end_at_once(words: Callable[[], str]) -> dict[int, Any]:
             os.write(2, f"jbn: {words()}\n".encode(errors="surrogateescape"))
         os._exit(128 + number)
 
-    return {number: signal.signal(number, end) for number in SIGNALS}
+    return {number: signal.signal(number, end) for number in endings()}
 
 
 def restore(handlers: dict[int, Any]) -> None:
@@ -36,15 +42,15 @@ def restore(handlers: dict[int, Any]) -> None:
 
 @contextlib.contextmanager
 def note() -> Iterator[list[int]]:
-    """Note SIGTERM and Ctrl-C in a list instead of ending; a Ctrl-C after that does what it did before."""
+    """Note signals in a list instead of ending; a Ctrl-C after that does what it did before."""
     sent: list[int] = []
 
     def append(number: int, _: FrameType | None) -> None:
         sent.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        restore({number: handler for number, handler in before.items() if number == signal.SIGINT})
 
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-    restore(dict.fromkeys(SIGNALS, append))
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in endings()}
+    restore(dict.fromkeys(before, append))
     try:
         yield sent
     finally:

@@ -37,6 +37,7 @@ from jbn.lab.step import (
 )
 from jbn.paths import count_of, name_few
 
+RANGE_IMAGES, FAR_FROM_ONE = 16, 25  # images whose values are looked at; standardized ones reach 10 or so
 LOOK_EVERY = 5  # steps of a run that is recorded for a figure
 
 
@@ -77,11 +78,13 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
     if place.resume and any(changed):
         option = "--data" if changed[0] else "--validation"
         raise OptionError(option, f"is not what it was when the run in '{place.out}' began; expected the same files")
-    job, claim = Job(options, parts, mesh), directory.claim(place.out, None if place.resume else options)
+    job = Job(options, parts, mesh)
+    notes = processes.agree(lambda: list(job.notes()))
+    claim = directory.claim(place.out, None if place.resume else options)
     with contextlib.ExitStack() as held:  # last, so that what is refused leaves no folder behind
         processes.agree(lambda: held.enter_context(claim) if first else None)
         processes.agree(lambda: directory.find(place.out))
-        for note in job.notes():
+        for note in notes:
             say(console, f"Note: {note}.")
         return _finish(job, place, console)
 
@@ -133,9 +136,12 @@ class Job:
             what = f"--batch-size {options.batch_size} is more than the {len(source)} training images"
             yield f"{what}: every step takes all of them"
         if steps <= self.recipe.warmup:
-            what = f"--warmup-epochs {options.warmup_epochs:g} lasts {self.recipe.warmup} steps, and the run {steps}"
+            what = f"--warmup-epochs {options.warmup_epochs:g} lasts {count_of(self.recipe.warmup, 'step')}"
             reached = float(self.recipe.rate()(steps - 1))
-            yield f"{what}: the learning rate gets to {reached:.3g}, not to {options.rate:g}"
+            yield f"{what}, and the run {steps}: the learning rate grows to its end, where it is {reached:.3g}"
+        for option, part in (("--data", source), ("--validation", self.parts.validation)):
+            if part is not None:
+                yield from _note_range(option, part)
 
     def look(self, state: State) -> dict[str, float]:
         """Return loss and accuracy on the validation data, of the weights and of their average.
@@ -206,6 +212,8 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, Pace]:
             Metrics(place.out if first else None, step) as metrics,
             bar(console, job.options.title, steps, step) as show,
         ):
+            if metrics.lost:
+                say(console, f"Note: '{place.out / directory.METRICS}' does not hold {metrics.lost} any more.")
             if step == 0 and 0 in job.looks:
                 metrics.write(0, **job.look(begun))
             for state, measured, batch, took in job.steps(begun, sent):
@@ -233,6 +241,15 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, Pace]:
                     raise Stopped(f"{said}. {directory.go_on()}", 128 + number)
         checkpoints.finish()
     return state, pace
+
+
+def _note_range(option: str, source: Source) -> Iterator[str]:
+    """Yield a sentence where some images are far from the values, near 1, that the networks are made for."""
+    rows = np.unique(np.linspace(0, len(source) - 1, RANGE_IMAGES).astype(int))
+    largest = float(np.abs(source.rows(rows).images).max())
+    if np.isfinite(largest) and not 1 / FAR_FROM_ONE <= largest <= FAR_FROM_ONE:
+        seen = f"the largest value in {count_of(len(rows), 'image')} of {option} is {largest:.3g}"
+        yield f"{seen} (uint8 is divided by 255, floats are taken as they are): scale them to about 1"
 
 
 def _accuracies(found: dict[str, Any]) -> list[str]:

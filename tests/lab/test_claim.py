@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -62,6 +63,20 @@ def test_a_demo_that_another_process_makes_is_not_made_twice(tmp_path):
         (out / "options.json").unlink()  # as if both had begun at once
         refused(CliRunner().invoke(app, ["demo", "--steps", "2", "--out", str(out)]), out)
         assert [path.name for path in out.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "figure.png"])
+def test_files_of_somebody_else_are_not_written_over(name, tmp_path):
+    (tmp_path / name).write_text("not of a run")
+    with pytest.raises(OptionError, match=f"holds {name}, which a run would write over.*; take another --out$"):
+        claim(tmp_path, TrainOptions()).__enter__()
+    assert contents(tmp_path) == {Path(name): b"not of a run"}
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "run").symlink_to("nowhere/run")
+    with pytest.raises(OptionError, match=r"'.*run' is a link to what is not there; expected a directory"):
+        claim(tmp_path / "run", TrainOptions()).__enter__()
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -3,12 +3,16 @@
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
+from jbn.lab import demo
 from jbn.lab.data import digits
 from jbn.lab.data.images import enlarge
 from jbn.lab.demo import plan_of
+from jbn.lab.devices import mesh_of
+from jbn.lab.errors import OptionError
 from jbn.lab.models import NETWORKS
-from jbn.lab.options import DemoOptions
+from jbn.lab.options import DemoOptions, DemoPlace
 from jbn.lab.step import Recipe, evaluate, initial_state, update
 from tests.lab.test_train import one_batch
 from tests.support import oracle
@@ -84,3 +88,21 @@ def test_evaluation_uses_the_running_statistics(data):
     moved = jax.tree.map(lambda statistic: statistic + 1, state.batch_stats)
     other = evaluate(recipe.network, state._replace(batch_stats=moved).variables, one_batch(few))[0]
     assert abs(other - together) > 4e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("results.json", "{", r"cannot read '.*results.json' \(JSONDecodeError"),
+        ("results.json", "{}", r"cannot read '.*results.json' \(KeyError\('parameters'"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}', "'.*metrics.jsonl' does not hold step 2 any more"),
+    ],
+)
+def test_what_is_missing_of_a_network_is_named(tmp_path, name, text, said):
+    plan, out = plan_of(DemoOptions(steps=2), "dense", batch_norm=True), tmp_path / "dense-with-batch-norm"
+    out.mkdir()
+    (out / "results.json").write_text("{}")
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    (out / name).write_text(text)
+    with pytest.raises(OptionError, match=f"^{said}.*; remove '.*{out.name}' to train this network anew$"):
+        demo._train(plan, DemoPlace(out=tmp_path), Console(quiet=True), mesh_of(1))

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import time
@@ -256,6 +257,10 @@ def test_no_run(tmp_path):
     refused(diagnose(tmp_path), "'CHECKPOINT'", f"no run of jbn train in '{tmp_path}'", "expected its --out")
     refused(diagnose(tmp_path / "checkpoints" / "5"), f"no run of jbn train in '{tmp_path}'")
     refused(diagnose(), "Missing argument 'CHECKPOINT'")
+    refused(diagnose(""), "'CHECKPOINT'", "got '', expected a name")
+    (tmp_path / "link").symlink_to("link")
+    for odd in (tmp_path / "link", tmp_path / ("x" * 300)):
+        refused(diagnose(odd), f"no run of jbn train in '{odd}'")
 
 
 @pytest.mark.parametrize(
@@ -297,9 +302,28 @@ def test_a_damaged_checkpoint(copied):
     assert "after step 15," in first(diagnose(copied / "checkpoints" / "15"))
 
 
-@pytest.mark.parametrize("text", ["{", '{"model": "dense"}', "[]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"model": "dense"}',
+        "[]",
+        {"epochs": "many"},
+        {"epochs": 0},
+        {"epochs": None},
+        {"epochs": True},
+        {"learning_rate": "0.1"},
+        {"seed": 0.5},
+        {"augment": ["turn"]},
+        {"augment": "flip"},
+        {"fingerprint": None},
+        {"batch_norm": "no"},
+        {"steps": "9"},
+    ],
+)
 def test_damaged_options(copied, text):
-    (copied / "options.json").write_text(text)
+    path = copied / "options.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(json.loads(path.read_text()) | text))
     refused(diagnose(copied), "'CHECKPOINT'", f"cannot read '{copied / 'options.json'}'")
 
 

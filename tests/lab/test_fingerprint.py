@@ -15,6 +15,7 @@ from jbn.lab.data.parts import parts_of
 from jbn.lab.options import TrainOptions
 from jbn.lab.run.metrics import LEAST_TIMED, Pace
 from jbn.lab.step import update
+from jbn.paths import count_of
 from tests.lab.test_folder import IMAGES, LABELS
 from tests.lab.test_train import random_data
 from tests.support.runs import folder, options, steps_of, train
@@ -146,10 +147,19 @@ def test_validation_of_another_scale_is_refused(tmp_path):
         (
             labelled(40, 0, 1),
             {"--warmup-epochs": 2, "--learning-rate": 0.4},
-            ["--warmup-epochs 2 lasts 4 steps, and the run 4: the learning rate gets to 0.3, not to 0.4"],
+            ["--warmup-epochs 2 lasts 4 steps, and the run 4: the learning rate grows to its end, where it is 0.3"],
+        ),
+        (
+            labelled(40, 0, 1)._replace(images=np.full((40, 8, 8), 255.0)),
+            {"--warmup-epochs": 1, "--batch-size": 40, "--epochs": 1},
+            [
+                "--warmup-epochs 1 lasts 1 step, and the run 1: the learning rate grows to its end, where it is 0",
+                "the largest value in 16 images of --data is 255 (uint8 is divided by 255, floats are taken as they "
+                "are): scale them to about 1",
+            ],
         ),
     ],
-    ids=["nothing", "holes", "batch", "warmup"],
+    ids=["nothing", "holes", "batch", "warmup", "scale"],
 )
 def test_what_is_seldom_meant_is_said_once(tmp_path, data, arguments, notes):
     given = {"--data": folder(tmp_path / "data", data), "--batch-size": 20} | arguments
@@ -157,7 +167,8 @@ def test_what_is_seldom_meant_is_said_once(tmp_path, data, arguments, notes):
     assert result.exit_code == 0, result.output
     assert re.findall("^Note: (.*).$", result.output, re.MULTILINE) == notes
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert f"after {results['steps']} steps of {min(given['--batch-size'], 40)} images on one device" in result.output
+    made = count_of(results["steps"], "step")
+    assert f"after {made} of {min(given['--batch-size'], 40)} images on one device" in result.output
     assert "ms a step" not in result.output  # of so few
     assert results["median_step_ms"] is None
 

@@ -43,7 +43,7 @@ def of_jbn(text):
     return re.findall("^jbn: .*$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_while_a_command_starts_ends_it(name, status, tmp_path):
     ended = python(SENDING.format(name=name), "demo", "--steps", 2, "--out", tmp_path / "run")
     assert ended.returncode == status, ended.stderr
@@ -68,6 +68,19 @@ def test_the_second_ctrl_c_is_the_one_of_before():
             signal.raise_signal(signal.SIGINT)
     assert sent == [signal.SIGTERM] * 2
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_a_shell_has_a_command_ignore_stays_ignored():
+    """A script ignores Ctrl-C for what it runs in the background, and nohup the end of its terminal."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    ending = signals.end_at_once(lambda: "stopped")
+    with signals.note() as sent:
+        for number in (*before, signal.SIGTERM, *before):
+            signal.raise_signal(number)
+    after = {number: signal.getsignal(number) for number in before}
+    signals.restore(ending | before)
+    assert sent == [signal.SIGTERM]
+    assert set(after.values()) == {signal.SIG_IGN}
 
 
 def test_a_full_standard_output_is_said_at_the_end():

@@ -277,6 +277,22 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_that_is_offered(whole, tmp_pa
     assert sorted(path.name for path in aside.iterdir()) == ["10", "15", "15.1", "18", "18.1"]
 
 
+def test_a_record_that_was_cut_is_said(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    text = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join(text[:7]))
+    result = train(out, ["--resume", "--devices", 1, "--keep", 10])
+    assert result.exit_code == 0, result.output
+    assert f"Note: '{out / 'metrics.jsonl'}' does not hold 11 of the steps 8 to 18 any more." in result.output
+
+
+def test_only_numbers_as_python_writes_them_are_checkpoints(tmp_path):
+    for name in ("5", "10", "007", "0", "²", "٣", "5.1", "x"):
+        (tmp_path / name).mkdir()
+    with Checkpoints(tmp_path, 0) as checkpoints:
+        assert checkpoints.steps() == [5, 10]
+
+
 def test_a_stopped_run_records_every_step_once(whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

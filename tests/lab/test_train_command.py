@@ -10,6 +10,7 @@ from jbn.lab import step
 from jbn.lab.data.batches import Batches
 from jbn.lab.data.images import Held, Images
 from jbn.lab.devices import mesh_of
+from jbn.lab.errors import FileError
 from jbn.lab.run.metrics import Metrics
 from tests.lab.test_train import RECIPE, changed, dense_judged, random_data
 from tests.support import oracle
@@ -47,6 +48,23 @@ def test_metrics_without_tensorboard_and_without_numbers(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     with Metrics(None, 0) as metrics:
         metrics.write(1, loss=1.0)
+
+
+def test_of_a_record_what_can_be_read_is_kept_and_what_is_missing_is_known(tmp_path):
+    whole = [{"step": step, "loss": 1.0} for step in (1, 2, 4)] + [{"step": 4, "validation_loss": 2.0}]
+    odd = ["1", "[]", "null", "{}", '{"step": "x"}', "\xff\0", '{"step": 5, "lo']
+    text = "\n".join(map(json.dumps, whole)) + "\n" + "\n".join(odd)
+    for done, lost in ((0, ""), (2, ""), (4, "step 3"), (6, "3 of the steps 3 to 6")):
+        (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
+        with Metrics(tmp_path, done) as metrics:
+            assert metrics.lost == lost
+        assert lines_of(tmp_path) == [line for line in whole if line["step"] <= done]
+
+
+def test_a_file_in_the_place_of_tensorboard_is_said(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(FileError, match=f"cannot write '{tmp_path / 'tensorboard'}'"):
+        Metrics(tmp_path, 0)
 
 
 @pytest.mark.parametrize("devices", [1, 3])
@@ -193,6 +211,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_layer_is_named(tmp_path)
         (["--process-id", "0", "--num-processes", "2"], "--coordinator", "is missing", "together, or --cluster"),
         (["--coordinator", "host"], "--coordinator", "'host'", "such as HOST:8476"),
         (["--coordinator", "::1:80"], "--coordinator", "'::1:80'", "such as HOST:8476"),
+        (["--coordinator", "host:65536"], "--coordinator", "'host:65536'", "with a port from 1 to 65535"),
+        (["--coordinator", "host:0"], "--coordinator", "'host:0'", "with a port from 1 to 65535"),
+        (
+            ["--coordinator", "localhost:1", "--num-processes", 2, "--process-id", 2],
+            "--process-id",
+            "got 2",
+            "expected less than --num-processes 2: the first is 0",
+        ),
+        (["--data", ""], "--data", "''", "expected a name"),
+        (["--out", ""], "--out", "''", "expected a name"),
+        (["--out", "of latin-1 \udce9"], "--out", "of latin-1", "in UTF-8"),
+        (["--out", "x" * 300], "--out", "cannot write", "File name too long"),
         (["--out", os.devnull], "--out", os.devnull, "expected a directory"),
         (["--out", Path(os.devnull) / "x"], "--out", os.devnull, "cannot write"),
         (["--resume"], "--out", "no run in", "expected the --out of an earlier run"),

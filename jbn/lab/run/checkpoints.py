@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import logging
+import re
 import shutil
 import sys
 import zlib
@@ -22,6 +23,11 @@ from jbn.lab.step import State
 STATE, CONTENTS = "state", "contents"
 # In the names of folders that are no checkpoint: Orbax's own mark of one that is being written.
 UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+def is_step(name: str) -> bool:
+    """Return whether a checkpoint has this name: it is a number as Python writes it."""
+    return re.fullmatch("[1-9][0-9]*", name) is not None
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
@@ -48,7 +54,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, in order."""
-        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
+        return sorted(int(path.name) for path in self.folder.glob("*") if is_step(path.name))
 
     def save(self, state: State) -> None:
         """Begin to write a state; ``FileError`` where this cannot begin, or where the write before it has failed."""

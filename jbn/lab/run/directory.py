@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jbn import __version__
 from jbn.lab.errors import OptionError, file_errors
-from jbn.lab.options import DemoPlace, Options, TrainPlace, flag, options_of, words
+from jbn.lab.options import DemoPlace, Options, TrainPlace, check, flag, options_of, words
 
 OPTIONS, CHECKPOINTS, METRICS = "options.json", "checkpoints", "metrics.jsonl"
 RESULTS, FIGURE, LOCK = "results.json", "figure.png", "lock"
@@ -117,10 +117,13 @@ def _lock(file: TextIO) -> bool:
 
 
 def _refuse_run(out: Path) -> None:
-    present = [name for name in (OPTIONS, CHECKPOINTS, RESULTS, FIGURE) if (out / name).exists()]
-    if present:
+    present = [name for name in (OPTIONS, CHECKPOINTS, METRICS, RESULTS, FIGURE) if (out / name).exists()]
+    if OPTIONS in present:
         fix = "go on with it by adding --resume, or start a new one in another --out"
         raise OptionError("--out", f"'{out}' already holds a run ({', '.join(present)}); {fix}")
+    if present:
+        found = f"'{out}' holds {', '.join(present)}, which a run would write over, and no {OPTIONS} to go on with"
+        raise OptionError("--out", f"{found}; take another --out")
 
 
 @contextlib.contextmanager
@@ -129,8 +132,10 @@ def _writable(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if out.exists() and not out.is_dir():
-            raise OptionError("--out", f"'{out}' is a file; expected a directory, or a name that is free") from None
+        # Those of os.path raise nothing, whatever is wrong with the name.
+        if not os.path.isdir(out) and os.path.lexists(out):
+            found = "is a file" if os.path.exists(out) else "is a link to what is not there"
+            raise OptionError("--out", f"'{out}' {found}; expected a directory, or a name that is free") from None
         expected = "expected a directory to write to"
         raise OptionError("--out", f"cannot write to '{out}' ({error.strerror}); {expected}") from None
 
@@ -163,7 +168,9 @@ def read_options(out: Path, kind: type[OptionsT]) -> OptionsT:
         missing = {field.name for field in options_of(kind)} - content.keys()
         if missing:
             raise ValueError(f"there is no {', '.join(sorted(missing))}")
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+        options = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+        check(options)
+        return options
     except (FileNotFoundError, NotADirectoryError):
         expected = "expected the --out of an earlier run (or no --resume, to start one)"
         raise OptionError("--out", f"no run in '{out}'; {expected}") from None

@@ -40,7 +40,12 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
 
     Lines after the step ``done``, from which the run goes on, are taken out: nothing is recorded twice. One process
     writes; the others, ``out`` None, write nothing.
+
+    Attributes:
+        lost: which steps are not recorded though the run goes on after them, in words; "" for none.
     """
+
+    lost = ""
 
     def __init__(self, out: Path | None, done: int) -> None:
         self._lines: TextIO | None = None
@@ -48,13 +53,16 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
         if out is None:
             return
         self._path = out / METRICS
+        with contextlib.suppress(ModuleNotFoundError):
+            tensorboard = importlib.import_module("tensorboardX")
+            with file_errors(out / TENSORBOARD):
+                self._board = tensorboard.SummaryWriter(str(out / TENSORBOARD), purge_step=done + 1)
         with file_errors(self._path):
-            text = "".join(json.dumps(line) + "\n" for line in history(out) if 0 < done >= line["step"])
+            kept = [line for line in history(out) if 0 < done >= line["step"]]
+            self.lost = gaps(kept, done)
+            text = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(self._path, lambda partial: partial.write_text(text, encoding="utf-8"))
             self._lines = self._path.open("a", encoding="utf-8", buffering=1)
-        with contextlib.suppress(ModuleNotFoundError):
-            writer = importlib.import_module("tensorboardX").SummaryWriter
-            self._board = writer(str(out / TENSORBOARD), purge_step=done + 1)
 
     def __exit__(self, *_: object) -> None:
         for file in (self._lines, self._board):
@@ -76,7 +84,16 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
 def history(out: Path) -> list[dict[str, Any]]:
     """Return what a run has recorded; the last line of one that was killed may be half a line."""
     path, lines = out / METRICS, []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+
+
+def gaps(lines: list[dict[str, Any]], done: int) -> str:
+    """Return in words which of the steps 1 to ``done`` are not recorded, "" for none."""
+    missing = sorted({*range(1, done + 1)} - {line["step"] for line in lines if "loss" in line})
+    if not missing:
+        return ""
+    first, last = missing[0], missing[-1]
+    return f"step {first}" if first == last else f"{len(missing)} of the steps {first} to {last}"

@@ -43,6 +43,9 @@ def join(place: TrainPlace) -> None:
     if not place.cluster and missing:
         expected = f"expected {', '.join(given)} together, or --cluster where the cluster tells them"
         raise OptionError(missing[0], f"is missing; {expected}")
+    number, count = place.process_id, place.num_processes
+    if number is not None and count is not None and number >= count:
+        raise OptionError("--process-id", f"got {number}; expected less than --num-processes {count}: the first is 0")
     here = "this process" if place.process_id is None else f"process {place.process_id}"
     set_last_words(lambda: f"{here} did not find the others; expected all of them {within}")
     _watch_aborts()
@@ -60,7 +63,7 @@ def join(place: TrainPlace) -> None:
         option, expected = "--cluster", "SLURM, Open MPI or a TPU slice, or --coordinator and its two"
         if not place.cluster:
             at = "with the same --coordinator, an address of process 0 that all of them reach, and a --process-id"
-            option, expected = "--coordinator", f"{place.num_processes} processes {at} of their own, {within}"
+            option, expected = "--coordinator", f"--num-processes {count} of them {at} of their own, {within}"
         reason = str(error).splitlines()[0]
         raise OptionError(option, f"cannot join the other processes ({reason}); expected {expected}") from None
 
