@@ -99,7 +99,7 @@ def _train(plan: TrainOptions, place: DemoPlace, console: Console, mesh: Mesh) -
     if (found["device"], found["devices"]) != (mesh.devices.flat[0].device_kind, mesh.size):
         entry["median_step_ms"] = None  # of other devices than those that the table names
     entry |= _history(out)
-    say(console, f"{plan.title}: {found['test_accuracy']:.1%} on test after {count_of(found['steps'], 'step')}")
+    say(console, f"{plan.title}: {found['test_accuracy']:.1%} on test after {count_of(plan.steps or 0, 'step')}")
     first = entry["first_step_with_loss_not_finite"]
     if first is not None:
         say(console, f"{plan.title}: the loss is not finite at step {first}; the record went on.")

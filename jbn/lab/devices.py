@@ -23,7 +23,7 @@ def mesh_of(count: int | None) -> Mesh:
             jax.config.update("jax_num_cpu_devices", count)
     local = jax.local_devices()
     if count is not None and count > len(local):
-        here = count_of(len(local), f"{local[0].platform} device")
+        here = count_of(len(local), f"device ({local[0].platform})")
         raise OptionError("--devices", f"got {count}, but JAX finds {here} here; expected at most {len(local)}")
     of_each: dict[int, list[jax.Device]] = {}
     for device in jax.devices():

@@ -299,7 +299,7 @@ def test_loss_that_is_not_finite_is_said_and_recorded_as_null(diverged):
         (["--model", "resnet"], "--model", "'resnet'", "expected dense, conv, conv64 or all"),
         (["--devices", "0"], "--devices", "'0'", "from 1 to 64"),
         (["--devices", "1000"], "--devices", "'1000'", "from 1 to 64"),
-        (["--devices", "9"], "--devices", "got 9", "JAX finds 8 cpu devices here; expected at most 8"),
+        (["--devices", "9"], "--devices", "got 9", "JAX finds 8 devices (cpu) here; expected at most 8"),
         (["--out", os.devnull], "--out", os.devnull, "expected a directory"),
         (["--out", Path(os.devnull) / "x"], "--out", os.devnull, "cannot write"),
         (["--step", "3"], "--step", "--step", "--steps"),
