@@ -88,9 +88,13 @@ def cells(row: Row) -> list[str]:
 
 def notes(row: Row) -> list[str]:
     """Return what a table does not hold: why a figure is not there, and what the tools said."""
-    name = f"{row['package']}/{row['model']}"
+    name = _name(row)
     said = [text for figure in ("diagnose", "recalibrate") for text in row["figures"].get(figure, {}).get("said", ())]
     return [f"{name}, {figure}: {reason}" for figure, reason in row["reasons"].items()] + [f"{name}: {s}" for s in said]
+
+
+def _name(row: Row) -> str:
+    return f"{row['package']}/{row['model']}"
 
 
 def markdown(found: Row) -> str:
@@ -125,32 +129,29 @@ def main(
             rows.append(measure_apart(name))
         for note in notes(rows[-1]):
             console.print(note, style="dim", markup=False)
+        if write:  # now, so that who stops it loses one model at most
+            _write(rows[-1])
     table = Table(*HEAD)
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
-    if write:
-        _write(rows, console)
-    failed = {f"{row['package']}/{row['model']}": wrong for row in rows if (wrong := misses(row))}
+    failed = {_name(row): wrong for row in rows if (wrong := misses(row))}
     for name, wrong in failed.items():
         console.print(f"{name} misses: {', '.join(wrong)}")
     raise typer.Exit(1 if failed else 0)
 
 
-def _write(rows: list[Row], console: Console) -> None:
-    """Put rows into the results, beside those of other cases whose version is still the same."""
+def _write(row: Row) -> None:
+    """Put a row into the results and the README, beside those of other cases, but for those of other versions."""
     from benchmarks.zoo.catalogue import CASES
 
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"rows": []}
-    known = {f"{row['package']}/{row['model']}": row for row in found["rows"]}
-    new = {f"{row['package']}/{row['model']}": row for row in rows}
-    kept = {name: row for name, row in known.items() if name in CASES and row["version"] == CASES[name].version}
-    both = kept | new
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
-    found = versions | {"rows": [both[name] for name in CASES if name in both]}
+    rows = {_name(old): old for old in found["rows"]} | {_name(row): row}
+    there = {name: case.version for name, case in CASES.items()}  # "none" where it is not installed, which says nothing
+    kept = [rows[name] for name in CASES if name in rows and there[name] in (rows[name]["version"], "none")]
+    found = {name: importlib.metadata.version(name) for name in ("jax", "flax")} | {"rows": kept}
     RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     readme.replace("zoo", markdown(found))
-    console.print(f"Wrote {RESULTS.name}")
 
 
 if __name__ == "__main__":

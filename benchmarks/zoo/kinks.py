@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jbn.programs import find_inner, trace
+from jbn.programs import find_inner
 
 _ACTIVATIONS = ("relu", "relu6")
 
@@ -64,9 +64,8 @@ def _differ(eqn: Any, x: Any, place: Any) -> Any:
 
 def _follow(call: Callable[..., Any], arguments: Any, meet: Callable[[Any, Any], Any]) -> Any:
     """Call a function that returns one array, and ``meet`` in the place of its kinks."""
-    program, traced = trace(call, *arguments)
-    leaves = jax.tree.leaves(arguments)
-    (y,) = _interpret(program, (), [leaves[i] for i in traced], meet)
+    program = jax.make_jaxpr(call)(*arguments)
+    (y,) = _interpret(program.jaxpr, program.consts, jax.tree.leaves(arguments), meet)
     return y
 
 
