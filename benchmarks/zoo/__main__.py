@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks import readme
 from benchmarks.zoo import environment
+from benchmarks.zoo.cases import ABSENT
 
 RESULTS = Path(__file__).parents[1] / "results" / "zoo.json"
 HEAD = (
@@ -46,7 +47,7 @@ def cache() -> Path:
 
 
 def measure_apart(name: str) -> Row:
-    """Measure a case in a process of its own: what it takes along when it dies is nothing."""
+    """Measure a case in a process of its own: one that dies takes no other along."""
     from benchmarks.zoo.catalogue import CASES
 
     command = [sys.executable, "-m", "benchmarks.zoo.catalogue", name]
@@ -142,13 +143,18 @@ def main(
 
 
 def _write(row: Row) -> None:
-    """Put a row into the results and the README, beside those of other cases, but for those of other versions."""
+    """Put a row into the results and the README, beside those of other cases, but for those of other versions.
+
+    What is not installed here says nothing: such a row is not written, and those in the results stay.
+    """
     from benchmarks.zoo.catalogue import CASES
 
+    if row["version"] == ABSENT:
+        return
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"rows": []}
     rows = {_name(old): old for old in found["rows"]} | {_name(row): row}
-    there = {name: case.version for name, case in CASES.items()}  # "none" where it is not installed, which says nothing
-    kept = [rows[name] for name in CASES if name in rows and there[name] in (rows[name]["version"], "none")]
+    there = {name: case.version for name, case in CASES.items()}
+    kept = [rows[name] for name in CASES if name in rows and there[name] in (rows[name]["version"], ABSENT)]
     found = {name: importlib.metadata.version(name) for name in ("jax", "flax")} | {"rows": kept}
     RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     readme.replace("zoo", markdown(found))
