@@ -71,16 +71,16 @@ def cells(row: Row) -> list[str]:
         return write(figures[name]) if name in figures else ("failed" if name in row["reasons"] else "—")
 
     def of(found: Row) -> str:
-        return f"{found['norms']}, {found['error']:.0e}"
+        return f"{found['norms']}, {_error(found['error'])}"
 
     return [
         f"{row['package']} {row['version']}, {row['model']}",
         str(norms),
-        cell("convert", lambda error: f"{error:.0e}"),
+        cell("convert", _error),
         cell("replace", of),
         cell("gradient", lambda f: f"{f['jbn']:.1e} / {f['theirs']:.1e} = {f['ratio']:.2f}"),
         cell("fold", lambda f: of(f) + (f", {f['kept']} kept" if f["kept"] else "")),
-        cell("export", lambda f: " / ".join(f"{error:.0e}" for error in f.values())),
+        cell("export", lambda f: " / ".join(map(_error, f.values()))),
         cell("diagnose", lambda f: ", ".join(f"{n} {kind}" for kind, n in f["findings"].items()) or "nothing"),
         cell("recalibrate", lambda f: str(f["norms"])),
         cell("freeze", of),
@@ -92,6 +92,10 @@ def notes(row: Row) -> list[str]:
     name = _name(row)
     said = [text for figure in ("diagnose", "recalibrate") for text in row["figures"].get(figure, {}).get("said", ())]
     return [f"{name}, {figure}: {reason}" for figure, reason in row["reasons"].items()] + [f"{name}: {s}" for s in said]
+
+
+def _error(error: float) -> str:
+    return f"{error:.0e}" if error else "0"
 
 
 def _name(row: Row) -> str:

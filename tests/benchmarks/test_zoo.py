@@ -54,7 +54,7 @@ def test_a_model_is_measured(monkeypatch):
     assert figures["diagnose"]["values"] == 64
     assert 0 < figures["fold"]["error"] < 1e-6
     assert 1e-9 < figures["gradient"]["theirs"] < 1e-5
-    assert runner.cells(row)[1:4] == ["1", "—", "1, 0e+00"]
+    assert runner.cells(row)[1:4] == ["1", "—", "1, 0"]
     for name, worse in (("gradient", {"ratio": 1.6}), ("freeze", {"norms": 0}), ("fold", {"error": 2e-5})):
         assert misses(row | {"figures": figures | {name: figures[name] | worse}}) == [name]
 
