@@ -14,7 +14,8 @@ import subprocess
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryFile
+from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,7 +31,7 @@ HEAD = (
     "norms",
     "convert",
     "replace",
-    "gradient: jbn / theirs",
+    "gradient",
     "fold",
     "export",
     "diagnose",
@@ -46,21 +47,32 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jbn-zoo"
 
 
-def measure_apart(name: str) -> Row:
-    """Measure a case in a process of its own: one that dies takes no other along."""
+def measure_apart(name: str, minutes: float) -> Row:
+    """Measure a case in a process of its own: one that dies takes no other along, and leaves what it had."""
     from benchmarks.zoo.catalogue import CASES
 
+    case, end = CASES[name], ""
     command = [sys.executable, "-m", "benchmarks.zoo.catalogue", name]
-    done = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True)
-    try:
-        row: Row = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        case = CASES[name]
-        reason = f"its process ended with status {done.returncode}: {said[:300]}"
-        row = {"package": case.package, "version": case.version, "model": case.model, "figures": {}, "reasons": {}}
-        row["reasons"]["process"] = reason
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as told:
+        try:
+            status = subprocess.run(
+                command, cwd=environment.ROOT, stdout=out, stderr=told, timeout=60 * minutes
+            ).returncode
+        except subprocess.TimeoutExpired:
+            end = f"not done after {minutes:g} minutes for the model"
+        said, lines = _lines(told), _lines(out)
+    if not end and status:
+        end = f"its process ended with status {status}: {(said or ['it said nothing'])[-1][:300]}"
+    row: Row = {"package": case.package, "version": case.version, "model": case.model, "figures": {}, "reasons": {}}
+    row |= json.loads(next((line for line in reversed(lines) if line.startswith("{")), "{}"))
+    lacking = [figure for figure in HEAD[3:] if figure not in row["figures"] | row["reasons"]]
+    row["reasons"] |= dict.fromkeys(lacking if end else (), end)
     return row
+
+
+def _lines(file: IO[str]) -> list[str]:
+    file.seek(0)
+    return file.read().strip().splitlines()
 
 
 def cells(row: Row) -> list[str]:
@@ -68,7 +80,7 @@ def cells(row: Row) -> list[str]:
     figures, norms = row["figures"], row.get("norms", "—")
 
     def cell(name: str, write: Any) -> str:
-        return write(figures[name]) if name in figures else ("failed" if name in row["reasons"] else "—")
+        return write(figures[name]) if name in figures else ("none" if name in row["reasons"] else "—")
 
     def of(found: Row) -> str:
         return f"{found['norms']}, {_error(found['error'])}"
@@ -111,6 +123,7 @@ def main(
     cases: Annotated[list[str] | None, typer.Argument(metavar="CASE", help="Names, or patterns: 'flax*'.")] = None,
     env: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the environment is.")] = None,
     here: Annotated[bool, typer.Option("--here", help="Measure with this Python.")] = False,
+    minutes: Annotated[float, typer.Option(min=0, metavar="N", help="The most that a model may take.")] = 60,
     write: Annotated[bool, typer.Option("--write", help="Put the figures into results/.")] = False,
 ) -> None:
     """Measure what jbn's tools make of public models."""
@@ -121,6 +134,7 @@ def main(
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="'--env'") from None
         again = [str(python), "-m", "benchmarks.zoo", "--here", *(cases or ()), *(["--write"] if write else [])]
+        again += ["--minutes", str(minutes)]
         raise typer.Exit(subprocess.run(again, cwd=environment.ROOT).returncode)
     from benchmarks.zoo.catalogue import CASES
     from benchmarks.zoo.measure import misses
@@ -131,7 +145,7 @@ def main(
     rows = []
     for name in wanted:
         with console.status(name):
-            rows.append(measure_apart(name))
+            rows.append(measure_apart(name, minutes))
         for note in notes(rows[-1]):
             console.print(note, style="dim", markup=False)
         if write:  # now, so that who stops it loses one model at most

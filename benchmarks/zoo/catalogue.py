@@ -1,4 +1,7 @@
-"""Every case by its name. ``python -m benchmarks.zoo.catalogue NAME`` measures one, and prints its row as JSON."""
+"""Every case by its name.
+
+``python -m benchmarks.zoo.catalogue NAME`` measures one, and prints its row as JSON after each figure.
+"""
 
 import json
 import sys
@@ -10,4 +13,5 @@ from benchmarks.zoo.measure import measure
 CASES: dict[str, Case] = {case.name: case for case in (*flax_models.CASES,)}
 
 if __name__ == "__main__":
-    print(json.dumps(measure(CASES[sys.argv[1]])))
+    row = measure(CASES[sys.argv[1]], lambda row: print(json.dumps(row), flush=True))
+    print(json.dumps(row))

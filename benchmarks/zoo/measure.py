@@ -25,8 +25,13 @@ VALUES = 64
 Row = dict[str, Any]
 
 
-def measure(case: Case) -> Row:
-    """Measure a model; where a figure cannot be had, the reason is there."""
+def measure(case: Case, report: Callable[[Row], object] = lambda row: None) -> Row:
+    """Measure a model; where a figure cannot be had, the reason is there.
+
+    Args:
+        case: the model.
+        report: is called with the row as far as it is, after each figure.
+    """
     row: Row = {"package": case.package, "version": case.version, "model": case.model, "figures": {}, "reasons": {}}
     model = _try(row, "build", case.build)
     if model is None:
@@ -39,12 +44,12 @@ def measure(case: Case) -> Row:
     figures: dict[str, Callable[[], Any]] = {
         "convert": lambda: _convert(model),
         "replace": lambda: _replace(model, x, want),
-        "gradient": lambda: _gradient(model),
         "fold": lambda: _fold(model, x, want),
         "export": lambda: _export(model, x, want),
         "diagnose": lambda: _diagnose(model, x),
         "recalibrate": lambda: _recalibrate(model),
         "freeze": lambda: _freeze(model, x, want),
+        "gradient": lambda: _gradient(model),  # it takes longest: who waits no longer has the others
     }
     if model.source is None:
         del figures["convert"]
@@ -52,6 +57,7 @@ def measure(case: Case) -> Row:
         value = _try(row, name, figure)
         if value is not None:
             row["figures"][name] = value
+        report(row)
     return row
 
 

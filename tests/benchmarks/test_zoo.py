@@ -88,6 +88,24 @@ def test_kinks_have_the_derivatives_of_another_place():
         kinks.at([*there, relu], call)(x)
 
 
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("raise SystemExit('gone')", "its process ended with status 1: SystemExit: gone"),
+        ("import time; time.sleep(60)", "not done after 0.01 minutes for the model"),
+    ],
+)
+def test_a_process_that_dies_leaves_its_figures(end, reason, tmp_path, monkeypatch):
+    case = Case("flax", "a", build)
+    known = {"figures": {"replace": 1, "fold": 2, "export": 3}, "reasons": {"freeze": "because"}}
+    (tmp_path / "sitecustomize.py").write_text(f"print({json.dumps(json.dumps(known))}, flush=True); {end}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("benchmarks.zoo.catalogue.CASES", {case.name: case})
+    row = runner.measure_apart(case.name, 60 if "raise" in end else 0.01)
+    assert row["figures"] == known["figures"]
+    assert row["reasons"] == known["reasons"] | dict.fromkeys(("gradient", "diagnose", "recalibrate"), reason)
+
+
 def test_rows_of_other_versions_go(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "zoo.json")
     monkeypatch.setattr(runner.readme, "replace", lambda *_: None)
