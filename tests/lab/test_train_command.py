@@ -202,7 +202,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_layer_is_named(tmp_path)
         (["--dtype", "float16"], "--dtype", "'float16'", "expected float32 or bfloat16"),
         (["--seed", "-1"], "--seed", "'-1'", "from 0"),
         (["--devices", "0"], "--devices", "'0'", "from 1 to 64"),
-        (["--devices", "9"], "--devices", "got 9", "JAX finds 8 cpu devices here; expected at most 8"),
+        (["--devices", "9"], "--devices", "got 9", "JAX finds 8 devices (cpu) here; expected at most 8"),
         (["--save-every", "0"], "--save-every", "'0'", "from 1"),
         (["--keep", "0"], "--keep", "'0'", "from 1 to 1000"),
         (["--timeout", "1"], "--timeout", "'1'", "from 5 to 3600"),
