@@ -1,0 +1,157 @@
+"""What jbn's tools make of public models: ``python -m benchmarks.zoo [CASE ...] [--write]``.
+
+It makes an environment of fixed versions for their packages, with pip, and measures in it; ``--here`` measures with the
+Python that runs it, and what is not installed there is said. One process a model. `benchmarks.zoo.measure` says what is
+measured and what it has to be: the exit status is 1 where something is not. With ``--write`` the figures go into
+results/zoo.json and, as a table, into README.md; those of models that are not named now stay, if their version is the
+same.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import readme
+from benchmarks.zoo import environment
+
+RESULTS = Path(__file__).parents[1] / "results" / "zoo.json"
+HEAD = (
+    "model",
+    "norms",
+    "convert",
+    "replace",
+    "gradient: jbn / theirs",
+    "fold",
+    "export",
+    "diagnose",
+    "recalibrate",
+    "freeze",
+)
+
+Row = dict[str, Any]
+
+
+def cache() -> Path:
+    """Return where the environment is unless somebody says so."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jbn-zoo"
+
+
+def measure_apart(name: str) -> Row:
+    """Measure a case in a process of its own: what it takes along when it dies is nothing."""
+    from benchmarks.zoo.catalogue import CASES
+
+    command = [sys.executable, "-m", "benchmarks.zoo.catalogue", name]
+    done = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True)
+    try:
+        row: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        case = CASES[name]
+        reason = f"its process ended with status {done.returncode}: {said[:300]}"
+        row = {"package": case.package, "version": case.version, "model": case.model, "figures": {}, "reasons": {}}
+        row["reasons"]["process"] = reason
+    return row
+
+
+def cells(row: Row) -> list[str]:
+    """Return the row of a table."""
+    figures, norms = row["figures"], row.get("norms", "—")
+
+    def cell(name: str, write: Any) -> str:
+        return write(figures[name]) if name in figures else ("failed" if name in row["reasons"] else "—")
+
+    def of(found: Row) -> str:
+        return f"{found['norms']}, {found['error']:.0e}"
+
+    return [
+        f"{row['package']} {row['version']}, {row['model']}",
+        str(norms),
+        cell("convert", lambda error: f"{error:.0e}"),
+        cell("replace", of),
+        cell("gradient", lambda f: f"{f['jbn']:.1e} / {f['theirs']:.1e} = {f['ratio']:.2f}"),
+        cell("fold", lambda f: of(f) + (f", {f['kept']} kept" if f["kept"] else "")),
+        cell("export", lambda f: " / ".join(f"{error:.0e}" for error in f.values())),
+        cell("diagnose", lambda f: ", ".join(f"{n} {kind}" for kind, n in f["findings"].items()) or "nothing"),
+        cell("recalibrate", lambda f: str(f["norms"])),
+        cell("freeze", of),
+    ]
+
+
+def notes(row: Row) -> list[str]:
+    """Return what a table does not hold: why a figure is not there, and what the tools said."""
+    name = f"{row['package']}/{row['model']}"
+    said = [text for figure in ("diagnose", "recalibrate") for text in row["figures"].get(figure, {}).get("said", ())]
+    return [f"{name}, {figure}: {reason}" for figure, reason in row["reasons"].items()] + [f"{name}: {s}" for s in said]
+
+
+def markdown(found: Row) -> str:
+    """Return the table of the README."""
+    return readme.markdown(HEAD, map(cells, found["rows"]))
+
+
+def main(
+    cases: Annotated[list[str] | None, typer.Argument(metavar="CASE", help="Names, or patterns: 'flax*'.")] = None,
+    env: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the environment is.")] = None,
+    here: Annotated[bool, typer.Option("--here", help="Measure with this Python.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the figures into results/.")] = False,
+) -> None:
+    """Measure what jbn's tools make of public models."""
+    console = Console(width=max(Console().width, 160))
+    if not here:
+        try:
+            python = environment.make((env or cache()).absolute(), console.print)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="'--env'") from None
+        again = [str(python), "-m", "benchmarks.zoo", "--here", *(cases or ()), *(["--write"] if write else [])]
+        raise typer.Exit(subprocess.run(again, cwd=environment.ROOT).returncode)
+    from benchmarks.zoo.catalogue import CASES
+    from benchmarks.zoo.measure import misses
+
+    wanted = [name for name in CASES if not cases or any(fnmatchcase(name, pattern) for pattern in cases)]
+    if unknown := [pattern for pattern in cases or () if not any(fnmatchcase(name, pattern) for name in CASES)]:
+        raise typer.BadParameter(f"got {unknown[0]!r}, expected {', '.join(CASES)}", param_hint="'CASE'")
+    rows = []
+    for name in wanted:
+        with console.status(name):
+            rows.append(measure_apart(name))
+        for note in notes(rows[-1]):
+            console.print(note, style="dim", markup=False)
+    table = Table(*HEAD)
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    if write:
+        _write(rows, console)
+    failed = {f"{row['package']}/{row['model']}": wrong for row in rows if (wrong := misses(row))}
+    for name, wrong in failed.items():
+        console.print(f"{name} misses: {', '.join(wrong)}")
+    raise typer.Exit(1 if failed else 0)
+
+
+def _write(rows: list[Row], console: Console) -> None:
+    """Put rows into the results, beside those of other cases whose version is still the same."""
+    from benchmarks.zoo.catalogue import CASES
+
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"rows": []}
+    known = {f"{row['package']}/{row['model']}": row for row in found["rows"]}
+    new = {f"{row['package']}/{row['model']}": row for row in rows}
+    kept = {name: row for name, row in known.items() if name in CASES and row["version"] == CASES[name].version}
+    both = kept | new
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
+    found = versions | {"rows": [both[name] for name in CASES if name in both]}
+    RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    readme.replace("zoo", markdown(found))
+    console.print(f"Wrote {RESULTS.name}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

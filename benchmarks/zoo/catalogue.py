@@ -1,0 +1,13 @@
+"""Every case by its name. ``python -m benchmarks.zoo.catalogue NAME`` measures one, and prints its row as JSON."""
+
+import json
+import sys
+
+from benchmarks.zoo import flax_models
+from benchmarks.zoo.cases import Case
+from benchmarks.zoo.measure import measure
+
+CASES: dict[str, Case] = {case.name: case for case in (*flax_models.CASES,)}
+
+if __name__ == "__main__":
+    print(json.dumps(measure(CASES[sys.argv[1]])))
