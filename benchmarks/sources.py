@@ -185,6 +185,8 @@ def read_haiku(name: str, images: np.ndarray | None = None) -> Source:
     if images is not None:
         draw = Draw()
         for module in params.values():
+            if "w" in module and not np.any(module["w"]):  # the dense layer of a ResNet starts as zeros
+                module["w"] = draw.bias(module["w"])
             for array, move in (("scale", draw.scale), ("offset", draw.bias), ("b", draw.bias)):
                 if array in module:
                     module[array] = move(module[array])
@@ -192,8 +194,8 @@ def read_haiku(name: str, images: np.ndarray | None = None) -> Source:
         for path in options:
             mean, var = (state[f"{path}/~/{average}_ema"] for average in ("mean", "var"))
             mean["average"], var["average"] = draw.statistics(mean["average"], var["average"])
-    evaluate = jax.jit(lambda x: model.apply(params, state, None, x, False)[0])
-    return Source((params, state), options, lambda images: np.asarray(evaluate(images)))
+    evaluate = jax.jit(lambda params, state, x: model.apply(params, state, None, x, False)[0])
+    return Source((params, state), options, lambda images: np.asarray(evaluate(params, state, images)))
 
 
 READERS: dict[Library, Callable[..., Source]] = {
