@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks import readme
 from benchmarks.zoo import environment
+from benchmarks.zoo.cases import ABSENT
 
 RESULTS = Path(__file__).parents[1] / "results" / "zoo.json"
 HEAD = (
@@ -46,7 +47,7 @@ def cache() -> Path:
 
 
 def measure_apart(name: str) -> Row:
-    """Measure a case in a process of its own: what it takes along when it dies is nothing."""
+    """Measure a case in a process of its own: one that dies takes no other along."""
     from benchmarks.zoo.catalogue import CASES
 
     command = [sys.executable, "-m", "benchmarks.zoo.catalogue", name]
@@ -70,16 +71,16 @@ def cells(row: Row) -> list[str]:
         return write(figures[name]) if name in figures else ("failed" if name in row["reasons"] else "—")
 
     def of(found: Row) -> str:
-        return f"{found['norms']}, {found['error']:.0e}"
+        return f"{found['norms']}, {_error(found['error'])}"
 
     return [
         f"{row['package']} {row['version']}, {row['model']}",
         str(norms),
-        cell("convert", lambda error: f"{error:.0e}"),
+        cell("convert", _error),
         cell("replace", of),
         cell("gradient", lambda f: f"{f['jbn']:.1e} / {f['theirs']:.1e} = {f['ratio']:.2f}"),
         cell("fold", lambda f: of(f) + (f", {f['kept']} kept" if f["kept"] else "")),
-        cell("export", lambda f: " / ".join(f"{error:.0e}" for error in f.values())),
+        cell("export", lambda f: " / ".join(map(_error, f.values()))),
         cell("diagnose", lambda f: ", ".join(f"{n} {kind}" for kind, n in f["findings"].items()) or "nothing"),
         cell("recalibrate", lambda f: str(f["norms"])),
         cell("freeze", of),
@@ -88,9 +89,17 @@ def cells(row: Row) -> list[str]:
 
 def notes(row: Row) -> list[str]:
     """Return what a table does not hold: why a figure is not there, and what the tools said."""
-    name = f"{row['package']}/{row['model']}"
+    name = _name(row)
     said = [text for figure in ("diagnose", "recalibrate") for text in row["figures"].get(figure, {}).get("said", ())]
     return [f"{name}, {figure}: {reason}" for figure, reason in row["reasons"].items()] + [f"{name}: {s}" for s in said]
+
+
+def _error(error: float) -> str:
+    return f"{error:.0e}" if error else "0"
+
+
+def _name(row: Row) -> str:
+    return f"{row['package']}/{row['model']}"
 
 
 def markdown(found: Row) -> str:
@@ -125,32 +134,34 @@ def main(
             rows.append(measure_apart(name))
         for note in notes(rows[-1]):
             console.print(note, style="dim", markup=False)
+        if write:  # now, so that who stops it loses one model at most
+            _write(rows[-1])
     table = Table(*HEAD)
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
-    if write:
-        _write(rows, console)
-    failed = {f"{row['package']}/{row['model']}": wrong for row in rows if (wrong := misses(row))}
+    failed = {_name(row): wrong for row in rows if (wrong := misses(row))}
     for name, wrong in failed.items():
         console.print(f"{name} misses: {', '.join(wrong)}")
     raise typer.Exit(1 if failed else 0)
 
 
-def _write(rows: list[Row], console: Console) -> None:
-    """Put rows into the results, beside those of other cases whose version is still the same."""
+def _write(row: Row) -> None:
+    """Put a row into the results and the README, beside those of other cases, but for those of other versions.
+
+    What is not installed here says nothing: such a row is not written, and those in the results stay.
+    """
     from benchmarks.zoo.catalogue import CASES
 
+    if row["version"] == ABSENT:
+        return
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"rows": []}
-    known = {f"{row['package']}/{row['model']}": row for row in found["rows"]}
-    new = {f"{row['package']}/{row['model']}": row for row in rows}
-    kept = {name: row for name, row in known.items() if name in CASES and row["version"] == CASES[name].version}
-    both = kept | new
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
-    found = versions | {"rows": [both[name] for name in CASES if name in both]}
+    rows = {_name(old): old for old in found["rows"]} | {_name(row): row}
+    there = {name: case.version for name, case in CASES.items()}
+    kept = [rows[name] for name in CASES if name in rows and there[name] in (rows[name]["version"], ABSENT)]
+    found = {name: importlib.metadata.version(name) for name in ("jax", "flax")} | {"rows": kept}
     RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     readme.replace("zoo", markdown(found))
-    console.print(f"Wrote {RESULTS.name}")
 
 
 if __name__ == "__main__":

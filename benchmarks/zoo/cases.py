@@ -17,6 +17,9 @@ from jbn.observing.diagnose import Diagnosis
 IMAGES = (16, 64, 64, 3)
 """A batch of which the last norms of a network that halves images five times see 64 values per channel."""
 
+ABSENT = "not installed"
+"""The version of a package that is not there."""
+
 
 @dataclass(frozen=True)
 class Functions:
@@ -111,11 +114,11 @@ class Case:
 
     @property
     def version(self) -> str:
-        """The version of the package, with the commit where it came as one."""
+        """The version of the package, or the commit where it was installed from one; `ABSENT` without the package."""
         try:
             found = importlib.metadata.distribution(self.package)
         except importlib.metadata.PackageNotFoundError:
-            return "none"
+            return ABSENT
         origin = json.loads(found.read_text("direct_url.json") or "{}")
         commit = origin.get("vcs_info", {}).get("commit_id", "")[:9]
         return commit or found.version.partition("+")[0]

@@ -30,7 +30,7 @@ def make(folder: Path, report: Report) -> Path:
     stamp, wanted = folder / "zoo.txt", REQUIREMENTS.read_text(encoding="utf-8")
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python
-    if not stamp.exists() and folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not (stamp.exists() or (folder.is_dir() and not any(folder.iterdir()))):
         raise ValueError(f"{folder} holds something that is no environment of this program; expected a new folder.")
     rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

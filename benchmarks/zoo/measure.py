@@ -10,6 +10,8 @@ import numpy as np
 from jax import export
 
 from benchmarks.zoo.cases import Case, Functions, Model, draw, widen
+from benchmarks.zoo.kinks import at as with_kinks_at
+from benchmarks.zoo.kinks import record as kinks_of
 from jbn.programs import find_inner
 
 SEEDS = range(5)
@@ -80,14 +82,13 @@ def _try(row: Row, name: str, figure: Callable[[], Any]) -> Any:
 
 
 def _evaluate(functions: Functions, x: np.ndarray) -> np.ndarray:
-    y = np.asarray(jax.jit(functions.evaluate)(functions.params, functions.others, x))
-    if not np.isfinite(y).all():
-        raise ValueError("the logits are not finite")
-    return y
+    return np.asarray(jax.jit(functions.evaluate)(functions.params, functions.others, x))
 
 
 def _off(y: Any, want: np.ndarray) -> float:
     """Return the largest error, of the largest number that should be there."""
+    if not np.isfinite(y).all():
+        raise ValueError("the logits are not finite")
     return _short(np.abs(np.asarray(y, np.float64) - want).max() / np.abs(want).max())
 
 
@@ -129,19 +130,21 @@ def _export(model: Model, x: np.ndarray, want: np.ndarray) -> Row:
 
 
 def _gradient(model: Model) -> Row:
-    """Return the errors of the gradients of all parameters, against the model as it came in float64."""
+    """Return the errors of the gradients of all parameters, against the model as it came in float64, at its kinks."""
     shape = jax.eval_shape(model.functions().evaluate, *_arrays(model.functions()), draw(model.shape, 0)).shape
     inputs = [(draw(model.shape, 10 + seed), draw(shape, 20 + seed)) for seed in SEEDS]
     with jax.enable_x64(True):
         wide = model.widen()
-        gradient = jax.jit(_gradient_of(wide)).trace(*_arrays(wide), *widen(inputs[0]))
+        pairs = [widen(pair) for pair in inputs]
+        kinks = [kinks_of(wide.train, *_arrays(wide), x) for x, _ in pairs]
+        gradient = jax.jit(_gradient_of(wide)).trace(*_arrays(wide), *pairs[0], kinks[0])
         _check_width(gradient.jaxpr.jaxpr)
         compiled = gradient.lower().compile()
-        want = [_flat(compiled(*_arrays(wide), *widen(pair))) for pair in inputs]
+        want = [_flat(compiled(*_arrays(wide), *pair, places)) for pair, places in zip(pairs, kinks, strict=True)]
     errors = {}
     for name, functions in (("jbn", model.replace()[0]), ("theirs", model.functions())):
         narrow = jax.jit(_gradient_of(functions))
-        found = [_flat(narrow(*_arrays(functions), *pair)) for pair in inputs]
+        found = [_flat(narrow(*_arrays(functions), *pair, places)) for pair, places in zip(inputs, kinks, strict=True)]
         off = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, want, strict=True)]
         errors[name] = math.exp(np.mean(np.log(np.maximum(off, np.finfo(np.float64).tiny))))
     return {name: _short(error) for name, error in errors.items()} | {"ratio": _short(errors["jbn"] / errors["theirs"])}
@@ -152,8 +155,8 @@ def _arrays(functions: Functions) -> tuple[Any, Any]:
 
 
 def _gradient_of(functions: Functions) -> Callable[..., Any]:
-    def loss(params: Any, others: Any, x: Any, cotangent: Any) -> Any:
-        return (functions.train(params, others, x) * cotangent).sum()
+    def loss(params: Any, others: Any, x: Any, cotangent: Any, kinks: list[Any]) -> Any:
+        return (with_kinks_at(kinks, functions.train)(params, others, x) * cotangent).sum()
 
     return jax.grad(loss)
 
