@@ -1,6 +1,7 @@
 """Public models of torchvision, keras.applications and Haiku, converted into twins of Flax (`benchmarks.twins`)."""
 
 from functools import partial
+from typing import Any
 
 import jbn
 from benchmarks.sources import READERS
@@ -22,7 +23,7 @@ def _convert(key: str) -> Model:
     names = proposal.names | {match.source: truth.names.get(match.source) for match in proposal.ambiguous}
     variables = jbn.convert(source.tree, library, "linen", like=like, names=names, kinds=proposal.kinds or None)
     images = draw(IMAGES, 2)
-    calls = {"training": {"train": True}, "evaluation": {"train": False}}
+    calls: dict[str, Any] = {"training": {"train": True}, "evaluation": {"train": False}}
     return Linen(model=model, variables=variables, images=images, source=source.logits(images), **calls)
 
 

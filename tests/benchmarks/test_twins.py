@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-hk = pytest.importorskip("haiku")
+pytest.importorskip("haiku")
 pytest.importorskip("flax.linen")
+
+import haiku as hk
 
 import jbn
 from benchmarks.sources import READERS
