@@ -14,11 +14,11 @@ import jbn
 from benchmarks.twins import EFFICIENT, MOBILE, DenseNet, Mobile, ResNet, Truth, shapes
 
 TWINS = {
-    "ResNet of torchvision": lambda: ResNet(Truth(), "torch", (2, 2), 8, 5),
-    "ResNet of Keras": lambda: ResNet(Truth(), "keras", (2, 2), 8, 5),
-    "MobileNet": lambda: Mobile(Truth(), "torch", False, MOBILE[:3]),
-    "EfficientNet": lambda: Mobile(Truth(), "torch", True, EFFICIENT[:3]),
-    "DenseNet": lambda: DenseNet(Truth(), (3, 2), 4, 5),
+    "ResNet of torchvision": lambda: ResNet(Truth("torch"), (2, 2), 8, 5),
+    "ResNet of Keras": lambda: ResNet(Truth("keras"), (2, 2), 8, 5),
+    "MobileNet": lambda: Mobile(Truth("torch"), False, MOBILE[:3]),
+    "EfficientNet": lambda: Mobile(Truth("torch"), True, EFFICIENT[:3]),
+    "DenseNet": lambda: DenseNet(Truth("torch"), (3, 2), 4, 5),
 }
 
 
