@@ -91,7 +91,7 @@ def cells(row: Row) -> list[str]:
         cell("convert", _error),
         cell("replace", of),
         cell("gradient", lambda f: f"{f['jbn']:.1e} / {f['theirs']:.1e} = {f['ratio']:.2f}"),
-        cell("fold", lambda f: of(f) + (f", {f['kept']} kept" if f["kept"] else "")),
+        cell("fold", lambda f: of(f) + _exact(f) + (f", {f['kept']} kept" if f["kept"] else "")),
         cell("export", lambda f: " / ".join(map(_error, f.values()))),
         cell("diagnose", lambda f: ", ".join(f"{n} {kind}" for kind, n in f["findings"].items()) or "nothing"),
         cell("recalibrate", lambda f: str(f["norms"])),
@@ -104,6 +104,11 @@ def notes(row: Row) -> list[str]:
     name = _name(row)
     said = [text for figure in ("diagnose", "recalibrate") for text in row["figures"].get(figure, {}).get("said", ())]
     return [f"{name}, {figure}: {reason}" for figure, reason in row["reasons"].items()] + [f"{name}: {s}" for s in said]
+
+
+def _exact(fold: Row) -> str:
+    """Return how far logits are from float64, and the model's own."""
+    return f" ({_error(fold['exact'])} / {_error(fold['own'])})" if "exact" in fold else ""
 
 
 def _error(error: float) -> str:

@@ -57,6 +57,9 @@ def test_a_model_is_measured(monkeypatch):
     assert runner.cells(row)[1:4] == ["1", "—", "1, 0"]
     for name, worse in (("gradient", {"ratio": 1.6}), ("freeze", {"norms": 0}), ("fold", {"error": 2e-5})):
         assert misses(row | {"figures": figures | {name: figures[name] | worse}}) == [name]
+    for exact, missed in ((1e-5, []), (2e-5, ["fold"])):
+        fold = figures["fold"] | {"error": 2e-5, "exact": exact, "own": 1.5e-5}
+        assert misses(row | {"figures": figures | {"fold": fold}}) == missed
 
 
 def test_what_cannot_be_measured_has_a_reason():
