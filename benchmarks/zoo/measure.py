@@ -66,10 +66,10 @@ def misses(row: Row) -> list[str]:
     figures = row["figures"]
     off = {name: figures[name] for name in ("convert",) if name in figures}
     off |= {name: figures[name]["error"] for name in ("replace", "fold", "freeze") if name in figures}
+    off |= {f"export, {name}": error for name, error in figures.get("export", {}).items()}
     exact, own = (figures.get("fold", {}).get(name, math.inf) for name in ("exact", "own"))
-    if exact <= own < math.inf:  # its logits have moved no farther than float32 has moved the model's own
-        off["fold"] = 0.0
-    off |= {"export": max(figures["export"].values())} if "export" in figures else {}
+    if exact <= own < math.inf:  # folding has moved the logits no farther from float64 than float32 has the model's own
+        off |= {"fold": 0.0, "export, folded": 0.0}
     found = [*row["reasons"], *(name for name, error in off.items() if not error <= CLOSE)]
     counts = {name: figures[name]["norms"] for name in ("replace", "freeze") if name in figures}
     found += [name for name, norms in counts.items() if norms != row["norms"]]
@@ -117,7 +117,7 @@ def _replace(model: Model, x: np.ndarray, want: np.ndarray) -> Row:
 
 
 def _fold(model: Model, x: np.ndarray, want: np.ndarray) -> Row:
-    """Fold a model; where logits move by more than they may, both are held against float64: ``exact``, and its ``own``."""
+    """Fold a model; where logits move by more than they may, they are held against float64, and its own too."""
     functions, folds = model.fold(x)
     y = _evaluate(functions, x)
     found = {"norms": len(folds.pairs), "kept": len(folds.kept), "error": _off(y, want)}
