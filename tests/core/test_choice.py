@@ -207,14 +207,20 @@ def mixed(x, weight, scale, mean, var):
     return (x - (mean + weight * (m - mean))) / np.sqrt(var + weight * (v - var) + 1e-5) * scale
 
 
-def test_a_mixture_is_differentiated_through_the_batch_and_through_what_the_function_holds():
+@pytest.mark.parametrize("place", ["pilot", "offset"])
+def test_a_mixture_is_differentiated_through_the_batch_and_through_what_the_function_holds(place):
     rng, case = np.random.default_rng(0), Case((16, 3))
     d = data(case)
     weight, g = np.float32([0.2, 0.5, 0.9]), rng.standard_normal((16, 3)).astype(np.float32)
     state = jbn.State(d.mean, d.var)
 
     def loss(x, weight, mean):
-        hold = lambda batch, running, _: jbn.mix(running, batch, weight)  # noqa: E731
+        def hold(batch, running, _):
+            mixed = jbn.mix(running, batch, weight)
+            if place == "offset":
+                return mixed
+            return dataclasses.replace(mixed, pilot=mixed.mean, offset=jnp.zeros(3))
+
         y, _ = jbn.bn_forward({"scale": d.scale}, state._replace(mean=mean), x, True, normalize_by=hold)
         return (y * g).sum()
 
