@@ -11,7 +11,6 @@ import numpy as np
 from jax import Array
 from jax.numpy import asarray, broadcast_to, zeros, zeros_like
 
-from jbn.core import checks
 from jbn.core.axes import vary_as
 from jbn.core.programs import Program, read_program, trace
 from jbn.core.statistics import Moments
@@ -82,7 +81,6 @@ def trace_choice(
         epsilon: what will be added to the variance.
         grouped: whether there are moments of several groups, with a leading axis: the function sees those of one.
     """
-    checks.check_callable("normalize_by", normalize_by, "of the moments of the batch, those of the state and epsilon")
     corrects = False
 
     def of_one(batch: Moments, mean: Array, var: Array) -> tuple[Array, ...]:

@@ -322,7 +322,6 @@ def test_any_function_may_choose(x_mean):
 @pytest.mark.parametrize(
     ("choose", "error", "message"),
     [
-        (3.0, TypeError, "normalize_by is 3.0; expected a function of the moments"),
         (lambda *_: (1, 2), TypeError, "normalize_by returns tuple; expected jbn.Moments, or jbn.Correction"),
         (lambda b, *_: jbn.Correction(b.var[:2], b.var), ValueError, r"scale of shape \(2,\)"),
         (lambda b, *_: dataclasses.replace(b, var=b.var > 0), ValueError, "var of shape .* and dtype bool"),
@@ -334,6 +333,13 @@ def test_what_cannot_be_normalized_by_is_refused(choose, error, message):
     params, state = jbn.bn_init(3)
     with pytest.raises(error, match=message):
         jbn.bn_forward(params, state, jnp.ones((4, 3)), True, normalize_by=choose)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_is_no_function_is_refused_where_the_state_normalizes_too(train):
+    params, state = jbn.bn_init(3)
+    with pytest.raises(TypeError, match=r"normalize_by is 3\.0; expected a function of the moments"):
+        jbn.bn_forward(params, state, jnp.ones((4, 3)), train, normalize_by=3.0)
 
 
 def test_nothing_is_chosen_where_the_state_normalizes():
