@@ -174,18 +174,18 @@ def check_moving(mean: Array, var: Array) -> None:
             )
 
 
-IN_ACTIVATION = (
-    "This came up while activation was traced. It may read arrays from outside and not change them; a layer with state "
-    "of its own, such as running statistics or a count of random numbers, is called on y instead."
+IN_FUNCTION = (
+    "This came up while {name} was traced. It may read arrays from outside and not change them; a layer with state "
+    "of its own, such as running statistics or a count of random numbers, is called outside of it."
 )
 HELD_BY_RULE = (
-    "activation is, or calls, a function with a derivative rule of its own (jax.custom_jvp or jax.custom_vjp) that "
+    "{name} is, or calls, a function with a derivative rule of its own (jax.custom_jvp or jax.custom_vjp) that "
     "reads a traced array from outside, by which such a rule is not differentiated. Expected it as an argument of that "
-    "function: activation=lambda z: f(z, slope), with a rule for both arguments of f."
+    "function, f(z, slope) in the place of f(z), with a rule for both arguments of f."
 )
 HELD_BY_VJP = (
-    "activation is, or calls, a jax.custom_vjp whose backward pass reads arrays from outside, which jbn cannot follow. "
-    "Expected jax.custom_jvp, which JAX transposes, or the activation applied to y, outside of the normalization."
+    "{name} is, or calls, a jax.custom_vjp whose backward pass reads arrays from outside, which jbn cannot follow. "
+    "Expected jax.custom_jvp, which JAX transposes, or these arrays as arguments of it, with cotangents of their own."
 )
 HELD_INSIDE = (
     "{name} has a compiled function inside a loop or a condition that reads arrays from outside. Expected them as "

@@ -1,17 +1,18 @@
 """What x is normalized by: the statistics of the batch, or what a function of them and the running ones returns."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.core import eval_jaxpr
 from jax.numpy import asarray, broadcast_to, zeros, zeros_like
 
-from jbn.core import checks
-from jbn.core.programs import bodies, equations, find_settings, inline, write
+from jbn.core.axes import vary_as
+from jbn.core.programs import Program, read_program, trace
 from jbn.core.statistics import Moments
 
 
@@ -39,16 +40,26 @@ class Basis(NamedTuple):
 class Choice:
     """A function that chooses what x is normalized by, as a program; two are equal if they compute the same."""
 
-    text: str
-    settings: tuple[Any, ...]  # what is no part of its text
+    program: Program
     corrects: bool  # whether it returns a Correction, or Moments
-    program: Any = field(compare=False, repr=False)
 
     def __call__(self, batch: Moments, basis: Basis) -> Moments | Correction:
         """Return what the function returns."""
-        arrays = jax.tree.leaves((batch, basis.mean, basis.var))
-        found = eval_jaxpr(self.program, (), *arrays, *basis.held)
+        found = _run(self.program, tuple(jax.tree.leaves((batch, basis.mean, basis.var))), basis.held)
         return Correction(*found) if self.corrects else replace(batch, **dict(zip(_MEAN_AND_VAR, found, strict=True)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _run(program: Program, args: tuple[Array, ...], held: tuple[Array, ...]) -> list[Array]:
+    return program(args, held)
+
+
+@_run.defjvp
+def _run_jvp(program: Program, primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
+    (args, held), (dargs, dheld) = primals, tangents
+    found = _run(program, args, held)
+    dargs = list(map(vary_as, dargs, args))
+    return found, list(map(vary_as, program.differentiate(args, held, dargs, dheld), found))
 
 
 def moments_of_state(mean: Array, var: Array) -> Moments:
@@ -70,7 +81,6 @@ def trace_choice(
         epsilon: what will be added to the variance.
         grouped: whether there are moments of several groups, with a leading axis: the function sees those of one.
     """
-    checks.check_callable("normalize_by", normalize_by, "of the moments of the batch, those of the state and epsilon")
     corrects = False
 
     def of_one(batch: Moments, mean: Array, var: Array) -> tuple[Array, ...]:
@@ -81,23 +91,10 @@ def trace_choice(
 
     of_each = jax.tree.map(lambda array: 0 if array.ndim else None, batch)
     of_all = jax.vmap(of_one, in_axes=(of_each, None, None)) if grouped else of_one
-    traced = jax.make_jaxpr(of_all)(batch, mean, var)
-    types = jax.tree.leaves((batch, mean, var))
-    f = jax.make_jaxpr(lambda *args: inline(traced.jaxpr, traced.consts, *args))(*types)
-
-    def slope(args: Any, dargs: Any, held: Any) -> Any:
-        return jax.jvp(lambda *args: eval_jaxpr(f.jaxpr, held, *args), args, dargs)[1]
-
-    derivative = jax.make_jaxpr(slope)(tuple(types), tuple(types), tuple(f.consts))
-    if any(body.consts for program in (f, derivative) for eqn in equations(program.jaxpr) for body in bodies(eqn)):
-        raise TypeError(checks.HELD_INSIDE.format(name="normalize_by"))
-
-    def value(*args: Array) -> Any:
-        return eval_jaxpr(f.jaxpr, args[len(types) :], *args[: len(types)])
-
-    program = jax.make_jaxpr(value)(*types, *f.consts)
-    text, settings = "\n".join(map(write, (program, derivative))), tuple(find_settings(program, derivative))
-    return Choice(text, settings, corrects, program.jaxpr), tuple(f.consts)
+    leaves, tree = jax.tree.flatten((batch, mean, var))
+    traced = trace("normalize_by", lambda *args: of_all(*jax.tree.unflatten(tree, args)), *leaves)
+    program, held = read_program("normalize_by", traced, *leaves)
+    return Choice(program, corrects), held
 
 
 def _read_fields(found: object, mean: Array) -> tuple[Array, ...]:
@@ -107,11 +104,14 @@ def _read_fields(found: object, mean: Array) -> tuple[Array, ...]:
         raise TypeError(
             f"normalize_by returns {type(found).__name__}; expected jbn.Moments, or jbn.Correction(scale, shift)."
         )
-    arrays = [asarray(getattr(found, name)) for name in names]
-    for name, array in zip(names, arrays, strict=True):
-        if array.shape not in ((), mean.shape) or not jnp.issubdtype(array.dtype, jnp.number):
+    values = [getattr(found, name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        dtype = getattr(value, "dtype", np.asarray(value).dtype if isinstance(value, int | float | complex) else None)
+        real = dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating))
+        if not real or np.shape(value) not in ((), mean.shape):
+            what = type(value).__name__ if dtype is None else f"shape {np.shape(value)} and dtype {dtype.name}"
             raise ValueError(
-                f"normalize_by returns {type(found).__name__} with {name} of shape {array.shape} and dtype "
-                f"{array.dtype.name}; expected numbers of the shape of the features, {mean.shape}."
+                f"normalize_by returns {type(found).__name__} with {name} of {what}; expected real numbers of the "
+                f"shape of the features, {mean.shape}."
             )
-    return tuple(broadcast_to(array, mean.shape).astype(mean.dtype) for array in arrays)
+    return tuple(broadcast_to(asarray(value), mean.shape).astype(mean.dtype) for value in values)

@@ -161,6 +161,10 @@ def bn_forward(
     masked positions, averages shards with equal weights and returns float32 for bfloat16 x.
     """
     train = checks.read_flag("train", train)
+    if normalize_by is not None:
+        checks.check_callable(
+            "normalize_by", normalize_by, "of the moments of the batch, those of the state and epsilon"
+        )
     update = train if update is None else checks.read_flag("update", update)
     held, mean, var = read_state(state)
     scale, bias = checks.read_fields("params", params, ("scale", "bias"))

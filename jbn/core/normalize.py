@@ -9,11 +9,12 @@ import numpy as np
 from jax import Array
 from jax.numpy import where
 
-from jbn.core.activation import Program
+from jbn.core.activation import selects
 from jbn.core.axes import name_mesh, vary_as
 from jbn.core.choice import Basis, Choice, Correction
 from jbn.core.lax import lax
 from jbn.core.layout import Layout
+from jbn.core.programs import Program
 from jbn.core.saved import MOMENTS, name_arrays
 from jbn.core.statistics import Moments, SharedRows, differentiate_statistics, statistics, tangent_moments
 from jbn.core.sums import read_apart, repeat_rows
@@ -47,7 +48,7 @@ class Operands(NamedTuple):
 def normalize(recipe: Recipe, m: Moments, operands: Operands) -> Array:
     """Return f((x - μ)·γ/√(σ² + ε) + β + residual) in the recipe's dtype, and 0 where the mask is false."""
     z, _ = _affine(recipe, m, operands)
-    y = z if recipe.activation is None else recipe.activation(z, operands.held)
+    y = z if recipe.activation is None else recipe.activation([z], operands.held)[0]
     return _hide(operands.mask, y).astype(recipe.dtype)
 
 
@@ -106,14 +107,14 @@ def _differentiate(
         dz = dz + d.residual.astype(dtype)
     if recipe.activation is not None:
         z = vary_as(z, *jax.tree.leaves((m, operands)))
-        dz = recipe.activation.differentiate(z, operands.held, vary_as(dz, z), d.held)
+        dz = recipe.activation.differentiate([z], operands.held, [vary_as(dz, z)], d.held)[0]
     return _hide(operands.mask, dz).astype(recipe.dtype)
 
 
 def _passes_numbers(recipe: Recipe, operands: Operands) -> bool:
     """Say whether the cotangent of z has the numbers of that of y, or zeros: to round it to the same dtype is exact."""
     one_dtype = operands.residual is not None and recipe.dtype == operands.x.dtype == operands.residual.dtype
-    return one_dtype and (recipe.activation is None or recipe.activation.selects)
+    return one_dtype and (recipe.activation is None or selects(recipe.activation))
 
 
 @normalize.defjvp

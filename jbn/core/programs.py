@@ -1,19 +1,116 @@
 """What a function of the user computes, as a program: equal programs do the same, whatever the functions hold."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
+from jax import Array
+from jax.core import Tracer, eval_jaxpr
+from jax.dtypes import float0
 
+from jbn.core import checks
 from jbn.core.axes import vary_as
 
 # What can stand where it is called. The second kind has a rule for its derivative, which is lost by that.
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 WITH_RULE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function, traced for arrays of some types; two are equal if they compute the same.
+
+    Attributes:
+        text: what it computes, and its derivative, in words.
+        settings: what its operations are told, such as a mesh: the words of two can be the same.
+        inexact: for each array that f holds, whether it has tangents.
+        value: f(x), of its arguments x and the arrays that f holds.
+        slope: f'(x) dx, of x, the arrays that f holds, the tangents of both, and the arrays that its rule alone holds.
+    """
+
+    text: str
+    settings: tuple[Any, ...]
+    inexact: tuple[bool, ...]
+    value: Any = field(compare=False, repr=False)
+    slope: Any = field(compare=False, repr=False)
+
+    def __call__(self, args: Sequence[Array], arrays: Sequence[Array]) -> list[Array]:
+        """Return f(x)."""
+        return eval_jaxpr(self.value, (), *args, *arrays[: len(self.inexact)])
+
+    def differentiate(
+        self, args: Sequence[Array], arrays: Sequence[Array], dargs: Sequence[Array], darrays: Sequence[Array]
+    ) -> list[Array]:
+        """Return f'(x) dx, and what the tangents of the arrays that f holds add to it."""
+        held, of_rule = arrays[: len(self.inexact)], arrays[len(self.inexact) :]
+        tangents = [d for d, has in zip(darrays, self.inexact, strict=False) if has]
+        return eval_jaxpr(self.slope, of_rule, *args, *held, *dargs, *tangents)
+
+
+def trace(name: str, function: Callable[..., Any], *types: Any) -> Any:
+    """Trace a function of the user, of arrays of these types, which is the argument ``name``."""
+    # What is traced is a new function at each call, because JAX keeps the program of a function that it knows.
+    try:
+        return jax.make_jaxpr(lambda *args: function(*args))(*types)
+    except Exception as error:
+        error.add_note(checks.IN_FUNCTION.format(name=name))
+        raise
+
+
+def read_program(name: str, traced: Any, *types: Any) -> tuple[Program, tuple[Array, ...]]:
+    """Return what was traced as a program, and the arrays that it holds."""
+    # Calls stand where they are made from here on, because an inner ``jit`` has constants of its own.
+    f = jax.make_jaxpr(lambda *args: inline(traced.jaxpr, traced.consts, *args))(*types)
+    inexact = tuple(bool(jnp.issubdtype(array.dtype, jnp.inexact)) for array in f.consts)
+    n = len(types)
+    # Nothing differentiates the value, so that it needs no rules.
+    value = jax.make_jaxpr(lambda *all: inline(f.jaxpr, all[n:], *all[:n], also=WITH_RULE))(*types, *f.consts)
+
+    def differentiate(*given: Array) -> list[Array]:
+        primals, dargs, rest = given[: n + len(inexact)], given[n + len(inexact) :][:n], given[2 * n + len(inexact) :]
+        tangents = iter(rest)
+        none = (np.zeros(array.shape, float0) for array in primals[n:])
+        dheld = (next(tangents) if has else zero for zero, has in zip(none, inexact, strict=True))
+        return jax.jvp(lambda *all: eval_jaxpr(f.jaxpr, all[n:], *all[:n]), primals, (*dargs, *dheld))[1]  # type: ignore[no-any-return]
+
+    tangents = [array for array, has in zip(f.consts, inexact, strict=True) if has]
+    rough = jax.make_jaxpr(differentiate)(*types, *f.consts, *types, *tangents)
+    slope = jax.make_jaxpr(lambda *all: inline(rough.jaxpr, rough.consts, *all))(*types, *f.consts, *types, *tangents)
+    text = "\n".join([*map(write, (value, slope)), _check_rules(name, traced, f, slope, inexact, *types)])
+    return (
+        Program(text, tuple(find_settings(value, slope)), inexact, value.jaxpr, slope.jaxpr),
+        (*f.consts, *slope.consts),
+    )
+
+
+def _check_rules(name: str, traced: Any, f: Any, slope: Any, inexact: tuple[bool, ...], *types: Any) -> str:
+    """Refuse rules of derivatives whose arrays cannot be arguments; return what else decides the derivative."""
+    rules = (eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name in WITH_RULE)
+    if any(isinstance(array, Tracer) for array in f.consts) and any(rule.params.get("num_consts") for rule in rules):
+        raise TypeError(checks.HELD_BY_RULE.format(name=name))
+    if any(body.consts for program in (f, slope) for eqn in equations(program.jaxpr) for body in bodies(eqn)):
+        raise TypeError(checks.HELD_INSIDE.format(name=name))
+    if not any(eqn.primitive.name == "custom_lin" for eqn in equations(slope.jaxpr)):
+        return ""
+
+    def transpose(args: Any, held: Any, gs: Any) -> Any:
+        def f_of(args: Any, floats: Any) -> Any:
+            floats = iter(floats)
+            return eval_jaxpr(
+                f.jaxpr, [next(floats) if has else v for v, has in zip(held, inexact, strict=True)], *args
+            )
+
+        return jax.vjp(f_of, args, [v for v, has in zip(held, inexact, strict=True) if has])[1](gs)
+
+    back = jax.make_jaxpr(transpose)(types, f.consts, f.out_avals)
+    if back.consts:
+        raise TypeError(checks.HELD_BY_VJP.format(name=name))
+    return write(back)
 
 
 # An eager call that has nothing new must trace nothing.

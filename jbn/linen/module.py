@@ -114,11 +114,15 @@ class BatchNorm(nn.Module):
         evaluate = read_flag(
             "use_running_average", nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         )
-        if isinstance(self.activation, nn.Module):
-            raise TypeError(
-                f"activation is the module {type(self.activation).__name__}; expected a function, because the "
-                "derivative rule cannot create variables: call the module on the output of BatchNorm instead."
-            )
+        for name, value, instead in (
+            ("activation", self.activation, "call the module on the output of BatchNorm"),
+            ("normalize_by", self.normalize_by, "let a function read arrays that the module around BatchNorm holds"),
+        ):
+            if isinstance(value, nn.Module):
+                raise TypeError(
+                    f"{name} is the module {type(value).__name__}; expected a function, because the derivative rule "
+                    f"cannot create variables: {instead} instead."
+                )
         x = cast_array("x", x)
         mask = cast_mask(mask)
         shape = read_layout(x, self.axis).features

@@ -202,6 +202,14 @@ def test_a_rule_that_changes_decides_the_derivative():
         np.testing.assert_allclose(gradient_of_bias(act), 16 * slope, rtol=1e-6)
 
 
+def test_a_rule_decides_the_derivative_of_what_the_activation_holds_too():
+    for slope in (1.0, 3.0):
+        act = jax.custom_vjp(lambda w: w)
+        act.defvjp(lambda w: (w, ()), lambda _, g, slope=slope: (slope * g,))
+        loss = lambda w, act=act: jbn.batch_norm(X, None, jnp.ones(4), activation=lambda z: z * act(w))[0].sum()  # noqa: E731
+        np.testing.assert_allclose(jax.grad(loss)(2.0), 64 * slope, rtol=1e-5)
+
+
 def _rule_over(slope):
     act = jax.custom_jvp(jnp.sign)
     act.defjvp(lambda primals, tangents: (jnp.sign(primals[0]), slope * tangents[0]))

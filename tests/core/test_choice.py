@@ -235,6 +235,38 @@ def test_a_mixture_is_differentiated_through_the_batch_and_through_what_the_func
             near((oracle.wide(grad) * way).sum(), want, "float32", 16, 16)
 
 
+@pytest.mark.parametrize("kind", ["jvp", "vjp", "jvp over an array"])
+@pytest.mark.parametrize("at", ["the moments", "what the function holds"])
+def test_what_differs_in_its_derivative_alone_is_another_function(kind, at):
+    x, g = np.random.default_rng(0).standard_normal((2, 16, 3)).astype(np.float32)
+    params, state = jbn.bn_init(3)
+
+    def passing(k):
+        """Return the identity, whose derivative is k."""
+        k = jnp.float32(k) if kind == "jvp over an array" else k
+        same = (jax.custom_vjp if kind == "vjp" else jax.custom_jvp)(lambda v: v * 1)
+        if kind == "vjp":
+            same.defvjp(lambda v: (v, None), lambda _, g: (g * k,))
+        else:
+            same.defjvp(lambda primals, tangents: (primals[0], tangents[0] * k))
+        return same
+
+    def slope(k):
+        same = passing(k)
+
+        def loss(w, x):
+            held = same(w) if at != "the moments" else 1.0
+            var = same if at == "the moments" else lambda v: v
+            choose = lambda b, *_: dataclasses.replace(b, offset=0 * b.offset, var=var(b.var) * held)  # noqa: E731
+            return (jbn.bn_forward(params, state, x, True, normalize_by=choose)[0] * g).sum()
+
+        return jax.grad(loss, int(at == "the moments"))(jnp.float32(1.0), jnp.asarray(x))
+
+    none, one, three = map(slope, (0.0, 1.0, 3.0))
+    near(three - none, 3 * oracle.wide(one - none), "float32", 16, 16)
+    assert np.abs(one - none).max() > 1e-2
+
+
 def test_an_eager_call_sees_what_changed_and_compiles_nothing_for_it():
     x, (params, state) = np.float32([[1.0], [4.0]]), jbn.bn_init(1)
     weight = {"now": jnp.float32(1.0)}
@@ -296,16 +328,24 @@ def test_any_function_may_choose(x_mean):
 @pytest.mark.parametrize(
     ("choose", "error", "message"),
     [
-        (3.0, TypeError, "normalize_by is 3.0; expected a function of the moments"),
         (lambda *_: (1, 2), TypeError, "normalize_by returns tuple; expected jbn.Moments, or jbn.Correction"),
         (lambda b, *_: jbn.Correction(b.var[:2], b.var), ValueError, r"scale of shape \(2,\)"),
         (lambda b, *_: dataclasses.replace(b, var=b.var > 0), ValueError, "var of shape .* and dtype bool"),
+        (lambda b, *_: jbn.Correction(b.var * 1j, b.var), ValueError, "scale of shape .* and dtype complex64"),
+        (lambda b, *_: jbn.Correction(b.var, None), ValueError, "shift of NoneType; expected real numbers"),
     ],
 )
 def test_what_cannot_be_normalized_by_is_refused(choose, error, message):
     params, state = jbn.bn_init(3)
     with pytest.raises(error, match=message):
         jbn.bn_forward(params, state, jnp.ones((4, 3)), True, normalize_by=choose)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_is_no_function_is_refused_where_the_state_normalizes_too(train):
+    params, state = jbn.bn_init(3)
+    with pytest.raises(TypeError, match=r"normalize_by is 3\.0; expected a function of the moments"):
+        jbn.bn_forward(params, state, jnp.ones((4, 3)), train, normalize_by=3.0)
 
 
 def test_nothing_is_chosen_where_the_state_normalizes():

@@ -302,6 +302,11 @@ LINEN = {
         TypeError,
         "activation is the module PReLU",
     ),
+    "normalize_by is a module": (
+        lambda: BatchNorm(False, normalize_by=nn.PReLU()).init(jax.random.key(0), X),
+        TypeError,
+        "normalize_by is the module PReLU",
+    ),
     "one value per channel": (
         lambda: BatchNorm(False).apply(
             {"params": PARAMS._asdict(), "batch_stats": STATE._asdict()}, X[:1], mutable=["batch_stats"]
