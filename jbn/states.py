@@ -88,9 +88,9 @@ def merge_states(states: Sequence[StateT], counts: Sequence[ArrayLike] | Array) 
     the batch as its state. An average of variances, as federated averaging takes it, lacks the distance of the means.
 
     Args:
-        states: of one structure: ``State``, or trees that hold a ``mean`` and a ``var`` beside each other
-            anywhere, such as the ``batch_stats`` of a whole model, or ``nnx.state(model, nnx.BatchStat)``. Variances
-            are biased ones.
+        states: of one structure: ``State``, or trees that hold a ``mean`` and a ``var`` beside each other anywhere,
+            such as the ``batch_stats`` of a whole model, or ``nnx.state(model, nnx.BatchStat)``. Variances are biased
+            ones.
         counts: how many rows each state is of, numbers ≥ 0. Nothing of a state of no rows is taken. That all are 0 is
             refused where they are known; where they are traced, the first state comes back.
 
