@@ -20,3 +20,4 @@ from jbn.freezing import decay_mask, freeze, keep_statistics, norm_mask, trainab
 from jbn.observing.diagnose import Diagnosis, diagnose
 from jbn.observing.findings import Finding, LayerStatistics
 from jbn.observing.recalibrate import recalibrate
+from jbn.states import merge_states, update

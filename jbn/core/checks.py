@@ -354,14 +354,14 @@ def check_groups_on_mesh(layout: Layout, x: Array) -> None:
         )
 
 
-def check_replicas(sync: Sync, x: Array, mask: Array | None, mean: Array) -> None:
-    """Refuse statistics of one shard where x differs between shards and the state does not: it would differ then."""
+def check_replicas(sync: Sync, x: Array, mask: Array | None, mean: Array, name: str = "x") -> None:
+    """Refuse statistics of one shard where x, or moments of it that have another name, vary and the state does not."""
     from_batch = varying_axes(x) | (frozenset() if mask is None else varying_axes(mask))
     loose = sorted(from_batch - varying_axes(mean) - frozenset(sync.names), key=str)
     if loose:
         named, together = (names[0] if len(names) == 1 else tuple(names) for names in (loose, [*sync.names, *loose]))
         raise ValueError(
-            f"x varies over the mesh axis {named!r}, the state does not, and axis_name lacks it: the new state would "
-            f"differ between shards. Pass axis_name={together!r} for one batch over all shards; or give each shard a "
-            f"state of its own: jax.lax.pcast(state, {named!r}, to='varying')."
+            f"{name} varies over the mesh axis {named!r}, the state does not, and axis_name lacks it: the new state "
+            f"would differ between shards. Pass axis_name={together!r} for one batch over all shards; or give each "
+            f"shard a state of its own: jax.lax.pcast(state, {named!r}, to='varying')."
         )

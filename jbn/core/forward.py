@@ -14,12 +14,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core import checks
 from jbn.core.activation import Activation
-from jbn.core.axes import name_mesh, place_as
+from jbn.core.axes import name_mesh
 from jbn.core.choice import NormalizeBy, moments_of_state
 from jbn.core.normalize import Operands, Recipe, normalize, normalize_by_batch
 from jbn.core.numbers import read_momentum
 from jbn.core.prepare import Axis, AxisName, Groups, read_choice, read_operands, read_rows, read_sharing, read_state
-from jbn.core.state import Observation, move, replace_arrays
+from jbn.core.state import Observation, advance, replace_arrays
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, show_overflow, statistics
 
 StateT = TypeVar("StateT")
@@ -316,12 +316,7 @@ def _with_statistics(
     new: dict[str, Any] = {}
     if uses.update:
         whole = merge_groups(rows, batch, pilot)
-        if isinstance(held, Observation):
-            new = {"mean": held.add(whole)}
-        else:
-            seen = jax.tree.map(lambda value: place_as(value, mean) if value.ndim else value, whole)
-            moved = move(mean, place_as(var, mean), seen, asarray(weight, wide), uses.unbiased)
-            new = {"mean": moved[0], "var": place_as(moved[1], var)}
+        new = advance(held, var, whole, asarray(weight, wide), uses.unbiased)
     return y, new
 
 

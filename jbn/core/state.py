@@ -125,6 +125,15 @@ class Observation:
         return self
 
 
+def advance(held: Array | Observation, var: Array, batch: Moments, weight: Array, unbiased: bool) -> dict[str, Any]:
+    """Return the arrays of the new state: those that moved, or the observation with the rows of the batch."""
+    if isinstance(held, Observation):
+        return {"mean": held.add(batch)}
+    seen = jax.tree.map(lambda value: place_as(value, held) if value.ndim else value, batch)
+    moved = move(held, place_as(var, held), seen, weight, unbiased)
+    return {"mean": moved[0], "var": place_as(moved[1], var)}
+
+
 def replace_arrays(state: StateT, **fields: Any) -> StateT:
     """Return a state of the same type with new arrays."""
     if isinstance(state, MutableMapping):

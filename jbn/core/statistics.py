@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -75,45 +75,59 @@ register_pytree_node_serialization(
 )
 
 
-def merge(a: Moments, b: Moments) -> Moments:
-    r"""Return the moments of the union of two disjoint sets of rows.
+def merge(*moments: Moments) -> Moments:
+    r"""Return the moments of the union of disjoint sets of rows: of two, and so one after the other of any number.
 
     .. math::
         n = n_a + n_b,\quad \delta = \mu_b - \mu_a,\quad \mu = \mu_a + \tfrac{n_b}{n}\delta,\quad
         \sigma^2 = \tfrac{n_a}{n}\sigma_a^2 + \tfrac{n_b}{n}\sigma_b^2 + \tfrac{n_a n_b}{n^2}\delta^2
 
     Args:
-        a: moments of the first set.
-        b: moments of the second set, with features of the same shape.
+        moments: those of each set, with features of the same shape.
 
     Returns:
-        The moments of both: commutative and associative up to rounding, with ``Moments.empty`` as neutral element.
+        The moments of all: commutative and associative up to rounding, with ``Moments.empty`` as neutral element.
 
     Raises:
         TypeError: for what is not ``Moments``.
-        ValueError: for features of different shapes.
+        ValueError: for features of different shapes, and for no set at all.
 
     >>> import jax.numpy as jnp, jbn
     >>> x = jnp.arange(12.0).reshape(6, 2)
-    >>> both = jbn.merge(jbn.moments(x[:1]), jbn.moments(x[1:]))
-    >>> bool(jnp.allclose(both.var, x.var(0)))
+    >>> whole = jbn.merge(jbn.moments(x[:1]), jbn.moments(x[1:3]), jbn.moments(x[3:]))
+    >>> bool(jnp.allclose(whole.var, x.var(0)))
     True
 
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979, eq. 2.1. Other libraries average the means of shards with equal weights.
     """
-    for name, m in (("a", a), ("b", b)):
-        if not isinstance(m, Moments):
-            raise TypeError(f"{name} is of type {type(m).__name__}; expected Moments, as jbn.moments(x) returns them.")
-    if jnp.shape(a.var) != jnp.shape(b.var):
-        raise ValueError(
-            f"a has features of shape {jnp.shape(a.var)}, b of shape {jnp.shape(b.var)}; expected the same."
+    if not moments:
+        raise ValueError("merge got no moments; expected those of one set of rows or more, or Moments.empty(features).")
+    for i, m in enumerate(moments):
+        check_moments(f"moments[{i}]", m)
+        if jnp.shape(m.var) != jnp.shape(moments[0].var):
+            raise ValueError(
+                f"moments[{i}] has features of shape {jnp.shape(m.var)}, moments[0] of shape "
+                f"{jnp.shape(moments[0].var)}; expected the same."
+            )
+    return _merge(*moments)
+
+
+def check_moments(name: str, value: object) -> None:
+    """Refuse what is not ``Moments``."""
+    if not isinstance(value, Moments):
+        several = f": several are passed one by one, merge(*{name})" if isinstance(value, list | tuple) else ""
+        raise TypeError(
+            f"{name} is of type {type(value).__name__}; expected Moments, as jbn.moments(x) returns them{several}."
         )
-    return _merge(a, b)
 
 
 @jax.jit
-def _merge(a: Moments, b: Moments) -> Moments:
+def _merge(*moments: Moments) -> Moments:
+    return reduce(_merge_two, moments)
+
+
+def _merge_two(a: Moments, b: Moments) -> Moments:
     larger = a.count >= b.count
     more, less = where(larger, a.count, b.count), where(larger, b.count, a.count)
     count, lost = _add(more, less)

@@ -41,6 +41,7 @@ CALLS = {
     "batch_norm": lambda x: jbn.batch_norm(x),
     "moments": lambda x: jbn.moments(x),
     "merge": lambda x: jbn.merge(jbn.moments(x), jbn.moments(x)),
+    "update": lambda x: jbn.update(STATE, jbn.moments(x), momentum=next(MOMENTA)),
     "linen": lambda x: apply(LAYER, VARIABLES, x),
 }
 DERIVED = {
