@@ -1,7 +1,8 @@
 """Does a client learn with jbn's Batch Renormalization as with its own? ``python -m benchmarks.crossq``.
 
-CrossQ of sbx-rl on Pendulum-v1, with sbx-rl's layer and with jbn's in its place; and two faults of that layer, found
-anew. It needs ``pip install --no-deps -r benchmarks/crossq.txt``. Writes ``benchmarks/results/crossq.json``.
+CrossQ of sbx-rl on Pendulum-v1, with sbx-rl's layer, with jbn's in its place, and with none; and two faults of that
+layer, found anew. It needs ``pip install --no-deps -r benchmarks/crossq.txt``, and writes
+``benchmarks/results/crossq.json``.
 
 CrossQ has no target networks: one forward pass of its critics takes (s, a) and (s', a') as one batch, whose statistics
 are those of the mixture. Two passes would normalize each half by itself, and move the running statistics twice.
@@ -33,7 +34,7 @@ from jbn.linen import BatchNorm
 RESULTS = Path(__file__).parent / "results" / "crossq.json"
 NETWORKS = {"pi": [64, 64], "qf": [128, 128]}  # the default, 256 and 1024, takes hours on two cores
 PACKAGES = ("jax", "flax", "sbx-rl", "stable-baselines3", "gymnasium")
-ARMS = ("sbx-rl", "jbn")
+ARMS = ("sbx-rl", "jbn", "none")
 TASK = "Pendulum-v1"
 LOT = 3  # environment steps between updates, as many of which follow: the actor's turn is then always the same
 MARGIN = 0.1  # two arms are alike if they differ by less than this share of what sbx-rl's learned
@@ -77,10 +78,11 @@ def learn(arm: str, seed: int, steps: int, warmup: int, looks: int) -> list[floa
     torch.set_num_threads(1)  # it holds the replay buffer, and its threads would wait for work on JAX's cores
     began = time.perf_counter()
     norm = mock.patch("sbx.crossq.policies.BatchRenorm", BatchRenorm) if arm == "jbn" else nullcontext()
+    switches = {"batch_norm": False, "batch_norm_actor": False} if arm == "none" else {}
     with norm:  # while the networks are built and traced
         model = CrossQ(
             "MlpPolicy", TASK, seed=seed, train_freq=LOT, gradient_steps=LOT,
-            policy_kwargs={"net_arch": NETWORKS, "renorm_warmup_steps": warmup},
+            policy_kwargs={"net_arch": NETWORKS, "renorm_warmup_steps": warmup, **switches},
         )  # fmt: skip
         curve = [returns(model)]
         for _ in range(looks):
@@ -93,30 +95,33 @@ def learn(arm: str, seed: int, steps: int, warmup: int, looks: int) -> list[floa
 def interval(values: Any) -> list[float]:
     """Return the ends of the 95 % interval of a mean by Student's t, around the mean: low, mean, high."""
     values = np.asarray(values, np.float64)
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.inf
-    return [float(values.mean() + sign * half) if sign else float(values.mean()) for sign in (-1, 0, 1)]
+    mean, half = values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return [float(end) for end in (mean - half, mean, mean + half)]
 
 
 def verdict(difference: list[float], margin: float) -> str:
     """Say what the interval of the difference, jbn less sbx-rl, shows."""
     low, _, high = difference
     if margin <= 0:
-        return "sbx-rl's has not learned: nothing is shown"
+        return "shows nothing, as it has not learned with sbx-rl's"
     if -margin < low and high < margin:
         return "learns as with sbx-rl's"
     if high < 0 or low > 0:
         return f"learns {'worse' if high < 0 else 'better'} than with sbx-rl's"
-    return "not shown by so few seeds"
+    return "may learn as with sbx-rl's or not: so few seeds do not show it"
 
 
 def summary(curves: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """Return the intervals of what was earned at the end, and of the difference by seeds, and the verdict."""
-    last = {arm: np.array([curve[-1] for curve in rows]) for arm, rows in curves.items()}
-    first = np.mean([curve[0] for curve in curves["sbx-rl"]])
-    margin = MARGIN * float(last["sbx-rl"].mean() - first)
-    difference = interval(last["jbn"] - last["sbx-rl"])
-    ends = {arm: interval(values) for arm, values in last.items()}
-    return {"end": ends, "jbn - sbx-rl": difference, "margin": margin, "verdict": verdict(difference, margin)}
+    """Return the intervals of what was earned at each look, those of the difference by seeds, and the verdict.
+
+    The verdict is on the last look: before, some agents have found the way up and others have not.
+    """
+    earned = {arm: np.array(rows).T for arm, rows in curves.items()}  # (looks, seeds)
+    differences = [interval(rows) for rows in earned["jbn"] - earned["sbx-rl"]]
+    margin = MARGIN * float(earned["sbx-rl"][-1].mean() - earned["sbx-rl"][0].mean())
+    intervals = {arm: [interval(row) for row in rows] for arm, rows in earned.items()}
+    said = verdict(differences[-1], margin)
+    return {"intervals": intervals, "jbn - sbx-rl": differences, "margin": margin, "verdict": said}
 
 
 def faults() -> list[dict[str, Any]]:
@@ -164,15 +169,14 @@ def show(console: Console, found: dict[str, Any]) -> None:
     for row in found["faults"]:
         table.add_row(*(f"{value:.1e}" if isinstance(value, float) else value for value in row.values()))
     console.print(table)
-    table = Table("norm", "seeds", "return before", "at the end, 95 % interval", title=f"CrossQ on {TASK}")
-    for arm, curves in found["returns"].items():
-        low, mean, high = found["end"][arm]
-        start = np.mean([curve[0] for curve in curves])
-        table.add_row(arm, str(len(curves)), f"{start:.0f}", f"{mean:.0f} ({low:.0f} to {high:.0f})")
+    steps, looks = found["settings"]["steps"], len(found["jbn - sbx-rl"]) - 1
+    after = [f"after {look * (steps // looks)} steps" for look in range(looks + 1)]
+    seeds = len(found["returns"]["jbn"])
+    table = Table("norm", *after, title=f"CrossQ on {TASK}: mean return of {seeds} agents, 95 % intervals")
+    for arm, rows in (*found["intervals"].items(), ("jbn - sbx-rl, by seeds", found["jbn - sbx-rl"])):
+        table.add_row(arm, *(f"{mean:.0f} ({low:.0f} to {high:.0f})" for low, mean, high in rows))
     console.print(table)
-    low, mean, high = found["jbn - sbx-rl"]
-    said = f"jbn less sbx-rl, seed by seed: {mean:+.0f} ({low:+.0f} to {high:+.0f}); alike is ±{found['margin']:.0f}."
-    console.print(f"{said} Verdict: {found['verdict']}.")
+    console.print(f"With jbn's CrossQ {found['verdict']}; what differs by less than {found['margin']:.0f} is alike.")
 
 
 def main(
@@ -182,7 +186,7 @@ def main(
     looks: Annotated[int, typer.Option(min=1, help="Times that the policy is tried out while it learns.")] = 2,
     processes: Annotated[int, typer.Option(min=1, help="Agents that learn at the same time.")] = 2,
 ) -> None:
-    """Train CrossQ with its own norm and with jbn's, and print what the policies earn."""
+    """Train CrossQ with its own norm, with jbn's and with none, and print what the policies earn."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         runs = [(arm, seed) for seed in range(seeds) for arm in ARMS]
         made = {run: pool.submit(learn, *run, steps, warmup, looks) for run in runs}
