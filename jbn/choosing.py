@@ -1,6 +1,6 @@
 """What to normalize by in training, instead of the batch alone: Batch Renormalization, and mixtures."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jbn.core.choice import Correction, NormalizeBy
 from jbn.core.lax import lax
+from jbn.core.numbers import read_number
 from jbn.core.statistics import Moments
 
 
@@ -30,6 +31,9 @@ def renorm(r_max: ArrayLike, d_max: ArrayLike) -> NormalizeBy:
     Returns:
         A function for ``bn_forward(..., normalize_by=)`` and the modules.
 
+    Raises:
+        ValueError: for limits that are known and smaller.
+
     >>> import jax, jbn
     >>> params, state = jbn.bn_init(3)
     >>> x = jax.random.normal(jax.random.key(0), (4, 3))
@@ -42,16 +46,47 @@ def renorm(r_max: ArrayLike, d_max: ArrayLike) -> NormalizeBy:
     second pair of running statistics for r and d, and has no schedule; the layer that CrossQ and others copy adds ε
     outside of the root, and has a gradient of NaN where a feature is constant.
     """
+    return _Renorm(_read_limit("r_max", r_max, 1), _read_limit("d_max", d_max, 0))
 
-    def correct(batch: Moments, running: Moments, epsilon: float) -> Correction:
+
+@dataclass(frozen=True, eq=False)
+class _Renorm:
+    """The function; two of the same known limits are equal, so that what was compiled for one serves the other."""
+
+    r_max: ArrayLike
+    d_max: ArrayLike
+
+    def __call__(self, batch: Moments, running: Moments, epsilon: float) -> Correction:
         batch = lax.stop_gradient(batch)
         inverse = lax.rsqrt(running.var + epsilon)
         r = lax.sqrt(batch.var + epsilon) * inverse
         # The running mean is the pilot of the batch, so that their difference loses no digits.
         d = ((batch.pilot - running.pilot) + (batch.offset - running.offset)) * inverse
-        return Correction(jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, lax.neg(jnp.asarray(d_max, d.dtype)), d_max))
+        # A state that is no number ties nothing: it becomes that of this batch.
+        known = lax.is_finite(r) & lax.is_finite(d)
+        r, d = lax.select(known, r, lax.full_like(r, 1)), lax.select(known, d, lax.full_like(d, 0))
+        limit = jnp.asarray(self.d_max, d.dtype)
+        return Correction(jnp.clip(r, 1 / self.r_max, self.r_max), jnp.clip(d, -limit, limit))
 
-    return correct
+    def _identity(self) -> object:
+        limits = (self.r_max, self.d_max)
+        return limits if all(isinstance(limit, float) for limit in limits) else id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Renorm) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+
+def _read_limit(name: str, value: ArrayLike, least: float) -> ArrayLike:
+    """Return a limit as a number where it is known, and refuse one that is too small."""
+    known = read_number(value)
+    if known is None and isinstance(value, Array) and value.shape == ():
+        return value
+    if known is None or not known >= least:
+        raise ValueError(f"{name} is {value!r}; expected a scalar of {least} or more.")
+    return known
 
 
 def renorm_schedule(

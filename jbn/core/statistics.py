@@ -160,7 +160,10 @@ _FAR = 2.0
 # no closer at momentum 0.99, and must not be swept twice for ever.
 _CLOSE = 2.0**7
 # A mean of no more than this many ulps of the pilot around which it was found may be the rounding of x - k alone.
-_NOTHING = 2.0**4
+_NOTHING = 2.0**2
+# The largest running mean that serves as a pilot. Beside one that is larger, as one batch of huge values leaves it behind,
+# x - k has few digits of x; where x is so large itself, a sweep around 0 finds its mean, and a second one the rest.
+_LARGEST = 2.0**24
 
 
 @dataclass(frozen=True)
@@ -199,8 +202,7 @@ def choose_pilot(mean: Array, dtype: np.dtype[Any]) -> Array:
     best guess there is; until then ``statistics`` notices, and sweeps again.
     """
     mean = lax.stop_gradient(mean).astype(dtype)
-    # Squares of what is farther away overflow.
-    usable = lax.abs(mean) <= jnp.finfo(dtype).max ** 0.4
+    usable = lax.abs(mean) <= _LARGEST  # as NaN is not
     return lax.select(usable, mean, zeros_like(mean))
 
 

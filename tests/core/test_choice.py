@@ -1,6 +1,7 @@
 """What x is normalized by may be chosen: renorm, mixtures, any function of the moments of the batch and the state."""
 
 import dataclasses
+import pickle
 
 import flax.linen as nn
 import jax
@@ -346,6 +347,27 @@ def test_what_is_no_function_is_refused_where_the_state_normalizes_too(train):
     params, state = jbn.bn_init(3)
     with pytest.raises(TypeError, match=r"normalize_by is 3\.0; expected a function of the moments"):
         jbn.bn_forward(params, state, jnp.ones((4, 3)), train, normalize_by=3.0)
+
+
+@pytest.mark.parametrize("limits", [(0.5, 1.0), (np.nan, 1.0), (2.0, -1.0), ("3", 1.0), (jnp.ones(3), 1.0)])
+def test_limits_of_renorm_are_checked_by_value(limits):
+    with pytest.raises(ValueError, match=r"[rd]_max is .*; expected a scalar of [01] or more"):
+        jbn.renorm(*limits)
+
+
+def test_renorm_is_equal_by_its_limits_and_travels_with_a_model():
+    assert jbn.renorm(3, np.float32(5)) == pickle.loads(pickle.dumps(jbn.renorm(3.0, 5.0))) != jbn.renorm(3.0, 4.0)
+    assert len({jbn.renorm(3.0, 5.0), jbn.renorm(3, 5)}) == 1
+
+
+@pytest.mark.parametrize("state", [(np.nan, 1.0), (0.0, np.nan), (0.0, -1.0), (np.inf, 1.0)])
+def test_a_state_that_is_no_number_ties_nothing(state):
+    x = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32) + 2
+    state = jbn.State(*(jnp.full(3, v) for v in state))
+    y, new = jbn.bn_forward(None, state, x, True, normalize_by=jbn.renorm(3.0, 5.0))
+    near(y, oracle.forward(x).y, "float32", 16, 4)
+    assert np.isfinite(new.mean).all()
+    assert np.isfinite(new.var).all()
 
 
 def test_nothing_is_chosen_where_the_state_normalizes():
