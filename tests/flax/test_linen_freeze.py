@@ -199,6 +199,13 @@ def test_contexts_of_tasks_that_run_in_turns_are_refused_and_leave_nothing_behin
     same(compiled(variables), want)
 
 
+@pytest.mark.parametrize("context", [freeze, replace])
+def test_equal_contexts_inside_one_another_are_two(context):
+    with context() as outer, context() as inner:
+        start(stacked(MINE))
+    assert outer.paths == inner.paths == ("first", "second")
+
+
 def test_a_context_that_another_thread_inherits_meets_what_is_met_there():
     model = stacked(MINE)
     variables = start(model)
