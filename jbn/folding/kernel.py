@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import jax
@@ -134,9 +135,9 @@ def fold(
     if norm.mean.ndim != 1:
         raise ValueError(f"state.mean has shape {norm.mean.shape}; expected one axis of features.")
     xp, arrays = _place(norm, kernel, bias)
-    compute = _compute if xp is np else _compute_traced
+    compute = partial(_compute, np) if xp is np else _compute_traced
     with np.errstate(all="ignore"):  # of a kernel that holds inf or NaN
-        weights, shift = compute(xp, before, (inputs, outputs), layout, groups, norm.epsilon, *arrays)
+        weights, shift = compute(before, (inputs, outputs), layout, groups, norm.epsilon, *arrays)
     new = norm.mean if norm.bias is None else norm.bias
     return (
         _give("The folded kernel", weights, kernel.dtype, kernel),
@@ -182,7 +183,9 @@ def _compute(
     return kernel * spread(a), added if bias is None else added + bias
 
 
-_compute_traced = jax.jit(_compute, static_argnums=range(6))
+# As jbn.core.lax: what an exporter puts into jax.numpy while the first call is traced would stay in this program.
+_JAX_NUMPY: Any = SimpleNamespace(**vars(jnp))
+_compute_traced = jax.jit(partial(_compute, _JAX_NUMPY), static_argnums=range(5))
 
 
 def _evaluate(xp: Any, epsilon: float, mean: Any, var: Any, scale: Any, bias: Any) -> tuple[Any, Any, Any]:
@@ -236,7 +239,7 @@ def _place(norm: _Norm, *others: Any) -> tuple[Any, list[Any]]:
     if any(traced):
         wide = checks.arithmetic_dtype(*(value.dtype for value in arrays if value is not None))
         wide = np.dtype(jax.dtypes.canonicalize_dtype(wide))
-        return jnp, [None if value is None else jnp.asarray(value).astype(wide) for value in arrays]
+        return _JAX_NUMPY, [None if value is None else jnp.asarray(value).astype(wide) for value in arrays]
     found = [None if value is None else np.asarray(value).astype(np.float64) for value in arrays]
     _check_statistics(found[0], found[1], norm.epsilon)
     return np, found

@@ -13,7 +13,7 @@ from jbn.replacing import Found
 RuleT = TypeVar("RuleT", bound=Hashable)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entered:
     """A context that is entered: of which scope, with which rule, what it has met, and whether another crosses it."""
 

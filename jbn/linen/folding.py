@@ -172,12 +172,10 @@ def _trace(known: Norms, model: nn.Module, variables: Any, args: Any, kwargs: An
 
     def call_norm(call: Any, layer: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         called.norms[path] = norm = BatchNorm(**known.read_fields(layer) | {"parent": None})
-        before = _mean(layer)
-        whole = _shape(layer.variables, "", _MEAN) == _shape(variables, path, _MEAN)
-        y = call_marked(call, norm, path, args, kwargs, is_norm=True, is_whole=whole)
-        if _mean(layer) is not before:
+        if _trains(getattr(layer, "use_running_average", None), *args, **kwargs):
             raise ValueError(TRAINS.format(path or "The norm"))
-        return y
+        whole = _shape(layer.variables, "", _MEAN) == _shape(variables, path, _MEAN)
+        return call_marked(call, norm, path, args, kwargs, is_norm=True, is_whole=whole)
 
     def run(params: Any, others: Any, *args: Any, **kwargs: Any) -> Any:
         with nn.intercept_methods(intercept):
@@ -188,8 +186,9 @@ def _trace(known: Norms, model: nn.Module, variables: Any, args: Any, kwargs: An
     return find_links(run, args, kwargs, variables.get("params", {}), others, norms=norms), called
 
 
-def _mean(layer: nn.Module) -> Any:
-    return layer.get_variable("batch_stats", "mean")
+def _trains(field: bool | None, x: Any, use_running_average: bool | None = None, **_: Any) -> bool:
+    """Say whether a norm is called as in training, where ``freeze`` may keep its statistics all the same."""
+    return not nn.merge_param("use_running_average", field, use_running_average)
 
 
 def _shape(variables: Any, path: str, place: tuple[str, str]) -> tuple[int, ...] | None:
@@ -248,7 +247,7 @@ def _call_rest(
     residual: Any = None,
 ) -> Any:
     """Call what is left of a folded norm, jbn's or another."""
-    if not nn.merge_param("use_running_average", evaluate, use_running_average):
+    if _trains(evaluate, x, use_running_average):
         raise ValueError(f"{path} is folded into the layer beside it and cannot train; use the model that was folded.")
     promoted = not ours and (norm.use_scale or norm.use_bias)
     given = jnp.promote_types(x.dtype, norm.param_dtype) if promoted else x.dtype

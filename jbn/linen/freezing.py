@@ -1,13 +1,14 @@
 """``freeze``: a context in which layers of a Linen model stay as they are."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jbn.freezing import Frozen
 from jbn.linen.contexts import Scope
@@ -51,27 +52,26 @@ def _choose(path: str) -> Frozen:
 
 
 @contextmanager
-def _mark(layer: nn.Module) -> Iterator[None]:
+def _mark(root: Any) -> Iterator[None]:
     """Let the variables of a model say how each layer is frozen while a method of it runs.
 
     ``nn.jit`` gives modules of equal fields one program, whatever their paths are; of variables it knows the structure.
     """
-    root = None if layer.scope is None else layer.scope.root
-    held = {} if root is None else root._variables  # type: ignore[union-attr]
-    if root is None or _MARKS in held or "batch_stats" not in held:
+    held = root._variables
+    if _MARKS in held or "batch_stats" not in held:
         yield
         return
-    held[_MARKS] = _write_marks(held["batch_stats"], root.path)
+    held[_MARKS] = unflatten_dict({(*keys, ""): _Mark(_choose(path)) for keys, path in _find_layers(root).items()})
     try:
         yield
     finally:
         held.pop(_MARKS, None)
 
 
-def _write_marks(statistics: Any, path: tuple[str, ...]) -> dict[str, Any]:
-    inner = {key: _write_marks(value, (*path, key)) for key, value in statistics.items() if isinstance(value, Mapping)}
-    marks = {key: marks for key, marks in inner.items() if marks}
-    return marks if len(inner) == len(statistics) else {**marks, "mark": _Mark(_choose(join(path)))}
+def _find_layers(root: Any) -> dict[tuple[str, ...], str]:
+    """Return the keys of what holds statistics below a scope, and the paths."""
+    held = flatten_dict(root._variables.get("batch_stats", {}))
+    return {keys[:-1]: join((*root.path, *keys[:-1])) for keys in held}
 
 
 @contextmanager
@@ -94,7 +94,8 @@ def freeze(
 
     Yields:
         ``Found(paths, skipped)``, which fills up as layers are traced or called: those that match, and those that do
-        not or are not jbn's. Where all was compiled under the same context before, no layer is met again.
+        not or are not jbn's. Where all was compiled under the same context before, no layer is met again, and of
+        those that ``nn.jit`` compiles as one and that are frozen alike, one is.
 
     Raises:
         TypeError: for patterns that are not strings, and flags that are not bools.
@@ -102,7 +103,7 @@ def freeze(
 
     Warns:
         UserWarning: at the end, where a pattern has matched no layer, and where it has matched one that is not jbn's:
-            whatever else holds a ``mean`` and a ``var`` in ``batch_stats``.
+            whatever else holds a ``mean`` and a ``var`` in ``batch_stats``; and where layers may not be told apart.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> import jbn.linen
@@ -117,19 +118,39 @@ def freeze(
     several = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     frozen = Frozen.read(use_running_average=use_running_average, update=update, affine=affine)
     rule = _Rule(several, frozen)
-    others = list[str]()
+    others, there, unknown = list[str](), list[str](), list[str]()
+    depth = 0
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        with _mark(context.module):
-            y = call(*args, **kwargs)
-        path = join(context.module.path)
-        if holds_statistics(context.module) and path not in (*found.paths, *found.skipped):
+        nonlocal depth
+        layer = context.module
+        if layer.scope is None:
+            return call(*args, **kwargs)
+        root, path = layer.scope.root, join(layer.path)
+        if depth == 0 and root.path:
+            unknown.append(join(root.path))
+        depth += 1
+        try:
+            with _mark(root):
+                y = call(*args, **kwargs)
+        finally:
+            depth -= 1
+        if depth == 0:
+            there.extend(path for path in _find_layers(root).values() if path not in there)
+        if holds_statistics(layer) and path not in (*found.paths, *found.skipped):
             found.meet(path, False)  # jbn's have been met by their own call
             others.append(path)
         return y
 
     with _SCOPE.enter(rule) as found, nn.intercept_methods(intercept):
         yield found
+    if unknown and several != ("*",):
+        warnings.warn(
+            f"freeze() may take others for {unknown[0]!r}: it is compiled, or transformed otherwise, outside of any "
+            "method of the model, and nn.jit gives modules of equal fields one program. Expected a method of the model "
+            "around it: apply(..., method='encode') instead of a lambda, or of children of a bound model.",
+            stacklevel=3,
+        )
     if hits := [path for path in others if match(path, several)]:
         warnings.warn(
             f"freeze() leaves {name_few(map(repr, hits))} as they are, which match and are not jbn's; expected "
@@ -140,6 +161,6 @@ def freeze(
     if _SCOPE.has_met(rule) and not (found.paths or found.skipped):
         return
     try:
-        select((*found.paths, *found.skipped), several, "layer")
+        select(list(dict.fromkeys((*found.paths, *found.skipped, *there))), several, "layer")
     except ValueError as error:
         warnings.warn(f"freeze(): {error} It acts on what is called inside the block.", stacklevel=3)

@@ -162,6 +162,21 @@ def test_layers_that_flax_compiles_as_one_are_frozen_by_their_paths(kind):
         assert new.keys() == variables.keys()  # no more is returned than without the block
         old = variables["batch_stats"]
         assert {name for name in old if not same_numbers(old[name], new["batch_stats"][name])} == moving
+    with freeze(["first", "second"]):  # which are one program: no pattern is said to match nothing
+        model.init(jax.random.key(0), ROWS)
+        model.apply(variables, ROWS, mutable=True)
+
+
+def test_where_layers_cannot_be_told_apart_freeze_says_so():
+    model = nn.Sequential([nn.jit(in_a_module(MINE))(0.5, False) for _ in range(2)])
+    variables = model.init(jax.random.key(0), ROWS)
+    call = partial(model.apply, method=lambda model, x: model.layers[1](model.layers[0](x)), mutable=["batch_stats"])
+    words = r"freeze\(\) may take others for 'layers_0': .*expected a method of the model"
+    with pytest.warns(UserWarning, match=f"(?i){words}") as caught, freeze("layers_0"):
+        call(variables, ROWS)
+    assert caught[0].filename == __file__
+    with freeze():
+        call(variables, ROWS)
 
 
 def same_numbers(a, b):
@@ -182,6 +197,13 @@ def test_contexts_of_tasks_that_run_in_turns_are_refused_and_leave_nothing_behin
         with pytest.raises(RuntimeError, match=rf"{name.__name__}\(\) ends while .*without await or yield"):
             context.__exit__(None, None, None)
     same(compiled(variables), want)
+
+
+@pytest.mark.parametrize("context", [freeze, replace])
+def test_equal_contexts_inside_one_another_are_two(context):
+    with context() as outer, context() as inner:
+        start(stacked(MINE))
+    assert outer.paths == inner.paths == ("first", "second")
 
 
 def test_a_context_that_another_thread_inherits_meets_what_is_met_there():

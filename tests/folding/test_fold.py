@@ -401,7 +401,9 @@ def test_what_was_placed_stays_there():
 
 
 @pytest.mark.parametrize("name", ["dense IO", "conv 2-D, strides"])
-def test_traced_arrays_give_what_known_ones_do(name):
+def test_traced_arrays_give_what_known_ones_do(name, monkeypatch):
+    for patched in ("sqrt", "zeros_like", "expand_dims"):  # by an exporter that traces
+        monkeypatch.setattr(jnp, patched, None)
     layer = LAYERS[name]
     _, kernel, bias, outputs = arrays(layer)
     params, state = narrow(norm(outputs))

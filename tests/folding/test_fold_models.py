@@ -179,7 +179,12 @@ def test_a_norm_that_trains_is_refused(norm):
             return norm(use_running_average=not train, name="bn")(nn.Dense(4)(x))
 
     model = Switched()
-    apply, folded, _ = jbn.linen.fold(model, model.init(jax.random.key(0), x, False), x, train=False)
+    variables = model.init(jax.random.key(0), x, False)
+    with jbn.linen.replace(), jbn.linen.freeze():
+        model.apply(variables, x, train=True)
+        with pytest.raises(ValueError, match="bn normalizes by the batch"):
+            jbn.linen.fold(model, variables, x, train=True)
+    apply, folded, _ = jbn.linen.fold(model, variables, x, train=False)
     with pytest.raises(ValueError, match="bn is folded into the layer beside it and cannot train"):
         apply(folded, x, train=True, mutable=["batch_stats"])
 
