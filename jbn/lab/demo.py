@@ -12,7 +12,7 @@ from jbn.lab.devices import mesh_of, name_devices
 from jbn.lab.errors import OptionError, Stopped, file_errors
 from jbn.lab.figures import draw_demo
 from jbn.lab.options import DemoOptions, DemoPlace, TrainOptions, TrainPlace
-from jbn.lab.report import finding, say, table_of
+from jbn.lab.report import finding, say, show, table_of
 from jbn.lab.run import directory
 from jbn.lab.run.metrics import gaps, history
 from jbn.lab.step import PERCENTILES
@@ -54,7 +54,7 @@ def _train_all(options: DemoOptions, place: DemoPlace, console: Console, mesh: M
     figure = place.out / directory.FIGURE
     with file_errors(figure):
         directory.write_atomically(figure, lambda path: draw_demo(networks, f"Handwritten digits, {how}", path))
-    console.print(table_of(networks, name_devices(mesh)))
+    show(console, table_of(networks, name_devices(mesh)))
     for plain, normalized in zip(networks[::2], networks[1::2], strict=True):
         say(console, finding(plain, normalized))
     for name in (directory.FIGURE, directory.RESULTS):

@@ -25,6 +25,7 @@ from jbn.lab.errors import FileError, OptionError
 from jbn.lab.figures import COLOURS
 from jbn.lab.models import MOMENTUM
 from jbn.lab.options import DiagnoseOptions, TrainOptions
+from jbn.lab.report import show
 from jbn.lab.run.checkpoints import Checkpoints, is_step
 from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, read_options, write_atomically
 from jbn.lab.step import Recipe, augment, initial_state, recipe_of
@@ -51,7 +52,7 @@ def run(options: DiagnoseOptions, console: Console) -> Diagnosis:
         raise OptionError("--figure", f"got '{figure}'; expected a name that ends in .png, in a folder that is there")
     found = diagnose_run(options.checkpoint, batch_size=options.batch_size, seed=options.seed)
     console.print(found.title, soft_wrap=True, markup=False, highlight=False)
-    console.print(table_of(found.diagnosis))
+    show(console, table_of(found.diagnosis))
     for message in str(found.diagnosis).splitlines():
         console.print(message, soft_wrap=True, markup=False, highlight=False)
     if figure is not None:
@@ -162,12 +163,13 @@ def _blame_checkpoint(what: str = "") -> Iterator[None]:
 
 def table_of(diagnosis: Diagnosis) -> Table:
     """Return a row for each layer, with the figures of its worst channel."""
-    numbers = ("channels", "values", "z\nmean", "z\nvar", "gap", "prior\nleft", "least\nvar", "mean/\nstd")
+    numbers = ("chan-\nnels", "values", "z\nmean", "z\nvar", "gap", "prior\nleft", "least\nvar", "mean/\nstd")
     table = Table(
         Column("layer", overflow="fold", min_width=11),
         *(Column(name, justify="right", no_wrap=True) for name in numbers),
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        padding=0,
         caption="all of the worst channel: values in the batch; z: batch against running statistics, in standard "
         "errors; gap: y in evaluation against training, in standard deviations of the output",
     )
@@ -176,7 +178,7 @@ def table_of(diagnosis: Diagnosis) -> Table:
         table.add_row(
             layer.path,
             str(layer.count.size),
-            f"{layer.count.min():.0f}",
+            f"{layer.count.min():.{'0f' if layer.count.min() < 1e6 else '0e'}}",
             _largest(np.abs(layer.z_mean)),
             _largest(np.abs(layer.z_var)),
             _largest(layer.gap),

@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from jbn.paths import count_of
 
 WIDE = 80  # columns from which there is room for a bar and the time left
+NARROW = 60  # columns that a table takes at least: with fewer, Rich would leave out names and digits
 
 
 @contextlib.contextmanager
@@ -60,6 +61,16 @@ def table_of(networks: list[dict[str, Any]], devices: str) -> Table:
         batch_norm = network["batch_norm"]
         table.add_row(network["model"], "yes" if batch_norm else "no", *shown, end_section=batch_norm)
     return table
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table as a terminal of 60 columns has room for; a narrower one breaks its lines, and loses nothing."""
+    width = console.width
+    console.width = max(width, NARROW)
+    try:
+        console.print(table)
+    finally:
+        console.width = width
 
 
 def say(console: Console, sentence: str) -> None:

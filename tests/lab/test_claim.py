@@ -65,12 +65,13 @@ def test_a_demo_that_another_process_makes_is_not_made_twice(tmp_path):
         assert [path.name for path in out.iterdir()] == ["lock"]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "figure.png"])
-def test_files_of_somebody_else_are_not_written_over(name, tmp_path):
-    (tmp_path / name).write_text("not of a run")
-    with pytest.raises(OptionError, match=f"holds {name}, which a run would write over.*; take another --out$"):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "figure.png", "lock"])
+@pytest.mark.parametrize("content", [b"not of a run", b"\xff\x00\n"])
+def test_files_of_somebody_else_are_not_written_over(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(OptionError, match=rf"{name}\b.*, which a run would write over.*; take another --out$"):
         claim(tmp_path, TrainOptions()).__enter__()
-    assert contents(tmp_path) == {Path(name): b"not of a run"}
+    assert contents(tmp_path) == {Path(name): content}
 
 
 def test_a_link_to_nothing_is_named(tmp_path):

@@ -20,6 +20,7 @@ from jbn.lab.data.parts import parts_of
 from jbn.lab.devices import mesh_of
 from jbn.lab.models import NETWORKS
 from jbn.lab.options import TrainOptions
+from jbn.lab.report import show
 from jbn.lab.run.checkpoints import Checkpoints
 from jbn.lab.run.directory import claim
 from jbn.lab.step import initial_state, recipe_of
@@ -156,13 +157,14 @@ def test_table_and_figure_of_what_is_broken(name, tmp_path):
         state = changed(state, path, change)
     batch = of_batch(rows(64)) if of_batch else rows(64)
     found = lab.Diagnosed(name, lab.diagnose(apply, params, state, batch))
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(lab.table_of(found.diagnosis))
-    text = capture.get()
-    assert all(len(line) <= 80 for line in text.splitlines())
-    assert HEAD in text
-    assert "…" not in text
+    for width in (40, 60, 80):
+        console = Console(width=width, color_system=None)
+        with console.capture() as capture:
+            show(console, lab.table_of(found.diagnosis))
+        text = capture.get()
+        assert all(len(line) <= max(width, 60) for line in text.splitlines())
+        assert all(layer.path in text for layer in found.diagnosis.layers)
+        assert "…" not in text
     lab.figure_of(found.diagnosis, found.title).savefig(tmp_path / "figure.png")
     marked = lab._marks(found.diagnosis, expected[0], (6,))
     assert tuple(np.flatnonzero(marked)) == expected[2]

@@ -89,13 +89,17 @@ def claim(out: Path, new: Options | None = None) -> Iterator[None]:
             if new is not None:
                 _refuse_run(out)  # before anything is made
                 out.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((out / LOCK).open("a+", encoding="utf-8"))
+            file = held.enter_context((out / LOCK).open("a+", encoding="utf-8", errors="replace"))
         file.seek(0)
-        if not _lock(file):
-            who, fix = file.read().strip() or "another process", "wait until it has ended, or take another --out"
+        alone, said = _lock(file), file.read().strip()
+        if not alone:
+            who, fix = said or "another process", "wait until it has ended, or take another --out"
             raise OptionError("--out", f"{who} writes to '{out}'; {fix}")
+        if said and not re.fullmatch(r"process [0-9]+ on .*", said):
+            found = f"'{out / LOCK}' is a file of others, which a run would write over"
+            raise OptionError("--out", f"{found}; take another --out")
         with _writable(out):
-            file.truncate()
+            file.truncate(0)
             print(f"process {os.getpid()} on {node()}", file=file, flush=True)
             if new is not None:
                 _refuse_run(out)  # another process may have begun and ended meanwhile
