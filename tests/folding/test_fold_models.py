@@ -416,6 +416,5 @@ def test_the_dtype_of_y_stays(room, use_bias):
         model.eval()
         folded, folds = jbn.nnx.fold(model, x)
         before, after = model(x), folded(x)
-    assert folds.pairs
-    assert before.dtype == after.dtype == half
+    assert folds.pairs and before.dtype == after.dtype == half  # noqa: PT018
     np.testing.assert_allclose(np.float32(after), np.float32(before), atol=0.03)

@@ -290,7 +290,7 @@ def test_only_numbers_as_python_writes_them_are_checkpoints(tmp_path):
     for name in ("5", "10", "007", "0", "²", "٣", "5.1", "x"):
         (tmp_path / name).mkdir()
     with Checkpoints(tmp_path, 0) as checkpoints:
-        assert checkpoints.steps() == [5, 10]
+        assert checkpoints.steps() == [0, 5, 10]
 
 
 def test_a_stopped_run_records_every_step_once(whole, tmp_path, monkeypatch):

@@ -53,7 +53,8 @@ def test_metrics_without_tensorboard_and_without_numbers(tmp_path, monkeypatch):
 def test_of_a_record_what_can_be_read_is_kept_and_what_is_missing_is_known(tmp_path):
     whole = [{"step": step, "loss": 1.0} for step in (1, 2, 4)] + [{"step": 4, "validation_loss": 2.0}]
     odd = ["1", "[]", "null", "{}", '{"step": "x"}', "\xff\0", '{"step": 5, "lo']
-    text = "\n".join(map(json.dumps, whole)) + "\n" + "\n".join(odd)
+    copied = [*whole[2:], *whole]  # as by a copy that was put before the rest
+    text = "\n".join(map(json.dumps, copied)) + "\n" + "\n".join(odd)
     for done, lost in ((0, ""), (2, ""), (4, "step 3"), (6, "3 of the steps 3 to 6")):
         (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
         with Metrics(tmp_path, done) as metrics:

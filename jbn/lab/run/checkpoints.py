@@ -27,7 +27,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 
 def is_step(name: str) -> bool:
     """Return whether a checkpoint has this name: it is a number as Python writes it."""
-    return re.fullmatch("[1-9][0-9]*", name) is not None
+    return re.fullmatch("0|[1-9][0-9]*", name) is not None
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):

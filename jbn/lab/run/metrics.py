@@ -87,7 +87,10 @@ def history(out: Path) -> list[dict[str, Any]]:
     for text in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    lines = [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    # A copy of lines tells nothing: a step has one line of its own and one of its evaluation.
+    once = {(line["step"], "loss" not in line): line for line in lines}
+    return [once[key] for key in sorted(once)]
 
 
 def gaps(lines: list[dict[str, Any]], done: int) -> str:
