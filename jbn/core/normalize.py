@@ -121,7 +121,7 @@ def _passes_numbers(recipe: Recipe, operands: Operands) -> bool:
 def _normalize_jvp(recipe: Recipe, primals: Any, tangents: Any) -> tuple[Array, Array]:
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(m: Moments, operands: Operands, dm: Moments, d: Operands) -> Array:
-        return _differentiate(recipe, m, operands, dm.offset, dm.var, d.x.astype(recipe.wide), d)
+        return _differentiate(recipe, m, operands, dm.pilot + dm.offset, dm.var, d.x.astype(recipe.wide), d)
 
     return normalize(recipe, *primals), tangent(*primals, *tangents)
 

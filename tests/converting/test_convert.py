@@ -190,7 +190,7 @@ def test_what_may_be_no_parameter_is_refused_without_like(source, target, beside
     tree = jbn.convert(layer(), "jbn", source, names={"": "bn"})
     path = "bn" if beside else "gate"
     name = f"{path}{separator}renorm_mean"
-    with pytest.raises(ValueError, match=rf"^{path} of tree has renorm_mean, .* expected like, .* leave the layer out"):
+    with pytest.raises(ValueError, match=rf"^{path} of tree has renorm_mean, .* .* leaves the layer out"):
         jbn.convert(tree | {name: array}, source, target)
     if not beside:
         equal(jbn.convert(tree | {name: array}, source, target, names={path: None}), jbn.convert(tree, source, target))

@@ -39,7 +39,7 @@ def test_the_constructor_is_flax_s_with_new_fields_last():
         for cls in (MINE, THEIRS)
     )
     assert [(p.name, p.default) for p in mine[: len(theirs)]] == [(p.name, p.default) for p in theirs]
-    assert [p.name for p in mine[len(theirs) :]] == ["activation", "group_size", "unbiased"]
+    assert [p.name for p in mine[len(theirs) :]] == ["activation", "group_size", "unbiased", "normalize_by"]
 
 
 def test_the_call_is_flax_s_with_new_arguments_last():

@@ -160,6 +160,7 @@ def test_subclasses_with_code_of_their_own_keep_it():
 VALUES = {
     "momentum": 0.3, "epsilon": 0.1, "dtype": jnp.bfloat16, "axis_name": "batch",
     "axis_index_groups": ((0, 1), (2,)), "activation": nn.relu, "group_size": 4, "unbiased": True,
+    "normalize_by": jbn.renorm(1.5, 0.1),
 }  # fmt: skip
 
 
