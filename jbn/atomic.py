@@ -5,13 +5,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 _PREFIX, _SUFFIX = ".jbn-", ".partial"
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a file aside, and put it in the place of ``path``, or of what that links to, when it is whole.
 
     Others may write the same file at the same time, such as each process of a run: each has a partial file of its own,
@@ -36,7 +36,7 @@ def _open_partial(folder: Path) -> Iterator[tuple[Path, IO[bytes]]]:
     while True:
         partial = folder / f"{_PREFIX}{uuid4().hex}{_SUFFIX}"
         with partial.open("xb") as file:
-            if _lock(file) is False or not partial.exists():
+            if lock(file) is False or not partial.exists():
                 continue
             try:
                 yield partial, file
@@ -48,11 +48,11 @@ def _open_partial(folder: Path) -> Iterator[tuple[Path, IO[bytes]]]:
 def _remove_left(folder: Path) -> None:
     for left in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         with suppress(OSError), left.open("r+b") as file:
-            if _lock(file):
+            if lock(file):
                 left.unlink()
 
 
-def _lock(file: IO[bytes]) -> bool | None:
+def lock(file: IO[Any]) -> bool | None:
     """Lock a file: False where somebody else has, None where there are no locks, as on some network file systems."""
     try:
         import fcntl

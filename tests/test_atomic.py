@@ -1,5 +1,6 @@
 """Files are replaced in one move: who fails, is killed or writes beside another one loses and leaves nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import jbn
+from jbn.atomic import replace_file
 
 
 def test_what_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -72,3 +74,20 @@ def test_what_is_no_file_stays(tmp_path, make, what):
     with pytest.raises(ValueError, match=f"path is '.*m.npz', {what}; expected a file, or a name that is free"):
         jbn.save_arrays(tmp_path / "m.npz", {"a": np.ones(3)})
     assert [path.name for path in tmp_path.iterdir()] == ["m.npz"]
+
+
+def test_a_writer_that_fails_half_way_leaves_the_old_file(tmp_path):
+    directory = pytest.importorskip("jbn.lab.run.directory")
+    path = tmp_path / "results.json"
+    directory.write_json(path, {"old": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        directory.write_json(path, {"new": float("nan")})
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(5, "half")
+
+    with pytest.raises(OSError, match="half"):
+        replace_file(path, fail)
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]

@@ -144,8 +144,7 @@ def compare(
     if not pairs:
         raise ValueError(
             f"The {count_of(len(first), 'call of a')} and the {len(second)} of b have nothing in common, neither "
-            f"shapes nor "
-            "classes nor paths; expected records of two models, given the same input."
+            "shapes nor classes nor paths; expected records of two models, given the same input."
         )
     matches, before = list[ComparedLayer](), 0.0
     previous: Call | None = None

@@ -262,6 +262,5 @@ def _check_complete(
     if other:
         raise ValueError(
             f"tree and like differ in {count_of(len(other), 'array')}: {name_few(other)}. Expected the same sizes; "
-            f"transposed and "
-            "depthwise convolutions are to be named in kinds."
+            "transposed and depthwise convolutions are to be named in kinds."
         )

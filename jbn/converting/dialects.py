@@ -186,10 +186,8 @@ def _check_statistics(layer: Layer) -> None:
         if bad.any():
             raise ValueError(
                 f"has a running {name} that is NaN, infinite or negative in {bad.sum()} of "
-                f"{count_of(bad.size, 'value')}, "
-                f"such as {value[bad].flat[0]:g}; expected finite ones, a variance of 0 or more. An older checkpoint "
-                f"may "
-                "have them; or leave the layer out, by names, and use jbn.recalibrate."
+                f"{count_of(bad.size, 'value')}, such as {value[bad].flat[0]:g}; expected finite ones, a variance of 0 "
+                "or more. An older checkpoint may have them; or leave the layer out, by names, and use jbn.recalibrate."
             )
 
 

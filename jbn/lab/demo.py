@@ -7,6 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jbn.atomic import replace_file
 from jbn.lab.data.images import PART, TRAINING
 from jbn.lab.devices import mesh_of, name_devices
 from jbn.lab.errors import OptionError, Stopped, file_errors
@@ -53,7 +54,7 @@ def _train_all(options: DemoOptions, place: DemoPlace, console: Console, mesh: M
     how = f"stochastic gradient descent, batches of {options.batch_size}, seed {options.seed}"
     figure = place.out / directory.FIGURE
     with file_errors(figure):
-        directory.write_atomically(figure, lambda path: draw_demo(networks, f"Handwritten digits, {how}", path))
+        replace_file(figure, lambda file: draw_demo(networks, f"Handwritten digits, {how}", file))
     show(console, table_of(networks, name_devices(mesh)))
     for plain, normalized in zip(networks[::2], networks[1::2], strict=True):
         say(console, finding(plain, normalized))

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from jbn import Diagnosis, diagnose
+from jbn.atomic import replace_file
 from jbn.lab.data.batches import Batch, Batches
 from jbn.lab.data.parts import parts_of
 from jbn.lab.devices import mesh_of
@@ -27,7 +28,7 @@ from jbn.lab.models import MOMENTUM
 from jbn.lab.options import DiagnoseOptions, TrainOptions
 from jbn.lab.report import show
 from jbn.lab.run.checkpoints import Checkpoints, is_step
-from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, read_options, write_atomically
+from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, read_options
 from jbn.lab.step import Recipe, augment, initial_state, recipe_of
 from jbn.observing.findings import FAR, LEAST_GAP
 
@@ -58,7 +59,7 @@ def run(options: DiagnoseOptions, console: Console) -> Diagnosis:
     if figure is not None:
         drawn = figure_of(found.diagnosis, found.title)
         try:
-            write_atomically(figure, lambda partial: drawn.savefig(partial, format="png", dpi=130))
+            replace_file(figure, lambda file: drawn.savefig(file, format="png", dpi=130))
         except OSError as error:
             raise OptionError("--figure", f"cannot write '{figure}' ({error.strerror})") from None
         console.print(f"Wrote {figure}", soft_wrap=True)

@@ -1,8 +1,7 @@
 """The figure of the demo: training with and without batch norm, and what it does to a hidden layer."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +15,7 @@ LABELS = {True: "with batch norm", False: "without batch norm"}
 SMOOTHING = 15
 
 
-def draw_demo(networks: list[dict[str, Any]], title: str, path: Path) -> None:
+def draw_demo(networks: list[dict[str, Any]], title: str, file: IO[bytes]) -> None:
     """Draw a row per model (loss, accuracy, pre-activations without and with batch norm) and save it as PNG.
 
     ``networks`` are the entries of ``networks`` in results.json, the one without batch norm first.
@@ -34,7 +33,7 @@ def draw_demo(networks: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.set_axisbelow(False)  # lines of the grid show on the bands too
         axis.title.set_fontsize("medium")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png", dpi=130)
+    figure.savefig(file, format="png", dpi=130)
 
 
 def _draw_model(row: Sequence[Axes], pair: Sequence[dict[str, Any]]) -> None:

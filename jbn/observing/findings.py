@@ -277,9 +277,8 @@ def find_unobserved(idle: Sequence[str], foreign: Sequence[str], number: int) ->
     if idle:
         message = (
             f"{len(idle)} of {count_of(number, 'layer')} evaluate in a training call, or it does not reach them: they "
-            f"normalize by "
-            f"running statistics and never move: {name_few(idle)}. Is the flag of training passed on to them? If they "
-            "are frozen on purpose, all is well."
+            f"normalize by running statistics and never move: {name_few(idle)}. Is the flag of training passed on to "
+            "them? If they are frozen on purpose, all is well."
         )
         yield Finding("", "evaluates", (), message, tuple(idle))
     if foreign:

@@ -123,9 +123,8 @@ def recalibrate(
     if idle:
         warnings.warn(
             f"{len(idle)} of {count_of(len(model.layers), 'layer')} keep their statistics: they evaluate in this "
-            f"call, or it does "
-            f"not reach them: {name_few(layer.path for layer in idle)}. If they are not frozen on purpose, pass them "
-            "the flag of training.",
+            f"call, or it does not reach them: {name_few(layer.path for layer in idle)}. If they are not frozen on "
+            "purpose, pass them the flag of training.",
             stacklevel=_count_frames_of_jbn() + 1,
         )
     return model.fill({layer: statistics[layer] for layer in seen})  # type: ignore[no-any-return]

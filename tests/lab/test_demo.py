@@ -402,18 +402,3 @@ def test_without_the_extra_the_command_says_what_to_install(missing):
 def test_importing_the_library_does_not_import_the_lab():
     code = "import sys, jbn; jbn.fold; print([m for m in ('jbn.lab', 'typer', 'sklearn', 'optax') if m in sys.modules])"
     assert python("-c", code).stdout == "[]\n"
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "results.json"
-    directory.write_json(path, {"old": 1})
-    with pytest.raises(ValueError, match="JSON compliant"):
-        directory.write_json(path, {"new": float("nan")})
-
-    def fail(partial):
-        partial.write_text("half")
-        raise OSError
-
-    with pytest.raises(OSError):  # noqa: PT011
-        directory.write_atomically(path, fail)
-    assert strict_json(path) == {"old": 1}

@@ -8,16 +8,17 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from platform import node, python_version
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
 from jbn import __version__
+from jbn.atomic import lock, replace_file
 from jbn.lab.errors import OptionError, file_errors
 from jbn.lab.options import DemoPlace, Options, TrainPlace, check, flag, options_of, words
 
@@ -28,19 +29,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scik
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in place in one move, never half written."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON, atomically; a NaN or an infinity in it is an error, for JSON has neither."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     # Innermost lists on one line. A string holds no line break, so none is touched.
     text = re.sub(r"\[\n([^][{}]*)\]", lambda match: "[" + re.sub(r"\n *", " ", match[1]).strip() + "]", text)
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def json_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -91,7 +85,7 @@ def claim(out: Path, new: Options | None = None) -> Iterator[None]:
                 out.mkdir(parents=True, exist_ok=True)
             file = held.enter_context((out / LOCK).open("a+", encoding="utf-8", errors="replace"))
         file.seek(0)
-        alone, said = _lock(file), file.read().strip()
+        alone, said = lock(file) is not False, file.read().strip()
         if not alone:
             who, fix = said or "another process", "wait until it has ended, or take another --out"
             raise OptionError("--out", f"{who} writes to '{out}'; {fix}")
@@ -105,19 +99,6 @@ def claim(out: Path, new: Options | None = None) -> Iterator[None]:
                 _refuse_run(out)  # another process may have begun and ended meanwhile
                 write_json(out / OPTIONS, asdict(new))
         yield
-
-
-def _lock(file: TextIO) -> bool:
-    """Lock a file; return whether nobody else has."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass
-    return True
 
 
 def _refuse_run(out: Path) -> None:

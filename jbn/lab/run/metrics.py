@@ -7,8 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any, TextIO
 
+from jbn.atomic import replace_file
 from jbn.lab.errors import file_errors
-from jbn.lab.run.directory import METRICS, json_numbers, write_atomically
+from jbn.lab.run.directory import METRICS, json_numbers
 
 TENSORBOARD = "tensorboard"
 LEAST_TIMED = 10  # steps: the median of fewer tells of something else that the machine did
@@ -61,7 +62,7 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
             kept = [line for line in history(out) if 0 < done >= line["step"]]
             self.lost = gaps(kept, done)
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_atomically(self._path, lambda partial: partial.write_text(text, encoding="utf-8"))
+            replace_file(self._path, lambda file: file.write(text.encode()))
             self._lines = self._path.open("a", encoding="utf-8", buffering=1)
 
     def __exit__(self, *_: object) -> None:
