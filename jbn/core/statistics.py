@@ -160,7 +160,7 @@ _FAR = 2.0
 # no closer at momentum 0.99, and must not be swept twice for ever.
 _CLOSE = 2.0**7
 # A mean of no more than this many ulps of the pilot around which it was found may be the rounding of x - k alone.
-_NOTHING = 2.0**2
+_NOTHING = 2.0**4
 # The largest running mean that serves as a pilot. Beside a larger one, such as one batch of huge values leaves behind,
 # x - k has few digits of x; where x is so large itself, a sweep around 0 finds its mean, and a second one the rest.
 _LARGEST = 2.0**24

@@ -370,9 +370,11 @@ def test_a_state_that_is_no_number_ties_nothing(state):
     assert np.isfinite(new.var).all()
 
 
-def test_nothing_is_chosen_where_the_state_normalizes():
+@pytest.mark.parametrize("update", [False, True])
+def test_nothing_is_chosen_where_the_state_normalizes(update):
     params, state = jbn.bn_init(3)
-    y, _ = jbn.bn_forward(params, state, jnp.ones((4, 3)), False, normalize_by=lambda *_: pytest.fail("called"))
+    fail = lambda *_: pytest.fail("called")  # noqa: E731
+    y, _ = jbn.bn_forward(params, state, jnp.ones((4, 3)), False, update=update, normalize_by=fail)
     assert y.shape == (4, 3)
 
 

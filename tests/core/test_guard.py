@@ -90,17 +90,17 @@ def test_a_nan_channel_beside_one_that_is_far():
     assert new.mean[1] > 0
 
 
-@pytest.mark.parametrize("group_size", [None, 128])
-@pytest.mark.parametrize("x_mean", [0.0, 3.0, 1e3])
-@pytest.mark.parametrize("mean", [1e7, -1e9, 1e12, -1e15, 1e20, 1e30, -3e38])
-def test_a_running_mean_far_beyond_the_batch_spoils_nothing(mean, x_mean, group_size):
+@pytest.mark.parametrize("group_size", [None, 125])
+@pytest.mark.parametrize(("x_mean", "std"), [(0.0, 1.0), (3.0, 1.0), (1e3, 1.0), (0.0, 1e-3)])
+@pytest.mark.parametrize("mean", [12345679.0, -1e9, 1e12, -1e15, 1e20, 1e30, -3e38])
+def test_a_running_mean_far_beyond_the_batch_spoils_nothing(mean, x_mean, std, group_size):
     """It is left behind by one batch of huge values, finite, and x - k has no digit of x then."""
-    x = (np.random.default_rng(0).standard_normal((256, 4)) + x_mean).astype(np.float32)
+    x = (np.random.default_rng(0).standard_normal((250, 4)) * std + x_mean).astype(np.float32)
     state = jbn.State(jnp.full(4, mean), jnp.ones(4))
     y, new = jax.jit(lambda s, x: jbn.bn_forward(None, s, x, True, momentum=0.0, group_size=group_size))(state, x)
     parts = [x] if group_size is None else np.split(x, 2)
     want = np.concatenate([oracle.forward(part).y for part in parts])
     np.testing.assert_allclose(y, want, rtol=0, atol=2e-5)
     _, batch_mean, var = oracle.moments(x)
-    np.testing.assert_allclose(new.var, var, rtol=2e-5)
+    np.testing.assert_allclose(new.var, var, rtol=2e-5, atol=2.0**-23)  # an ulp of the old one, from which it moves
     assert np.abs(new.mean - batch_mean).max() <= 2.0**-22 * abs(mean)
