@@ -143,29 +143,6 @@ def test_a_part_of_the_pairs():
     np.testing.assert_allclose(apply(folded, x), model.apply(variables, x), atol=1e-5)
 
 
-def test_a_call_of_a_folded_model_knows_nothing_of_another_one():
-    """As threads make them: one ends between a layer and its norm in the other."""
-    under_way = []
-
-    def begin(x):
-        if len(under_way) > 1:
-            raise KeyError
-        return x
-
-    def go_on(x):
-        if under_way:
-            under_way.append(x)
-            with pytest.raises(KeyError):
-                apply(folded, x)
-        return x
-
-    model, x = nn.Sequential([begin, nn.Dense(4, use_bias=False), go_on, nn.BatchNorm(True)]), jnp.zeros(ROWS)
-    variables = model.init(jax.random.key(0), x)
-    apply, folded, _ = jbn.linen.fold(model, variables, x)
-    under_way.append(x)
-    np.testing.assert_array_equal(apply(folded, x), np.zeros((*ROWS[:-1], 4)))
-
-
 def mlp(norm=nn.BatchNorm, **options):
     return nn.Sequential([nn.Dense(4), norm(**options), nn.relu])
 
