@@ -3,9 +3,12 @@
 import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import jax
+import numpy as np
 
 from jbn.linen.contexts import Scope
 from jbn.linen.module import BatchNorm
@@ -29,6 +32,9 @@ class _StandIn(BatchNorm):
     @nn.nowrap
     def sow(self, col: str, name: str, *args: Any, **kwargs: Any) -> bool:
         return name != "__call__" and super().sow(col, name, *args, **kwargs)
+
+
+_StandIn.__name__ = BatchNorm.__name__  # for contexts within this one, such as record, which tell classes by name
 
 
 @contextmanager
@@ -106,10 +112,27 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
         warnings.warn(f"replace() met no flax.linen.BatchNorm.{others} {acts}", stacklevel=3)
 
 
+@dataclass(frozen=True)
+class _Same:
+    """What stands for a value that is equal to itself alone."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def _key(value: Any) -> Hashable:
-    """Return what stands for a value in the key of a cache."""
+    """Return what stands for a value in the key of a cache; a text would not do, for it leaves out numbers."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+        return value.shape, value.dtype, np.asarray(value).tobytes()
     try:
         hash(value)
     except TypeError:
-        return repr(value)
+        return _Same(value)
     return value  # type: ignore[no-any-return]

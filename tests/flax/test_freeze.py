@@ -289,6 +289,8 @@ def test_norms_of_flax_and_other_flags_are_refused():
         ("a/*", ["a/bn", "a/b/bn"], ["a", "ab/bn"]),
         ("a/**/bn", ["a/bn", "a/b/bn", "a/b/c/bn/mean"], ["a", "a/xbn", "b/a/bn"]),
         ("**/bn", ["bn", "a/b/bn"], ["xbn", "a/xbn"]),
+        ("a/**", ["a", "a/bn", "a/b/bn"], ["", "ab", "b/a"]),
+        ("a/**/**/bn/**", ["a/bn", "a/b/bn/mean", "a/b/c/bn"], ["a", "bn", "a/xbn"]),
         ("a/**/bn_*", ["a/bn_0", "a/b/bn_12/mean"], ["a/xbn_0", "a/bn"]),
         ("*/mean", ["bn/mean", "a/bn/mean"], ["mean", "a/bn/var"]),
         ("bn_[01]?", ["bn_0x", "bn_12/mean"], ["bn_0", "bn_21"]),
