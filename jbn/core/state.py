@@ -44,10 +44,15 @@ def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool)
     old_mean, old_var = mean.astype(wide), var.astype(wide)
     if unbiased:
         target = target * divide(batch.count, batch.count - 1)
+
     # m·old + (1 - m)·new loses ten times more digits at a large mean; and where the pilot is the old mean, the
-    # difference is the offset, exact.
-    new_mean = old_mean + weight * ((batch.pilot - old_mean) + batch.offset)
-    new_var = old_var + weight * (target - old_var)
+    # difference is the offset, exact. The way starts at the nearer end: a huge old value that hardly counts would leave
+    # its rounding to the new one, up to a variance of 0.
+    def go(old: Array, new: Array, difference: Array) -> Array:
+        return lax.select(weight > 0.5, new - (1 - weight) * difference, old + weight * difference)
+
+    new_mean = go(old_mean, batch.mean, (batch.pilot - old_mean) + batch.offset)
+    new_var = go(old_var, target, target - old_var)
     known = lax.is_finite(old_mean) & lax.is_finite(old_var) & (old_var >= 0)
     new_mean = lax.select(known, new_mean, batch.mean).astype(mean.dtype)
     new_var = lax.select(known, new_var, target).astype(var.dtype)

@@ -124,6 +124,16 @@ def test_where_nothing_varies_values_and_gradients_of_renorm_are_finite_and_righ
     near(pull(g)[0], want, "float32", 8, float(np.abs(scale).max()) * 3e2 * 3)
 
 
+def test_r_and_d_of_renorm_are_constants_to_the_state_and_to_limits_that_are_learned_too():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)) + 1, jnp.float32)
+
+    def loss(state, limit):
+        return jnp.square(jbn.bn_forward(None, state, x, True, normalize_by=jbn.renorm(1 + limit, limit))[0]).sum()
+
+    slopes = jax.grad(loss, (0, 1))(jbn.bn_init(3)[1], jnp.float32(0.5))
+    assert not any(map(np.any, jax.tree.leaves(slopes)))
+
+
 def test_what_a_mask_hides_does_not_matter():
     case = Case((12, 4), mask=(12, 1))
     d = data(case)
