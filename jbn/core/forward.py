@@ -16,7 +16,7 @@ from jbn.core import checks
 from jbn.core.activation import Activation
 from jbn.core.axes import name_mesh
 from jbn.core.choice import NormalizeBy, moments_of_state
-from jbn.core.normalize import Operands, Recipe, normalize, normalize_by_batch
+from jbn.core.normalize import Operands, Recipe, lift, normalize, normalize_by_batch
 from jbn.core.numbers import read_momentum
 from jbn.core.prepare import Axis, AxisName, Groups, read_choice, read_operands, read_rows, read_sharing, read_state
 from jbn.core.state import Observation, advance, replace_arrays
@@ -345,4 +345,4 @@ def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) ->
 def _normalize_by_running(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:
     """Normalize by the statistics of the state."""
     known = moments_of_state(mean.astype(recipe.wide), show_overflow(var.astype(recipe.wide)))
-    return normalize(recipe, known, operands)
+    return normalize(recipe, known, lift(recipe, operands, operands.mask))

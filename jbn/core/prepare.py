@@ -48,7 +48,7 @@ def read_operands(
     """Read x and what is applied to it, ``by_batch`` or not; ``state`` are the other arrays of which z is made."""
     layout, values, valid = read_rows(x, axis, mask)
     scale, bias = (
-        checks.check_vector(name, checks.read_array(name, value), layout)
+        checks.check_affine(name, checks.read_array(name, value), layout)
         for name, value in (("scale", scale), ("bias", bias))
     )
     added = checks.check_residual(checks.read_array("residual", residual), layout)
@@ -56,7 +56,8 @@ def read_operands(
     wide = checks.arithmetic_dtype(values.dtype, out)
     arrays = [value for value in (values, scale, bias, added, *state) if value is not None]
     program, held = trace_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide), *arrays)
-    recipe = Recipe(layout, read_epsilon(epsilon, wide, by_batch=by_batch), program, out, wide)
+    by_position = any(value is not None and value.ndim > len(layout.axis) for value in (scale, bias))
+    recipe = Recipe(layout, read_epsilon(epsilon, wide, by_batch=by_batch), program, out, wide, by_position)
     # Named once, outside the derivative rules, each of which would save an x of its own; and outside what is compiled,
     # in which the alias would be a new output. JAX keeps an input that passes through, and looks for NaN in outputs.
     values, added = name_arrays(INPUT, (values, added))
