@@ -117,7 +117,12 @@ def _differentiate(
 ) -> Array:
     """Return dy for dx in the dtype of the arithmetic, and for the tangents ``d`` of all else."""
     dtype, layout = recipe.wide, recipe.layout
-    r, dmean, dvar = (_meet(recipe, v) for v in (lax.rsqrt(m.var + recipe.epsilon), dmean, dvar))
+    r = _meet(recipe, lax.rsqrt(m.var + recipe.epsilon))
+    if recipe.by_position:
+        # The transpose sums over the positions of an example first, where it has several; if not, over all rows at once.
+        one_row = all(layout.shape[i] == 1 for i in layout.row_axes[1:])
+        repeat = partial(repeat_rows, layout, like=operands.x) if one_row else layout.spread
+        dmean, dvar = (repeat(vary_as(vector, operands.x)) for vector in (dmean, dvar))
     a = r if operands.scale is None else r * operands.scale.astype(dtype)
     # Each factor r by itself: where x is large, their product is 0 before what it is multiplied with makes up for it.
     u = -0.5 * (a * (r * (r * dvar)))
