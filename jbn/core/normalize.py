@@ -119,7 +119,7 @@ def _differentiate(
     dtype, layout = recipe.wide, recipe.layout
     r = _meet(recipe, lax.rsqrt(m.var + recipe.epsilon))
     if recipe.by_position:
-        # The transpose sums over the positions of an example first, where it has several; if not, over all rows at once.
+        # The transpose sums over the positions of an example first, where it has several; else over all rows at once.
         one_row = all(layout.shape[i] == 1 for i in layout.row_axes[1:])
         repeat = partial(repeat_rows, layout, like=operands.x) if one_row else layout.spread
         dmean, dvar = (repeat(vary_as(vector, operands.x)) for vector in (dmean, dvar))
