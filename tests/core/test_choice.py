@@ -79,7 +79,9 @@ def test_the_gradients_of_renorm_take_r_and_d_for_constants(case):
     size = float(np.abs(oracle.wide(g)).max())
     near(dx, want["x"], case.dtype, case.rows, a * size)
     for got, exact in ((dscale, r * want["scale"] + shift * want["bias"]), (dbias, want["bias"])):
-        if got is not None:
+        if got is not None:  # which r and d may have made more than there are
+            shared = tuple(i for i, (n, m) in enumerate(zip(got.shape, exact.shape, strict=True)) if n < m)
+            exact = exact.sum(shared, keepdims=True)
             near(got, exact, "float32" if case.dtype == "float32" else case.dtype, case.rows, size * case.rows**0.5 * 4)
 
 
