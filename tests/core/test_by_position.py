@@ -68,6 +68,32 @@ def over_mesh(kind, **options):
         return jax.jit(lambda *args: step(*args, **options))(*cut)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "given", "kind", "words"),
+    [
+        (
+            (8, 5, 6, 4),
+            -1,
+            (8, 4),
+            ValueError,
+            ["(4,), the shape of the features, or the rank of x", "[:, None, None, :]"],
+        ),
+        ((8, 4, 6), 1, (8, 4), ValueError, ["pass NAME[:, :, None]"]),
+        ((8, 4), -1, (7, 1), ValueError, ["x has shape (8, 4)", "each dimension 1 or that of x"]),
+        ((8, 5, 4), -1, (8, 5), ValueError, ["features of shape (4,)", "have the rank of x, each dimension 1 or that"]),
+        ((8, 4), -1, (8, 1), TypeError, ["NAME has dtype int32"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_errors(name, shape, axis, given, kind, words):
+    dtype = np.int32 if kind is TypeError else np.float32
+    with pytest.raises(kind) as error:
+        jbn.batch_norm(np.zeros(shape, np.float32), axis=axis, **{name: np.zeros(given, dtype)})
+    for word in [f"NAME has {'dtype' if kind is TypeError else f'shape {given}'}", *words]:
+        assert word.replace("NAME", name) in str(error.value)
+
+
 WAYS = {
     "here": lambda **options: step(X, G, SCALE, BIAS, **options),
     "vmap": over_vmap,

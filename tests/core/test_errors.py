@@ -38,26 +38,6 @@ ERRORS = {
         ValueError,
         ["scale has shape (4,)", "features of shape (3, 4) on axis (1, 2)", "bn_init((3, 4))"],
     ),
-    "scale of examples, without the positions": (
-        lambda: train(x=np.zeros((8, 5, 6, 4), np.float32), params={"scale": np.zeros((8, 4))}),
-        ValueError,
-        ["scale has shape (8, 4)", "(4,)", "rank of x with each dimension 1 or that of x", "scale[:, None, None, :]"],
-    ),
-    "bias of examples, features in front": (
-        lambda: train(x=np.zeros((8, 4, 6), np.float32), axis=1, params={"bias": np.zeros((8, 4))}),
-        ValueError,
-        ["bias has shape (8, 4)", "pass bias[:, :, None]"],
-    ),
-    "scale of examples, one dimension": (
-        lambda: train(params={"scale": np.zeros((7, 1))}),
-        ValueError,
-        ["scale has shape (7, 1)", "x has shape (8, 4)", "each dimension 1 or that of x"],
-    ),
-    "scale of examples, dtype": (
-        lambda: train(params={"scale": np.zeros((8, 1), int)}),
-        TypeError,
-        ["scale has dtype"],
-    ),
     "pilot shape": (lambda: jbn.moments(X, pilot=np.zeros(3)), ValueError, ["pilot has shape (3,)", "(4,)"]),
     "pilot kind": (lambda: jbn.moments(X, pilot=[1.0]), TypeError, ["pilot is of type list"]),
     "mask shape": (
