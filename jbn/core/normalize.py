@@ -185,7 +185,7 @@ def _choose(recipe: Recipe, m: Moments, operands: Operands) -> tuple[Moments, Op
     scale, bias = (None if v is None else v.astype(recipe.wide) for v in (operands.scale, operands.bias))
     corrected, shift = (_meet(recipe, vector) for vector in found)
     if scale is not None:
-        corrected, shift = scale * corrected, scale * shift
+        shift, corrected = scale * shift, scale * corrected
     return m, rest._replace(scale=corrected, bias=shift if bias is None else bias + shift)
 
 
