@@ -65,8 +65,7 @@ def test_residual(on):
 def test_scale_and_bias_per_example(on, x, bar):
     """As those of features, but that the GPU compiler writes the sign of z.
 
-    Those of rows are as large as x, in float32, as are their gradients: 12 passes are theirs alone. Summed at once, rows
-    take 31 passes on GPUs.
+    Those of rows are as large as x, in float32, as are their gradients. Summed at once, rows take 31 passes on GPUs.
     """
     if on == "cpu" and jax.__version_info__ < (0, 10):
         pytest.skip("the sums of XLA's CPU loops do not fuse with what they sum")
