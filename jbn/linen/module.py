@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core.checks import arithmetic_dtype, cast_array, cast_mask, read_flag, read_layout
 from jbn.core.choice import NormalizeBy
-from jbn.core.forward import batch_norm, bn_forward
+from jbn.core.forward import batch_norm, bn_forward, moments
 from jbn.core.numbers import read_epsilon, read_momentum
 from jbn.core.prepare import fill_affine
 from jbn.linen.freezing import frozen_at
@@ -48,6 +48,9 @@ class BatchNorm(nn.Module):
         group_size: number of examples that are a batch of their own, see ``jbn.bn_forward``.
         unbiased: let the running variance be that of a sample, as in PyTorch, see ``jbn.bn_forward``.
         normalize_by: what to normalize by in training, such as ``jbn.renorm(3.0, 5.0)``, see ``jbn.bn_forward``.
+        sow_moments: whether every call sows the ``jbn.Moments`` of its x, differentiable, as ``moments`` into the
+            collection ``intermediates``: for losses on the statistics of a batch, in evaluation too. They are those of
+            all valid positions, of the shards of ``axis_name`` in training, and of this shard in evaluation.
 
     Raises:
         ValueError: see ``jbn.bn_forward``; and where statistics would silently restart, because ``batch_stats`` was
@@ -82,6 +85,7 @@ class BatchNorm(nn.Module):
     group_size: int | None = None
     unbiased: bool = False
     normalize_by: NormalizeBy | None = None
+    sow_moments: bool = False
 
     def __post_init__(self) -> None:
         """Refuse numbers where they are written: a network can be initialized and evaluated with a wrong momentum."""
@@ -156,6 +160,9 @@ class BatchNorm(nn.Module):
             "dtype": self.dtype,
         }
         train, update = frozen.flags(evaluate)
+        if self.sow_moments:
+            shards = None if evaluate or self.is_initializing() else self.axis_name
+            self.sow("intermediates", "moments", moments(x, axis=self.axis, mask=mask, axis_name=shards))
         if self.is_initializing() and not evaluate:
             return batch_norm(x, **params, **options)[0]
         state = {"mean": mean.value, "var": var.value}

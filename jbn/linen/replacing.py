@@ -17,7 +17,7 @@ from jbn.replacing import Found, check_overrides
 
 OPTIONS = (
     "momentum", "epsilon", "dtype", "axis_name", "axis_index_groups", "activation", "group_size", "unbiased",
-    "normalize_by",
+    "normalize_by", "sow_moments",
 )  # fmt: skip
 
 _SCOPE = Scope[tuple[tuple[str, Hashable], ...]]("replace")
@@ -27,8 +27,8 @@ class _StandIn(BatchNorm):
     """A layer in the scope of the one that was called, which reports to ``capture_intermediates`` itself."""
 
     @nn.nowrap
-    def sow(self, *args: Any, **kwargs: Any) -> bool:
-        return False
+    def sow(self, col: str, name: str, *args: Any, **kwargs: Any) -> bool:
+        return name != "__call__" and super().sow(col, name, *args, **kwargs)
 
 
 @contextmanager
@@ -44,8 +44,8 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
         also: classes of norms that compute what Flax's does, such as a copy of its code: fields of Flax's names, a call
             like Flax's, the same variables. Their variables are made by their own code.
         overrides: fields to set on each layer, jbn's own included: ``momentum``, ``epsilon``, ``dtype``, ``axis_name``,
-            ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``, ``normalize_by``. The others keep their
-            values.
+            ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``, ``normalize_by``, ``sow_moments``. The
+            others keep their values.
 
     Yields:
         ``Found(paths, skipped)``, which fills up as layers are traced or called: those that compute with jbn, and

@@ -16,7 +16,7 @@ ModelT = TypeVar("ModelT")
 
 OPTIONS = (
     "use_running_average", "axis", "momentum", "epsilon", "dtype", "axis_name", "axis_index_groups", "activation",
-    "group_size", "unbiased", "normalize_by",
+    "group_size", "unbiased", "normalize_by", "sow_moments",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def replace(model: ModelT, *, also: Classes = (), **overrides: Any) -> tuple[Mod
             call like Flax's, the same variables.
         overrides: options to set on each norm, those that are jbn's already included: ``use_running_average``,
             ``axis``, ``momentum``, ``epsilon``, ``dtype``, ``axis_name``, ``axis_index_groups``, ``activation``,
-            ``group_size``, ``unbiased``, ``normalize_by``. The others keep their values.
+            ``group_size``, ``unbiased``, ``normalize_by``, ``sow_moments``. The others keep their values.
 
     Returns:
         The model that was given, and ``Found(paths, skipped)``: the norms that are jbn's now, and those that keep

@@ -13,14 +13,14 @@ from jax.typing import ArrayLike
 from jbn.core.axes import forbid_transformations
 from jbn.core.checks import OneValue, cast_array, cast_mask, read_flag
 from jbn.core.choice import NormalizeBy
-from jbn.core.forward import batch_norm, bn_forward
+from jbn.core.forward import batch_norm, bn_forward, moments
 from jbn.core.numbers import read_epsilon, read_momentum
 from jbn.core.prepare import fill_affine
 from jbn.freezing import Frozen
 from jbn.nnx.variables import read, write
 
 # The attributes that Flax's norm lacks, and what they are where nothing is said.
-NEW = {"activation": None, "group_size": None, "unbiased": False, "normalize_by": None}
+NEW = {"activation": None, "group_size": None, "unbiased": False, "normalize_by": None, "sow_moments": False}
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -41,6 +41,10 @@ class BatchNorm(nnx.BatchNorm):
         unbiased: let the running variance be that of a sample, as in PyTorch, see ``jbn.bn_forward``.
         normalize_by: what to normalize by in training, such as ``jbn.renorm(3.0, 5.0)``, see ``jbn.bn_forward``; or a
             module that is called so, whose variables are those of the model.
+        sow_moments: whether every call sows the ``jbn.Moments`` of its x, differentiable, as an ``nnx.Intermediate`` of
+            the name ``moments``, which ``nnx.capture`` collects: for losses on the statistics of a batch, in evaluation
+            too. They are those of all valid positions, of the shards of ``axis_name`` in training, and of this shard in
+            evaluation.
         options: those of ``flax.nnx.BatchNorm``: ``use_running_average``, False unless given; ``axis``, ``momentum``
             (weight of the old statistics), ``epsilon``, ``dtype``, ``axis_name`` and ``axis_index_groups`` as in
             ``jbn.bn_forward``; ``param_dtype``, ``use_bias``, ``use_scale``, ``bias_init``, ``scale_init`` and ``rngs``
@@ -71,6 +75,7 @@ class BatchNorm(nnx.BatchNorm):
         group_size: int | None = None,
         unbiased: bool = False,
         normalize_by: NormalizeBy | None = None,
+        sow_moments: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(num_features, **options)
@@ -81,6 +86,7 @@ class BatchNorm(nnx.BatchNorm):
         self.group_size = group_size
         self.unbiased = unbiased
         self.normalize_by = normalize_by
+        self.sow_moments = sow_moments
 
     def __call__(
         self,
@@ -123,6 +129,9 @@ class BatchNorm(nnx.BatchNorm):
         train, update = self.frozen.flags(evaluate)
         x = cast_array("x", x)
         mask = cast_mask(mask)
+        if self.sow_moments:
+            shards = None if evaluate else self.axis_name
+            self.sow(nnx.Intermediate, "moments", moments(x, axis=self.axis, mask=mask, axis_name=shards))
         params: dict[str, Any] = {
             "scale": None if self.scale is None else read(self.scale),
             "bias": None if self.bias is None else read(self.bias),

@@ -35,7 +35,13 @@ def close(a, b, size=1.0):
 def test_the_constructor_is_flax_s_with_new_arguments_last():
     mine, theirs = (list(inspect.signature(cls.__init__).parameters.values()) for cls in (MINE, THEIRS))
     assert mine[: len(theirs)] == theirs
-    assert [p.name for p in mine[len(theirs) :]] == ["activation", "group_size", "unbiased", "normalize_by"]
+    assert [p.name for p in mine[len(theirs) :]] == [
+        "activation",
+        "group_size",
+        "unbiased",
+        "normalize_by",
+        "sow_moments",
+    ]
 
 
 def test_the_call_is_flax_s_with_new_arguments_last():
