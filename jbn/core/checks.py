@@ -108,8 +108,8 @@ def read_layout(x: Array | np.ndarray[Any, Any], axis: int | Sequence[int]) -> L
     return Layout(tuple(x.shape), positive)
 
 
-def check_vector(name: str, value: Array | None, layout: Layout) -> Array | None:
-    """Refuse a scale, bias, mean or var that does not belong to the features of x."""
+def check_vector(name: str, value: Array | None, layout: Layout, also: str = "") -> Array | None:
+    """Refuse a mean, var, scale or bias that does not belong to the features of x; ``also`` says what else is taken."""
     if value is None:
         return None
     if value.dtype.name not in FLOATS:
@@ -125,9 +125,28 @@ def check_vector(name: str, value: Array | None, layout: Layout) -> Array | None
                 if len(fitting) == 1
                 else "Pass the right axis="
             )
-            + f", or make params and state with bn_init({size})."
+            + f", or make params and state with bn_init({size}).{also}"
         )
     return value
+
+
+def check_affine(name: str, value: Array | None, layout: Layout) -> Array | None:
+    """Refuse a scale or bias that belongs neither to the features of x nor, by its rank, to its positions."""
+    if value is None or not layout.row_axes:
+        return check_vector(name, value, layout)
+    shape, full = tuple(value.shape), len(value.shape) == len(layout.shape)
+    of_examples = shape == (layout.examples, *layout.features) and layout.row_axes[0] < layout.axis[0]
+    if value.dtype.name in FLOATS and (full or of_examples):
+        if full and all(m in (1, n) for m, n in zip(shape, layout.shape, strict=True)):
+            return value
+        index = ", ".join(":" if i in (layout.row_axes[0], *layout.axis) else "None" for i in range(len(layout.shape)))
+        raise ValueError(
+            f"{name} has shape {shape}, x has shape {layout.shape}; expected {layout.features}, the shape of the "
+            "features, or the rank of x with each dimension 1 or that of x"
+            + (f": pass {name}[{index}]." if of_examples and not full else ".")
+        )
+    also = " Values per example or position have the rank of x, each dimension 1 or that of x."
+    return check_vector(name, value, layout, also)
 
 
 def check_mask(mask: Array | None, layout: Layout) -> Array | None:

@@ -9,16 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.export import register_namedtuple_serialization
-from jax.numpy import asarray, ones, zeros
+from jax.numpy import asarray, broadcast_to, ones, zeros
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core import checks
 from jbn.core.activation import Activation
 from jbn.core.axes import name_mesh
 from jbn.core.choice import NormalizeBy, moments_of_state
-from jbn.core.normalize import Operands, Recipe, normalize, normalize_by_batch
+from jbn.core.normalize import Operands, Recipe, lift, normalize, normalize_by_batch
 from jbn.core.numbers import read_momentum
-from jbn.core.prepare import Axis, AxisName, Groups, read_choice, read_operands, read_rows, read_sharing, read_state
+from jbn.core.prepare import (
+    Axis,
+    AxisName,
+    Groups,
+    read_choice,
+    read_operands,
+    read_pilot,
+    read_rows,
+    read_sharing,
+    read_state,
+)
 from jbn.core.state import Observation, advance, replace_arrays
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, show_overflow, statistics
 
@@ -28,8 +38,8 @@ StateT = TypeVar("StateT")
 class Params(NamedTuple):
     """What a layer learns, per feature; either may be absent: ``Params(scale, bias)``."""
 
-    scale: Array | None  # (features,), γ
-    bias: Array | None  # (features,), β
+    scale: Array | None  # γ, (features,); or of the rank of x, where it comes from elsewhere
+    bias: Array | None  # β, likewise
 
 
 class State(NamedTuple):
@@ -107,8 +117,9 @@ def bn_forward(
     ``train`` is.
 
     Args:
-        params: ``Params`` or a mapping with ``scale`` and ``bias``, each of the shape of the features, either or both
-            absent.
+        params: ``Params`` or a mapping with ``scale`` and ``bias``, either or both absent; each of the shape of the
+            features, or of the rank of x, each dimension 1 or that of x: (N, 1, 1, C) is one for each example. Of the
+            latter, what belongs to no valid position reaches nothing.
         state: ``State`` or a mapping with ``mean`` and ``var``, of the shape of the features.
         x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
         train: whether to use the statistics of the batch; a Python bool, known when tracing.
@@ -214,8 +225,8 @@ def batch_norm(
 
     Args:
         x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
-        scale: γ, of the shape of the features, or None for 1.
-        bias: β, of the shape of the features, or None for 0.
+        scale: γ, of the shape of the features, or of the rank of x, each dimension 1 or that of x; or None for 1.
+        bias: β, likewise, or None for 0.
         axis: as in ``bn_forward``, like all that follow.
         epsilon: ε > 0, added to the variance.
         mask: bool, True where x is valid.
@@ -255,6 +266,7 @@ def moments(
     axis: Axis = -1,
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
+    pilot: ArrayLike | None = None,
 ) -> Moments:
     r"""Return count, mean and biased variance per feature, to the rounding error of the dtype of the arithmetic.
 
@@ -265,9 +277,12 @@ def moments(
         axis: the axis or axes of the features.
         mask: bool, of the rank of x, each dimension 1 or that of x; only positions where it is true are counted.
         axis_name: name or names of axes whose shards form one batch.
+        pilot: a number near the mean, or one per feature, the same on all shards, such as the mean of the batch before:
+            where it is within a deviation or so, x is swept once, however far from 0. Of any other, the moments are
+            right too, up to rounding, and x is swept twice. 0 unless given.
 
     Returns:
-        ``Moments``, at least float32, differentiable in x. No valid rows give ``Moments.empty``.
+        ``Moments``, at least float32, differentiable in x. No valid rows give ``Moments.empty``, around the pilot.
 
     Raises:
         ValueError: for shapes and names that do not fit.
@@ -280,7 +295,8 @@ def moments(
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance", 1983: shifted data.
     """
     layout, values, valid = read_rows(x, axis, mask)
-    return _find_moments(SharedRows(layout, checks.read_axis_name(axis_name), 0.0), valid, values)
+    rows = SharedRows(layout, checks.read_axis_name(axis_name), 0.0)
+    return _find_moments(rows, valid, values, read_pilot(pilot, layout))
 
 
 @dataclass(frozen=True)
@@ -333,8 +349,11 @@ def _normalize(rows: SharedRows, recipe: Recipe, operands: Operands) -> tuple[Ar
 
 
 @partial(jax.jit, static_argnums=0)
-def _find_moments(rows: SharedRows, mask: Array | None, x: Array) -> Moments:
-    return _statistics(rows, x, mask, zeros(rows.layout.features, checks.arithmetic_dtype(x.dtype)))
+def _find_moments(rows: SharedRows, mask: Array | None, x: Array, guess: Array | None) -> Moments:
+    wide = checks.arithmetic_dtype(x.dtype)
+    none = zeros(rows.layout.features, wide)
+    pilot = none if guess is None else choose_pilot(broadcast_to(guess, none.shape), wide)
+    return _statistics(rows, x, mask, pilot)
 
 
 def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) -> Moments:
@@ -345,4 +364,4 @@ def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) ->
 def _normalize_by_running(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:
     """Normalize by the statistics of the state."""
     known = moments_of_state(mean.astype(recipe.wide), show_overflow(var.astype(recipe.wide)))
-    return normalize(recipe, known, operands)
+    return normalize(recipe, known, lift(recipe, operands, operands.mask))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.errors import ModifyScopeVariableError
 
-from jbn.folding.layers import TRAINS, call_marked, do_the_rest, fold_layer
+from jbn.folding.layers import TRAINS, call_marked, check_folded_call, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
 from jbn.linen.module import BatchNorm
 from jbn.linen.norms import Norms
@@ -245,10 +245,13 @@ def _call_rest(
     evaluate: bool | None,
     mask: Any = None,
     residual: Any = None,
+    scale: Any = None,
+    bias: Any = None,
 ) -> Any:
     """Call what is left of a folded norm, jbn's or another."""
     if _trains(evaluate, x, use_running_average):
         raise ValueError(f"{path} is folded into the layer beside it and cannot train; use the model that was folded.")
+    check_folded_call(path, scale, bias)
     promoted = not ours and (norm.use_scale or norm.use_bias)
     given = jnp.promote_types(x.dtype, norm.param_dtype) if promoted else x.dtype
     activation, hidden = (norm.activation, mask) if ours else (None, None)

@@ -13,6 +13,7 @@ from jbn.core.checks import arithmetic_dtype, cast_array, cast_mask, read_flag, 
 from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward, moments
 from jbn.core.numbers import read_epsilon, read_momentum
+from jbn.core.prepare import fill_affine
 from jbn.linen.freezing import frozen_at
 
 Initializer = Callable[..., Any]
@@ -100,6 +101,8 @@ class BatchNorm(nn.Module):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> Array:
         """Normalize x.
 
@@ -109,10 +112,16 @@ class BatchNorm(nn.Module):
             mask: bool, of the rank of x, each dimension 1 or that of x (a mask of examples is ``mask[:, None]``), True
                 where x is valid; elsewhere y is 0.
             residual: an array of the shape of x, added before the activation.
+            scale: γ from outside, with ``use_scale=False``: of the rank of x, each dimension 1 or that of x, such as
+                (N, 1, 1, C) for one per example; or of the shape of the features.
+            bias: β from outside, with ``use_bias=False``, likewise.
 
         Returns:
             y, of the shape of x. During initialization the statistics are those of the batch at hand, whatever its
             size, and are not stored.
+
+        Raises:
+            ValueError: for a scale or bias of a layer that learns its own; and see ``jbn.bn_forward``.
 
         """
         evaluate = read_flag(
@@ -139,6 +148,9 @@ class BatchNorm(nn.Module):
             "scale": self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
             "bias": self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
         }
+        frozen = frozen_at("/".join(self.path))
+        params = lax.stop_gradient(params) if frozen.affine else params
+        params = fill_affine(params, scale=scale, bias=bias)
         options: dict[str, Any] = {
             "axis": self.axis,
             "epsilon": self.epsilon,
@@ -147,7 +159,6 @@ class BatchNorm(nn.Module):
             "residual": residual,
             "dtype": self.dtype,
         }
-        frozen = frozen_at("/".join(self.path))
         train, update = frozen.flags(evaluate)
         if self.sow_moments:
             shards = None if evaluate or self.is_initializing() else self.axis_name
@@ -156,7 +167,7 @@ class BatchNorm(nn.Module):
             return batch_norm(x, **params, **options)[0]
         state = {"mean": mean.value, "var": var.value}
         y, state = bn_forward(
-            lax.stop_gradient(params) if frozen.affine else params,
+            params,
             state,
             x,
             train,

@@ -15,6 +15,7 @@ from jbn.core.checks import OneValue, cast_array, cast_mask, read_flag
 from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward, moments
 from jbn.core.numbers import read_epsilon, read_momentum
+from jbn.core.prepare import fill_affine
 from jbn.freezing import Frozen
 from jbn.nnx.variables import read, write
 
@@ -94,6 +95,8 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> Array:
         """Normalize x; in training, move the statistics.
 
@@ -103,9 +106,15 @@ class BatchNorm(nnx.BatchNorm):
             mask: bool, of the rank of x, each dimension 1 or that of x (a mask of examples is ``mask[:, None]``), True
                 where x is valid; elsewhere y is 0.
             residual: an array of the shape of x, added before the activation.
+            scale: γ from outside, with ``use_scale=False``: of the rank of x, each dimension 1 or that of x, such as
+                (N, 1, 1, C) for one per example; or of the shape of the features.
+            bias: β from outside, with ``use_bias=False``, likewise.
 
         Returns:
             y, of the shape of x.
+
+        Raises:
+            ValueError: for a scale or bias of a layer that learns its own; and see ``jbn.bn_forward``.
 
         Warns:
             UserWarning: for one value per channel in training, where ``jbn.bn_forward`` raises, because an NNX model is
@@ -128,6 +137,7 @@ class BatchNorm(nnx.BatchNorm):
             "bias": None if self.bias is None else read(self.bias),
         }
         params = jax.lax.stop_gradient(params) if self.frozen.affine else params
+        params = fill_affine(params, scale=scale, bias=bias)
         options: dict[str, Any] = {
             "axis": self.axis,
             "epsilon": self.epsilon,

@@ -39,6 +39,8 @@ CALLS = {
     ),
     "evaluate": lambda x: jbn.bn_forward(PARAMS, STATE, x, False, activation=jax.nn.relu),
     "batch_norm": lambda x: jbn.batch_norm(x),
+    "scale and bias of examples": lambda x: jbn.batch_norm(x, x * 2, x[:, :1], activation=jax.nn.relu),
+    "moments around a pilot": lambda x: jbn.moments(x, pilot=next(MOMENTA)),
     "moments": lambda x: jbn.moments(x),
     "merge": lambda x: jbn.merge(jbn.moments(x), jbn.moments(x)),
     "update": lambda x: jbn.update(STATE, jbn.moments(x), momentum=next(MOMENTA)),
