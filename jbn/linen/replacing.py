@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
+from jbn.core.numbers import is_schedule
 from jbn.linen.contexts import Scope
 from jbn.linen.module import BatchNorm
 from jbn.linen.norms import Norms
@@ -45,7 +47,7 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
             like Flax's, the same variables. Their variables are made by their own code.
         overrides: fields to set on each layer, jbn's own included: ``momentum``, ``epsilon``, ``dtype``, ``axis_name``,
             ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``, ``normalize_by``. The others keep their
-            values.
+            values. With a function as ``momentum`` variables that are made inside the block have a ``count``.
 
     Yields:
         ``Found(paths, skipped)``, which fills up as layers are traced or called: those that compute with jbn, and
@@ -88,6 +90,8 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
         if kind in norms.also and layer.is_initializing():
             y = call(*args, **kwargs)  # its own code makes its variables
             norms.read_fields(layer)
+            if is_schedule(overrides.get("momentum")):
+                layer.scope.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
             return y
         fields = norms.read_fields(layer) | overrides | {"parent": layer.scope}
         inside = True
