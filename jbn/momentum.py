@@ -69,16 +69,17 @@ def debiased(momentum: float) -> Callable[[ArrayLike], Array]:
         raise ValueError(
             f"momentum is {momentum!r}; expected a number from 0 to less than 1, the weight of the old value."
         )
-    return _Debiased(known)
+    return Debiased(known)
 
 
 @dataclass(frozen=True)
-class _Debiased:
+class Debiased:
     """The function; two of the same momentum are equal, so that what was compiled for one serves the other."""
 
     momentum: float
 
     def __call__(self, count: ArrayLike) -> Array:
+        """Return the weight of the old value after so many updates."""
         n = jnp.asarray(count, float)
         # 1 - mⁿ would have no digits where m is near 1. An m of 0 keeps nothing, which the first factor says.
         log = math.log(self.momentum) if self.momentum else -1.0

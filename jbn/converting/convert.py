@@ -89,7 +89,9 @@ def convert(
     Returns:
         A tree of the target, of jax arrays; for PyTorch and Keras of NumPy's, and of tensors where ``like`` has some.
         Without ``like`` dtypes are those of the source, as far as jax has them, but statistics are at least float32.
-        ``num_batches_tracked`` is that of ``like``, or 0.
+        The number of updates goes from PyTorch, Haiku and Equinox into a ``count`` of ``like``, and from a ``count`` to
+        PyTorch and Equinox. Else ``num_batches_tracked`` is that of ``like``, or 0, and the counters of Haiku and
+        Equinox are as after very many updates; Haiku's always, for no array tells its decay.
 
     Raises:
         ValueError: for what cannot be mapped, with the paths: arrays that are left over or lacking, of another shape,
@@ -142,7 +144,7 @@ def convert(
             raise _kind_of(error)(f"{old} of tree {error}") from error
     if wanted is not None:
         _check_complete(origin, goal, list(layers), found, came, wanted)
-        return fill(like, goal.addresses(like), found, goal.numpy)
+        return fill(like, goal.addresses(like), goal.stored(like, found), goal.numpy)
     assert goal.make is not None
     made = goal.make(convey(found, goal.numpy))
     # Not jnp.asarray, which compiles a program for each shape.
