@@ -48,9 +48,10 @@ def convert(
 
     Those of jbn, Flax and Haiku may also be flat, as ``jbn.load_arrays`` gives back what ``jbn.save_arrays`` wrote.
     Running statistics are those that the source evaluates with, so that both evaluate alike: with Haiku and Equinox the
-    debiased ones. These two go on from them as after 2³⁰ updates, not as from the first. In Keras two models inside of
-    one may have layers of the same path, of which a mapping keeps the last: give them names of their own. Arrays that
-    no other library has, such as those of Keras's ``Normalization``, are refused: leave the layer out, by ``names``.
+    debiased ones. These two go on from them as after 2³⁰ updates, not as from the first, where no count says more. In
+    Keras two models inside of one may have layers of the same path, of which a mapping keeps the last: give them names
+    of their own. Arrays that no other library has, such as those of Keras's ``Normalization``, are refused: leave the
+    layer out, by ``names``.
 
     Args:
         tree: what the source has; leaves may be of NumPy, jax or PyTorch, in bfloat16 too.

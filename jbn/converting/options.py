@@ -171,8 +171,8 @@ def _from_torch(given: Mapping[str, Any]) -> _Norm:
     if not given["track_running_stats"]:
         raise ValueError(
             "options of torch: track_running_stats=False evaluates by the statistics of the batch, which is no option "
-            "of other libraries; expected True. In jbn it is batch_norm, or a module with use_running_average=False in "
-            "evaluation too."
+            "of other libraries; expected True. In jbn it is the function jbn.batch_norm of x, scale and bias, which a "
+            "module of a few lines calls."
         )
     bias = given["affine"] and given["bias"]
     momentum = cumulative if given["momentum"] is None else _of_the_other(given["momentum"])

@@ -50,6 +50,17 @@ def test_pytorch():
     assert jbn.convert(TREE, "jbn", "torch")["num_batches_tracked"].dtype == np.int64
 
 
+def test_a_layer_of_pytorch_without_running_statistics_is_batch_norm():
+    torch = pytest.importorskip("torch")
+    norm = torch.nn.BatchNorm1d(3, track_running_stats=False).eval()
+    torch.nn.init.normal_(norm.weight)
+    params = jbn.convert(norm, "torch", "linen")["params"]
+    want = norm(torch.from_numpy(X[0])).detach().numpy()
+    np.testing.assert_allclose(jbn.batch_norm(X[0], **params)[0], want, rtol=0, atol=BOUND)
+    with pytest.raises(ValueError, match=r"track_running_stats=False evaluates by .*jbn\.batch_norm"):
+        jbn.convert_options(norm, "torch", "linen")
+
+
 def test_haiku():
     hk = pytest.importorskip("haiku")
     norm = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, M, name="bn")(x, True))
