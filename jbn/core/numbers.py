@@ -100,7 +100,11 @@ def _read_schedule(momentum: Callable[[Array], ArrayLike], count: Array | None) 
             "expected one: bn_init(..., counted=True). Modules have it where they are initialized with that momentum, "
             "and jbn.nnx.replace(model, momentum=...) adds it."
         )
-    found = momentum(count)
+    try:
+        found = momentum(count)
+    except Exception as error:
+        error.add_note("This came up while momentum was called with the number of updates done, an int32 scalar.")
+        raise
     known = read_number(found)
     if known is not None and not -_ROUNDING <= known <= 1 + _ROUNDING:
         done = read_number(count)

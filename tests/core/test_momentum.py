@@ -228,6 +228,12 @@ def test_a_known_result_says_where_it_came_from():
         advance(STATE._replace(count=jnp.int32(2)), X[0], momentum=lambda n: n)
 
 
+def test_an_error_inside_says_what_was_called():
+    with pytest.raises(TypeError, match="positional argument") as caught:
+        advance(STATE, X[0], momentum=lambda: 0.9)
+    assert "while momentum was called with the number of updates done" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize(
     ("state", "momentum", "words"),
     [
