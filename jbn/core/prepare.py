@@ -94,11 +94,12 @@ def read_operands(
     return recipe, Operands(values, valid, scale, bias, added, held)
 
 
-def read_state(state: Any) -> tuple[Array | Observation, Array, Array]:
-    """Read what stands in the place of the running mean, the running mean itself, and the running variance."""
-    held, var = checks.read_fields("state", state, ("mean", "var"), required=True)
+def read_state(state: Any) -> tuple[Array | Observation, Array, Array, Array | None]:
+    """Read what stands in the place of the running mean, that mean itself, the running variance, and the count."""
+    held, var, count = checks.read_fields("state", state, ("mean", "var"), required=True, also=("count",))
     held = held if isinstance(held, Observation) else checks.read_array("mean", held)
-    return held, held.mean if isinstance(held, Observation) else held, checks.read_array("var", var)
+    mean = held.mean if isinstance(held, Observation) else held
+    return held, mean, checks.read_array("var", var), checks.check_count(checks.read_array("count", count))
 
 
 def read_sharing(

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.numpy import broadcast_to
 from jax.tree_util import register_dataclass
 
-from jbn.core.axes import place_as
+from jbn.core.axes import place_as, varying_axes
 from jbn.core.lax import lax
 from jbn.core.statistics import Moments, merge
 from jbn.core.sums import divide
@@ -21,7 +22,7 @@ StateT = TypeVar("StateT")
 Upstream = Literal["batch", "recalibrated"]
 
 
-def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool) -> tuple[Array, Array]:
+def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool) -> tuple[Array, Array, Array]:
     r"""Move running statistics towards those of a batch, by the weight of the new value, 1 - momentum.
 
     .. math:: \mu \leftarrow \mu + w (\mu_B - \mu), \quad \sigma^2 \leftarrow \sigma^2 + w (\sigma_B^2 - \sigma^2)
@@ -37,7 +38,7 @@ def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool)
         unbiased: whether the running variance is that of a sample, n/(n - 1) times the biased one.
 
     Returns:
-        The new mean and variance, in their dtypes, without gradients.
+        The new mean and variance, in their dtypes, without gradients; and which features moved, bool.
     """
     mean, var, batch = jax.tree.map(lax.stop_gradient, (mean, var, batch))
     wide, target = batch.var.dtype, batch.var
@@ -58,7 +59,7 @@ def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool)
     new_var = lax.select(known, new_var, target).astype(var.dtype)
     # Judged after the cast: what fits into the dtype of the arithmetic need not fit into that of the state.
     usable = (batch.count > 1) & lax.is_finite(new_mean) & lax.is_finite(new_var)
-    return lax.select(usable, new_mean, mean), lax.select(usable, new_var, var)
+    return lax.select(usable, new_mean, mean), lax.select(usable, new_var, var), usable
 
 
 @partial(
@@ -130,13 +131,25 @@ class Observation:
         return self
 
 
-def advance(held: Array | Observation, var: Array, batch: Moments, weight: Array, unbiased: bool) -> dict[str, Any]:
+def advance(
+    held: Array | Observation, var: Array, count: Array | None, batch: Moments, weight: Array, unbiased: bool
+) -> dict[str, Any]:
     """Return the arrays of the new state: those that moved, or the observation with the rows of the batch."""
     if isinstance(held, Observation):
         return {"mean": held.add(batch)}
     seen = jax.tree.map(lambda value: place_as(value, held) if value.ndim else value, batch)
-    moved = move(held, place_as(var, held), seen, weight, unbiased)
-    return {"mean": moved[0], "var": place_as(moved[1], var)}
+    mean, new_var, moved = move(held, place_as(var, held), seen, weight, unbiased)
+    new = {"mean": mean, "var": place_as(new_var, var)}
+    return new if count is None else new | {"count": _count_on(count, moved)}
+
+
+def _count_on(count: Array, moved: Array) -> Array:
+    """Return the number of updates with one in which these features moved, if any did; it ends at its largest."""
+    one = place_as(moved.any(), count).astype(count.dtype)
+    # Shards of features have one count: one of them may have had nothing to move by.
+    over = varying_axes(one) - varying_axes(count)
+    one = lax.pmax(one, tuple(sorted(over, key=str))) if over else one
+    return count + lax.select(count == jnp.iinfo(count.dtype).max, lax.full_like(one, 0), one)
 
 
 def replace_arrays(state: StateT, **fields: Any) -> StateT:

@@ -8,8 +8,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jbn.core.numbers import is_schedule
 from jbn.linen.contexts import Scope
 from jbn.linen.module import BatchNorm
 from jbn.linen.norms import Norms
@@ -51,7 +53,8 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
             like Flax's, the same variables. Their variables are made by their own code.
         overrides: fields to set on each layer, jbn's own included: ``momentum``, ``epsilon``, ``dtype``, ``axis_name``,
             ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``, ``normalize_by``, ``sow_moments``. The
-            others keep their values.
+            others keep their values. With a function as ``momentum`` variables that are made inside the block have a
+            ``count``.
 
     Yields:
         ``Found(paths, skipped)``, which fills up as layers are traced or called: those that compute with jbn, and
@@ -94,6 +97,8 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
         if kind in norms.also and layer.is_initializing():
             y = call(*args, **kwargs)  # its own code makes its variables
             norms.read_fields(layer)
+            if is_schedule(overrides.get("momentum")):
+                layer.scope.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
             return y
         fields = norms.read_fields(layer) | overrides | {"parent": layer.scope}
         inside = True

@@ -196,6 +196,6 @@ def _fold_pair(modules: dict[str, Any], pair: Pair) -> None:
     layer.kernel = layer.kernel.replace(kernel)
     layer.bias = nnx.Param(bias) if layer.bias is None else layer.bias.replace(bias)
     layer.use_bias = True
-    for name in held:
+    for name in (*held, *({"count"} & vars(norm).keys())):
         delattr(norm, name)
     become(norm, Folded)

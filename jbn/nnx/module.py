@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
@@ -14,7 +15,7 @@ from jbn.core.axes import forbid_transformations
 from jbn.core.checks import OneValue, cast_array, cast_mask, read_flag
 from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward, moments
-from jbn.core.numbers import read_epsilon, read_momentum
+from jbn.core.numbers import check_momentum, is_schedule, read_epsilon
 from jbn.core.prepare import fill_affine
 from jbn.freezing import Frozen
 from jbn.nnx.variables import read, write
@@ -46,7 +47,8 @@ class BatchNorm(nnx.BatchNorm):
             too. They are those of all valid positions, of the shards of ``axis_name`` in training, and of this shard in
             evaluation.
         options: those of ``flax.nnx.BatchNorm``: ``use_running_average``, False unless given; ``axis``, ``momentum``
-            (weight of the old statistics), ``epsilon``, ``dtype``, ``axis_name`` and ``axis_index_groups`` as in
+            (weight of the old statistics, or a function of the number of updates done that returns it; then there is
+            ``nnx.BatchStat``: ``count`` too), ``epsilon``, ``dtype``, ``axis_name`` and ``axis_index_groups`` as in
             ``jbn.bn_forward``; ``param_dtype``, ``use_bias``, ``use_scale``, ``bias_init``, ``scale_init`` and ``rngs``
             for scale and bias, with ``bias_metadata`` and ``scale_metadata`` where this Flax has them;
             ``use_fast_variance`` and ``promote_dtype`` without effect: statistics are always accurate, and taken in
@@ -65,7 +67,9 @@ class BatchNorm(nnx.BatchNorm):
     True
     """
 
-    frozen = Frozen()  # of the class, so that a model saved or made before has it too
+    # Of the class, so that a model saved or made before has them too.
+    frozen = Frozen()
+    count: Any = None  # nnx.BatchStat, the number of updates done, where momentum is a function of it
 
     def __init__(
         self,
@@ -81,12 +85,14 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(num_features, **options)
         # Here, where they are written: a network can be evaluated with a wrong momentum.
         read_epsilon(self.epsilon)
-        read_momentum(self.momentum)
+        check_momentum(self.momentum)
         self.activation = activation
         self.group_size = group_size
         self.unbiased = unbiased
         self.normalize_by = normalize_by
         self.sow_moments = sow_moments
+        if is_schedule(self.momentum):
+            self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def __call__(
         self,
@@ -149,7 +155,8 @@ class BatchNorm(nnx.BatchNorm):
             "residual": residual,
             "dtype": self.dtype,
         }
-        state = {"mean": read(self.mean), "var": read(self.var)}
+        held = {"mean": self.mean, "var": self.var} | ({} if self.count is None else {"count": self.count})
+        state = {name: read(variable) for name, variable in held.items()}
         try:
             y, state = bn_forward(
                 params,
@@ -169,8 +176,8 @@ class BatchNorm(nnx.BatchNorm):
                 warnings.warn(f"{error} {kept}", stacklevel=2)
             return y
         if update:
-            write(self.mean, state["mean"])
-            write(self.var, state["var"])
+            for name, variable in held.items():
+                write(variable, state[name])
         return y
 
 
