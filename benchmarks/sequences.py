@@ -1,10 +1,10 @@
 """What are statistics per time step worth in an LSTM? ``python -m benchmarks.sequences``.
 
 LSTMs without a norm, with batch normalization of γ = 0.1 and of γ = 1 at first (Cooijmans et al. 2017), and with layer
-normalization, read digits row by row, of which 5 to 8 rows are there; or, with ``--data vowels``, the unequal lengths of
-JapaneseVowels, whose files come with ``pip install --no-deps aeon``. Each is trained at every rate of one grid, with the
-same splits and batches, and is told at the rate that is best on its validation rows. It writes
-``benchmarks/results/sequences.json``, what it found on one data set beside the other.
+normalization read digits row by row, of which 5 to 8 are there; or, with ``--data vowels``, JapaneseVowels, whose files
+come with ``pip install --no-deps aeon``. Each is trained at every rate of one grid, with the same splits and batches,
+and is told at the rate that is best on its validation rows. It writes ``benchmarks/results/sequences.json``, what it
+found on one data set beside what it found on the other.
 """
 
 import json
@@ -108,11 +108,10 @@ class Cell(nn.Module):
     def __call__(self, carry: Any, inputs: Any) -> Any:
         """Return the new cell and hidden state; where a sequence has ended, they stay."""
         (c, h), (x, valid, push) = carry, inputs
-        gates = self.param("bias", nn.initializers.zeros, (4, self.features)).at[0].add(1).ravel()  # 1 more to remember
-        for name, part in (("input", x), ("recurrent", h)):
-            gates = gates + self._normalize(
-                name, nn.Dense(4 * self.features, use_bias=False, name=name)(part), valid, False
-            )
+        dense = partial(nn.Dense, 4 * self.features, use_bias=False)
+        bias = self.param("bias", nn.initializers.zeros, (4, self.features)).at[0].add(1)  # to remember at first
+        gates = self._normalize("input", dense(name="input")(x), valid, False)
+        gates += self._normalize("recurrent", dense(name="recurrent")(h), valid, False) + bias.reshape(1, -1)
         forget, add, out, new = jnp.split(gates, 4, -1)
         moved = nn.sigmoid(forget) * c + nn.sigmoid(add) * nn.tanh(new)
         shown = nn.sigmoid(out) * nn.tanh(self._normalize("cell", moved, valid, True)) + push
@@ -139,7 +138,7 @@ class Reader(nn.Module):
     def __call__(self, x: Array, lengths: Array, push: Array | None = None) -> Array:
         """Return the logits; ``push`` (T, N, features) is added to the hidden states, for the gradient in them."""
         n, steps, _ = x.shape
-        valid = (jnp.arange(steps)[:, None] < lengths)[..., None]
+        valid = (jnp.arange(steps)[:, None] < lengths[None])[..., None]
         layer = nn.scan(
             Cell, variable_axes={"batch_stats": 0}, variable_broadcast="params", split_rngs={"params": False}
         )(self.features, *ARMS[self.arm], self.train)
