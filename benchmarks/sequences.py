@@ -217,7 +217,8 @@ def train(arm: str, settings: Settings, parts: Any, classes: int, advance: Any) 
 
     def accuracy(rows: Sequences, known: Array, carry: Any) -> Array:
         held = {"params": carry[0], "batch_stats": reuse_last(carry[1], known)}
-        return (model.apply(held, rows.x, rows.lengths).argmax(-1) == rows.labels).mean()
+        logits: Any = model.apply(held, rows.x, rows.lengths)
+        return (logits.argmax(-1) == rows.labels).mean()
 
     def of_all(function: Any, *seeds_of: int) -> Any:
         """Map a function over seeds, and that over rates: of the arguments with a 1 here only over seeds."""
@@ -234,6 +235,20 @@ def train(arm: str, settings: Settings, parts: Any, classes: int, advance: Any) 
         curve.append(np.asarray(judge(valid, rows.lengths, carry)))
         advance()
     return {"valid": np.stack(curve), "test": np.asarray(judge(test, rows.lengths, carry))}
+
+
+def gradient_inputs(data: Sequences, settings: Settings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return batches without an end inside: of the data, of noise that is as long as makes a difference, of pixels.
+
+    The first pixels of digits are constant, or nearly so.
+    """
+    steps = min(data.x.shape[1], 16)
+    rows = data[np.flatnonzero(data.lengths >= steps)[: settings.batch]]
+    noise = np.random.default_rng(0).standard_normal((len(rows.x), 64, data.x.shape[2])).astype(np.float32)
+    inputs = {f"{steps} steps of the data": rows.x[:, :steps], "64 steps of noise": noise}
+    if settings.data == "digits":
+        inputs["64 steps of a pixel"] = rows.x.reshape(len(rows.x), 64, 1)
+    return {title: (x, rows.labels) for title, x in inputs.items()}
 
 
 def norms_through_time(arm: str, features: int, x: np.ndarray, labels: np.ndarray, seeds: int) -> list[float]:
@@ -257,8 +272,8 @@ def norms_through_time(arm: str, features: int, x: np.ndarray, labels: np.ndarra
 
 def steps_to(level: float, curve: np.ndarray, look: int) -> list[int | None]:
     """Return of each seed the number of steps after which it was first seen to reach an accuracy; None for never."""
-    reached = curve >= level
-    return [int(at + 1) * look if any_ else None for at, any_ in zip(reached.argmax(0), reached.any(0), strict=True)]
+    reached = curve >= level  # (looks, seeds)
+    return [int(of_seed.argmax() + 1) * look if of_seed.any() else None for of_seed in reached.T]
 
 
 def summary(found: dict[str, dict[str, np.ndarray]], settings: Settings) -> dict[str, Any]:
@@ -324,17 +339,13 @@ def main(
             task = progress.add_task(arm, total=-(-steps // settings.look))
             found[arm] = train(arm, settings, parts, int(whole.labels.max()) + 1, partial(progress.advance, task))
             loads.append(os.getloadavg()[0])
-    full = whole[whole.lengths == whole.lengths.max()] if data == "digits" else whole[whole.lengths >= 16]
-    some = full[slice(settings.batch)]
-    pixels = some.x.reshape(len(some.x), -1, 1)[:, :64]
-    inputs = {f"{x.shape[1]} steps of {x.shape[2]}": x for x in (some.x[:, :16], pixels)}
     result = {
         "versions": {name: version(name) for name in PACKAGES},
         "settings": asdict(settings),
         **summary(found, settings),
         "gradient": {
-            title: {arm: norms_through_time(arm, features, x, some.labels, seeds) for arm in ARMS}
-            for title, x in inputs.items()
+            title: {arm: norms_through_time(arm, features, x, labels, seeds) for arm in ARMS}
+            for title, (x, labels) in gradient_inputs(whole, settings).items()
         },
         "seconds": round(time.perf_counter() - began),
         "load": [round(load, 1) for load in loads],
