@@ -316,7 +316,7 @@ def show(console: Console, found: dict[str, Any]) -> None:
     for other, difference in found[f"{OURS} less"].items():
         console.print(f"{verdict(other, difference)}.")
     for title, rows in found["gradient"].items():
-        table = Table("norm", "first step", "middle", "last", title=f"‖∂loss/∂hₜ‖ at initialization, {title}")
+        table = Table("norm", "first step", "middle", "last", title=f"‖∂loss/∂hₜ‖, {title}")
         for arm, norms in rows.items():
             table.add_row(arm, *(f"{norms[at]:.2g}" for at in (0, len(norms) // 2, -1)))
         console.print(table)
