@@ -306,12 +306,14 @@ def show(console: Console, found: dict[str, Any]) -> None:
     """Print the tables and what they show."""
     settings, level = found["settings"], LEVELS[found["settings"]["data"]]
     title = f"{settings['data']}, {settings['seeds']} seeds, {settings['steps']} steps, 95 % intervals"
-    table = Table("norm", "rate", "test accuracy", f"steps to {level:.0%}: median", "least and most", title=title)
+    steps_column = f"steps to {level:.0%}: median"
+    table = Table("norm", "rate", "validation", "test accuracy", steps_column, "least and most", title=title)
     for arm, row in found["arms"].items():
         steps = [np.inf if value is None else value for value in row["steps"]]
         low, mean, high = row["interval"]
         ends = f"{min(steps):.0f}, {max(steps):.0f}"
-        table.add_row(arm, f"{row['rate']:g}", f"{mean:.3f} ({low:.3f} to {high:.3f})", f"{np.median(steps):.0f}", ends)
+        accuracies = f"{max(row['validation by rate']):.3f}", f"{mean:.3f} ({low:.3f} to {high:.3f})"
+        table.add_row(arm, f"{row['rate']:g}", *accuracies, f"{np.median(steps):.0f}", ends)
     console.print(table)
     for other, difference in found[f"{OURS} less"].items():
         console.print(f"{verdict(other, difference)}.")
