@@ -187,7 +187,9 @@ def _compare(
     """Put what a layer saw beside what it remembers."""
     mean, var = running.mean, running.var
     with np.errstate(all="ignore"):
-        scale = np.abs(np.asarray(scale, np.float64)) if np.shape(scale) == mean.shape else np.ones_like(mean)
+        # The steps of a scan, or a stack's layers, may share a scale that has no axis for them.
+        fits = np.shape(scale) == mean.shape[-np.ndim(scale) :]
+        scale = np.abs(np.broadcast_to(np.asarray(scale, np.float64), mean.shape)) if fits else np.ones_like(mean)
         share = scale / np.sqrt(np.maximum((scale**2).mean(-1, keepdims=True), np.finfo(np.float64).tiny))
         independent = np.minimum(seen.count, examples)
         usable = (seen.count > 1) & np.isfinite(mean + var + seen.mean + seen.var)

@@ -226,6 +226,22 @@ def test_a_planted_fault_is_found_and_no_other(planted, count):
     assert str(diagnosis).startswith(f"{expected[0]}: ")
 
 
+def test_a_scale_that_steps_share_weighs_the_gap_of_each():
+    scale = jbn.Params(np.arange(1, C + 1, dtype=np.float32), None)
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), jbn.bn_init(C)[1])
+    x = rows(64 * 3).reshape(64, 3, C)
+
+    def each(params, state, x):
+        return jbn.bn_forward(params, state, x, True)[1]
+
+    def scanned(params, states, x):
+        return jax.lax.scan(lambda _, step: (None, each(params, *step)), None, (states, x.swapaxes(0, 1)))[1]
+
+    gaps = diagnose(scanned, scale, states, x).layers[0].gap
+    alone = [diagnose(each, scale, jbn.bn_init(C)[1], x[:, t]).layers[0].gap for t in range(3)]
+    np.testing.assert_allclose(gaps, alone, rtol=1e-5)
+
+
 def test_one_of_a_kind_is_said_as_one():
     params, state = jbn.bn_init(1)
     one = rows(64)[:, :1]
