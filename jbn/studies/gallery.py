@@ -32,6 +32,10 @@ def run(
     Raises:
         OptionError: for an unknown name or size, and for a folder that holds something else.
         FileError: where a file cannot be written; what was measured before is kept.
+
+    >>> from jbn.studies import STUDIES
+    >>> STUDIES["batch-size"].question
+    'What do small batches cost batch normalization, and what helps?'
     """
     study, console = find(name), console or Console(quiet=True)
     if size not in get_args(Size):

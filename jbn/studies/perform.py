@@ -41,6 +41,8 @@ def perform(study: Study, size: Size, out: Path, console: Console) -> dict[str, 
         found = {"question": study.question, "claims": claims, "summary": summary}
         _write(study, out, options, summary, found)
     terminal.show_sheet(console, study.tabulate(summary))
+    if size == "quick":
+        say(console, "Note: this size shows that the study runs; it decides nothing.")
     for claim, outcome in outcomes:
         terminal.show_claim(console, claim, outcome)
     for name in (directory.FIGURE, directory.RESULTS):

@@ -37,19 +37,21 @@ def progress(console: Console, title: str, done: int, work: Sequence[float]) -> 
         begin(len(work), "")
 
 
-def table_of(sheet: Sheet) -> Table:
+def table_of(sheet: Sheet, *, ascii_only: bool = False) -> Table:
     """Return a table for a terminal: a text of two words breaks between them where it is narrow."""
     first, *others = sheet.heading
     numbers = (Column(name, justify="right") for name in others)
-    table = Table(Column(first, no_wrap=True), *numbers, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(Column(first, no_wrap=True), *numbers, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for row in sheet.rows:
-        table.add_row(*map(Text, row))
+        # What an encoding lacks would be spelt after the columns have been measured.
+        table.add_row(*(Text(text.replace("±", "+-") if ascii_only else text) for text in row))
     return table
 
 
 def show_sheet(console: Console, sheet: Sheet) -> None:
     """Print a table and what has to be known to read it."""
-    show(console, table_of(sheet))
+    console.print()
+    show(console, table_of(sheet, ascii_only=console.options.ascii_only))
     for note in sheet.notes:
         say(console, note)
     console.print()

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,12 @@ def test_a_damaged_record_is_named_and_measured_anew(damage, tmp_path):
     assert re.search(r"Note: .*cell-1\.json.*; this cell is measured anew\.", said.file.getvalue())
 
 
+def test_quick_says_that_it_decides_nothing(tmp_path):
+    for size in SIZES:
+        perform(study_of(), size, tmp_path / size, said := console())
+        assert ("decides nothing" in said.file.getvalue()) == (size == "quick")
+
+
 def test_a_disk_that_takes_nothing_is_an_error_with_its_path(tmp_path):
     def work(settings):
         (tmp_path / "cells").write_text("in the way")
@@ -220,20 +227,21 @@ def test_table_and_claims_stand_in_a_terminal_and_in_a_pipe(width, terminal, tmp
     assert ("4/4" in text) == terminal
 
 
-# Sleeps in its second cell, which says that it is there, until a signal ends it.
-SLEEPING = """
-import dataclasses, sys, time
+# Computes for ever in its second cell, outside of Python, until a signal ends it.
+COMPUTING = """
+import sys
+import jax
 from jbn.studies import gallery
 from tests.studies.test_perform import Work, study_of
 
-class Sleeping(Work):
+class Computing(Work):
     def __call__(self, settings):
         if settings["number"] == 1:
-            print("asleep", flush=True)
-            time.sleep(60)
+            print("computing", flush=True)
+            jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, jax.numpy.sin, x))(1.0).block_until_ready()
         return super().__call__(settings)
 
-gallery.STUDIES["fake"] = study_of(Sleeping())
+gallery.STUDIES["fake"] = study_of(Computing())
 sys.argv[0] = "jbn"
 from jbn.__main__ import main
 main()
@@ -242,12 +250,16 @@ main()
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_command_while_a_cell_is_measured(number, status, tmp_path):
-    command = [sys.executable, "-c", SLEEPING, "study", "fake", "--size", "quick", "--out", tmp_path]
+    command = [sys.executable, "-c", COMPUTING, "study", "fake", "--size", "quick", "--out", tmp_path]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=Path(__file__).parents[2], **streams) as process:
-        assert process.stdout.readline() == "asleep\n"
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=20)
+        try:
+            assert process.stdout.readline() == "computing\n"
+            time.sleep(2)  # it compiles before it computes
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()  # if it has not heard, it computes for ever
     assert process.returncode == status
     assert re.search(r"jbn: stopped; what was measured is kept\. Go on with:\n  .*study fake --size quick", errors)
     assert "Traceback" not in errors
