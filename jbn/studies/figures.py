@@ -58,4 +58,4 @@ def draw_intervals(axes: Axes, places: Sequence[float], found: Sequence[Interval
 def put_legend_beside(figure: Figure, axes: Axes) -> None:
     """Put the names of lines to the right of the data."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, handlelength=4)

@@ -44,8 +44,8 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def decide(found: Interval, *, least: float = -math.inf, most: float = math.inf) -> Verdict:
-    """Say whether a number lies from ``least`` to ``most``: not decided where an end is inside of its interval."""
-    if least <= found.low and found.high <= most:
+    """Say whether a number lies from ``least`` to ``most``: not decided where an end is in its interval."""
+    if least < found.low and found.high < most:
         return "holds"
     if found.high < least or most < found.low:
         return "does not hold"

@@ -19,7 +19,7 @@ from jbn.studies import terminal
 from jbn.studies.records import Records, begun, plan, versions
 from jbn.studies.study import Cell, Measured, Numbers, Settings, Size, Study, Summary
 
-DPI = 130
+DPI = 110
 
 
 def perform(study: Study, size: Size, out: Path, console: Console) -> dict[str, Any]:

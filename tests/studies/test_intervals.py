@@ -34,6 +34,7 @@ def test_one_seed_has_no_interval(values):
         (0.1, 0.3, {"least": 0}, "holds"),
         (-0.3, -0.1, {"least": 0}, "does not hold"),
         (-0.1, 0.3, {"least": 0}, "not decided within the intervals"),
+        (0.0, 0.0, {"least": 0}, "not decided within the intervals"),
         (-0.1, 0.1, {"least": -0.2, "most": 0.2}, "holds"),
         (0.3, 0.4, {"least": -0.2, "most": 0.2}, "does not hold"),
         (0.1, 0.4, {"least": -0.2, "most": 0.2}, "not decided within the intervals"),
