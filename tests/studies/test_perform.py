@@ -197,13 +197,19 @@ def test_quick_says_that_it_decides_nothing(tmp_path):
         assert ("decides nothing" in said.file.getvalue()) == (size == "quick")
 
 
-def test_a_disk_that_takes_nothing_is_an_error_with_its_path(tmp_path):
+def test_a_disk_that_takes_nothing_is_an_error_with_its_path(tmp_path, monkeypatch):
     def work(settings):
-        (tmp_path / "cells").write_text("in the way")
+        (tmp_path / "fake" / "cells").write_text("in the way")
         return {"values": [0.0]}
 
+    monkeypatch.setattr(gallery, "STUDIES", {"fake": study_of(work)})
     with pytest.raises(FileError, match=r"cannot write '.*cell-0\.json'"):
-        perform(study_of(work), "quick", tmp_path, console())
+        gallery.run("fake", size="quick", out=tmp_path)
+    result = jbn("study", "fake", "--size", "quick", "--out", tmp_path)
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert re.search(r"jbn: cannot write '.*cell-0\.json' \(.*\); what was measured before is kept\. Go on with:", said)
+    assert "--resume" not in said
 
 
 def test_what_a_cell_raises_is_raised(tmp_path):
