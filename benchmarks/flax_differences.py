@@ -90,6 +90,14 @@ def _state_gradient(layer: type[nn.Module]) -> str:
     return "yes" if gradient.any() else "no"
 
 
+def _moments_gradient(layer: type[nn.Module]) -> str:
+    def loss(x: Any) -> Any:
+        _, sown = layer(use_running_average=True, sow_moments=True).apply(_variables(x), x, mutable=["intermediates"])
+        return sown["intermediates"]["moments"][0].mean.sum()
+
+    return _or_error(lambda: "yes" if jax.grad(loss)(_x()).any() else "no")
+
+
 def _kind(dtype: Any) -> Callable[[type[nn.Module]], str]:
     return lambda layer: _or_error(lambda: _train(layer, _x().astype(dtype))[0].dtype.name)
 
@@ -168,6 +176,7 @@ DIFFERENCES = [
     Difference("y of bfloat16 x, `dtype=None`", _output_dtype),
     Difference("a float32 state after float64 x", _state_dtype),
     Difference("gradient through the new statistics", _state_gradient),
+    Difference("gradient through the moments of the batch, `sow_moments=True`", _moments_gradient),
     Difference("complex x", _kind(jnp.complex64)),
     Difference("integer x", _kind(jnp.int32)),
     Difference("boolean x", _kind(jnp.bool_)),

@@ -3,7 +3,8 @@
 The function: ``bn_init`` makes parameters and a state, ``bn_forward(params, state, x, train)`` normalizes x and returns
 the new state; ``batch_norm`` and ``moments`` do without a state, ``merge`` joins moments of parts of a batch,
 ``update`` moves a state towards moments, ``merge_states`` pools those of clients. By what else x may be normalized:
-``renorm`` with ``renorm_schedule``, ``mix``, or any function that returns ``Moments`` or a ``Correction``.
+``renorm`` with ``renorm_schedule``, ``mix``, or any function that returns ``Moments`` or a ``Correction``. How the
+state moves: by a number, or by a function of how often it did, ``cumulative``, ``debiased`` or any schedule.
 
 Modules: ``jbn.linen.BatchNorm`` and ``jbn.nnx.BatchNorm``, in the place of Flax's; and for whole models in both also
 ``replace``, ``freeze``, ``fold``, ``diagnose`` and ``recalibrate``.
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
     from jbn.public import *
 
 __all__ = [
-    "Call", "ComparedLayer", "Comparison", "Correction", "Diagnosis", "Finding", "Folds", "LayerStatistics", "Match",
-    "Moments", "Params", "Proposal", "Report", "State", "__version__", "affine", "batch_norm", "bn_forward", "bn_init",
-    "check", "compare", "convert", "convert_options", "decay_mask", "diagnose", "fold", "freeze", "keep_statistics",
-    "load_arrays", "merge", "merge_states", "mix", "moments", "norm_mask", "propose_names", "recalibrate", "record",
-    "remat_policy", "renorm", "renorm_schedule", "save_arrays", "trainable_mask", "update",
+    "Call", "ComparedLayer", "Comparison", "Correction", "CountedState", "Diagnosis", "Finding", "Folds",
+    "LayerStatistics", "Match", "Moments", "Params", "Proposal", "Report", "State", "__version__", "affine",
+    "batch_norm", "bn_forward", "bn_init", "check", "compare", "convert", "convert_options", "cumulative", "debiased",
+    "decay_mask", "diagnose", "fold", "freeze", "keep_statistics", "load_arrays", "merge", "merge_states", "mix",
+    "moments", "norm_mask", "propose_names", "recalibrate", "record", "remat_policy", "renorm", "renorm_schedule",
+    "save_arrays", "trainable_mask", "update",
 ]  # fmt: skip
 
 

@@ -57,7 +57,6 @@ class _Renorm:
     d_max: ArrayLike
 
     def __call__(self, batch: Moments, running: Moments, epsilon: float) -> Correction:
-        batch = lax.stop_gradient(batch)
         inverse = lax.rsqrt(running.var + epsilon)
         r = lax.sqrt(batch.var + epsilon) * inverse
         # The running mean is the pilot of the batch, so that their difference loses no digits.
@@ -66,7 +65,7 @@ class _Renorm:
         known = lax.is_finite(r) & lax.is_finite(d)
         r, d = lax.select(known, r, lax.full_like(r, 1)), lax.select(known, d, lax.full_like(d, 0))
         limit = jnp.asarray(self.d_max, d.dtype)
-        return Correction(jnp.clip(r, 1 / self.r_max, self.r_max), jnp.clip(d, -limit, limit))
+        return lax.stop_gradient(Correction(jnp.clip(r, 1 / self.r_max, self.r_max), jnp.clip(d, -limit, limit)))
 
     def _identity(self) -> object:
         limits = (self.r_max, self.d_max)

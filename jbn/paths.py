@@ -1,5 +1,6 @@
 """Paths in trees: the keys of their leaves, patterns that choose among them, and how a message names some of them."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -109,5 +110,6 @@ def _name_wrapper(paths: Iterable[str], pattern: str) -> str:
 def _hits(path: str, pattern: str) -> bool:
     # Every key gets a slash before it, and a second one between two keys, so that the stars of "/**/" can be empty too.
     path = f"/{path}".replace("/", "//")
-    pattern = f"/{pattern}".replace("/", "//").replace("//**//", "/*/")
+    pattern = re.sub(r"(?<=[^/])(/\*\*)+$", "", pattern)  # what matches a node matches everything under it
+    pattern = re.sub(r"(//\*\*)+//", "/*/", f"/{pattern}".replace("/", "//"))
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}//*")

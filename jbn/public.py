@@ -10,13 +10,14 @@ from jbn.converting.options import convert_options
 from jbn.converting.pairing import Match
 from jbn.converting.propose import Proposal, propose_names
 from jbn.core.choice import Correction
-from jbn.core.forward import Params, State, batch_norm, bn_forward, bn_init, moments
+from jbn.core.forward import CountedState, Params, State, batch_norm, bn_forward, bn_init, moments
 from jbn.core.saved import remat_policy
 from jbn.core.statistics import Moments, merge
 from jbn.files import load_arrays, save_arrays
 from jbn.folding.kernel import affine, fold
 from jbn.folding.links import Folds
 from jbn.freezing import decay_mask, freeze, keep_statistics, norm_mask, trainable_mask
+from jbn.momentum import cumulative, debiased
 from jbn.observing.diagnose import Diagnosis, diagnose
 from jbn.observing.findings import Finding, LayerStatistics
 from jbn.observing.recalibrate import recalibrate

@@ -1,6 +1,7 @@
 """States without a batch at hand: ``update`` moves one towards moments, ``merge_states`` pools those of clients."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,17 +14,17 @@ from jax.typing import ArrayLike
 
 from jbn.core import checks
 from jbn.core.axes import Sync
-from jbn.core.numbers import read_momentum, read_number
+from jbn.core.numbers import Momentum, read_momentum, read_number
 from jbn.core.prepare import read_state
 from jbn.core.state import Observation, advance, replace_arrays
 from jbn.core.statistics import Moments, check_moments
-from jbn.observing.survey import Statistics, Survey, survey
+from jbn.observing.survey import Statistics, Survey, put, survey
 from jbn.paths import count_of, flatten, join, name_few
 
 StateT = TypeVar("StateT")
 
 
-def update(state: StateT, moments: Moments, *, momentum: ArrayLike = 0.99, unbiased: bool = False) -> StateT:
+def update(state: StateT, moments: Moments, *, momentum: Momentum = 0.99, unbiased: bool = False) -> StateT:
     r"""Return the state after a batch of these moments, as ``bn_forward`` does for the moments of its x.
 
     .. math:: \text{new} = \text{old} + (1 - \text{momentum})(\text{batch} - \text{old})
@@ -31,9 +32,10 @@ def update(state: StateT, moments: Moments, *, momentum: ArrayLike = 0.99, unbia
     Of a batch that no call ever has as a whole, the moments are ``merge``'s: of micro-batches, of clients, of steps.
 
     Args:
-        state: ``State`` or a mapping with ``mean`` and ``var``, of the shape of the features.
+        state: ``State`` or a mapping with ``mean`` and ``var``, of the shape of the features; with a ``count`` too, as
+            in ``bn_forward``.
         moments: of ``jbn.moments``, ``batch_norm`` or ``merge``, of the same features.
-        momentum: weight of the old value, 0 to 1, a number or a traced scalar.
+        momentum: weight of the old value, 0 to 1, a number, a traced scalar, or a function of the count of the state.
         unbiased: let the running variance be n/(n - 1) times the biased one.
 
     Returns:
@@ -54,7 +56,7 @@ def update(state: StateT, moments: Moments, *, momentum: ArrayLike = 0.99, unbia
     Source: Ioffe and Szegedy 2015, algorithm 2.
     """
     check_moments("moments", moments)
-    held, mean, var = read_state(state)
+    held, mean, var, count = read_state(state)
     features = jnp.shape(moments.var)
     for name, value in (("state.mean", mean), ("state.var", var), ("moments.var", moments.var)):
         if value.dtype.name not in checks.FLOATS:
@@ -64,18 +66,18 @@ def update(state: StateT, moments: Moments, *, momentum: ArrayLike = 0.99, unbia
                 f"{name} has shape {jnp.shape(value)}, but moments are of features of shape {features}; expected the "
                 f"same: make the state with bn_init({features[0] if len(features) == 1 else features})."
             )
-    weight = read_momentum(momentum)
+    weight = read_momentum(momentum, count)
     checks.check_replicas(Sync(), asarray(moments.var), None, mean, "moments")
     checks.check_moving(mean, var)
-    new = _advance(checks.read_flag("unbiased", unbiased), held, var, moments, weight)
+    new = _advance(checks.read_flag("unbiased", unbiased), held, var, count, moments, weight)
     return replace_arrays(state, **new)
 
 
 @partial(jax.jit, static_argnums=0)
 def _advance(
-    unbiased: bool, held: Array | Observation, var: Array, moments: Moments, weight: ArrayLike
+    unbiased: bool, held: Array | Observation, var: Array, count: Array | None, moments: Moments, weight: ArrayLike
 ) -> dict[str, Any]:
-    return advance(held, var, moments, asarray(weight, moments.var.dtype), unbiased)
+    return advance(held, var, count, moments, asarray(weight, moments.var.dtype), unbiased)
 
 
 def merge_states(states: Sequence[StateT], counts: Sequence[ArrayLike] | Array) -> StateT:
@@ -95,8 +97,9 @@ def merge_states(states: Sequence[StateT], counts: Sequence[ArrayLike] | Array) 
             refused where they are known; where they are traced, the first state comes back.
 
     Returns:
-        A state of the structure, dtypes and devices of the first. What is no statistic is the same in all. Computed on
-        the host in float64; where anything is traced, in float32 or wider, differentiable.
+        A state of the structure, dtypes and devices of the first. Counts of updates, as in ``CountedState``, are added
+        up. What is no statistic is the same in all. Computed on the host in float64;
+        where anything is traced, in float32 or wider, differentiable.
 
     Raises:
         ValueError: for structures and shapes that differ, for counts that are no numbers of rows, and for other leaves
@@ -114,9 +117,10 @@ def merge_states(states: Sequence[StateT], counts: Sequence[ArrayLike] | Array) 
     models = _read_states(states)
     numbers = _read_counts(counts, len(models))
     _check_others(models)
-    first = models[0]
-    arrays = [leaf for model in models for leaf in model.leaves]
-    if not any(isinstance(value, jax.core.Tracer) for value in (numbers, *arrays)):
+    arrays = [numbers, *(leaf for model in models for leaf in model.leaves)]
+    traced = any(isinstance(value, jax.core.Tracer) for value in arrays)
+    first = _add_updates(jnp if traced else np, numbers, models)
+    if not traced:
         known = [model.remembered() for model in models]
         parts = {layer: [(one[layer].mean, one[layer].var) for one in known] for layer in first.layers}
         pooled = {layer: Statistics(*_pool(np, numbers, of_layer)) for layer, of_layer in parts.items()}
@@ -129,13 +133,30 @@ def merge_states(states: Sequence[StateT], counts: Sequence[ArrayLike] | Array) 
     return jax.tree.unflatten(first.structure, leaves)  # type: ignore[no-any-return]
 
 
+def _add_updates(xp: Any, counts: Any, models: list[Survey]) -> Survey:
+    """Return the first state with the updates of all; a sum ends at the largest count."""
+    leaves = list(models[0].leaves)
+    for i in (layer.count for layer in models[0].layers if layer.count is not None):
+        largest, total = jnp.iinfo(leaves[i].dtype).max, xp.zeros_like(leaves[i])
+        for one, taken in zip(models, _taken(xp, counts), strict=True):
+            total = total + xp.where(taken, xp.minimum(one.leaves[i], largest - total), 0).astype(total.dtype)
+        leaves[i] = put(total, leaves[i], total.dtype) if xp is np else total
+    return replace(models[0], leaves=leaves)
+
+
+def _taken(xp: Any, counts: Any) -> Any:
+    """Say of each state whether it is of any rows; the first counts where none is."""
+    n = xp.asarray(counts)
+    return xp.where(n.sum() > 0, n > 0, xp.arange(len(n)) == 0)
+
+
 def _pool(xp: Any, counts: Any, parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:
     """Return the mean and variance of all rows, computed by NumPy or by ``jax.numpy``."""
     means, variances = (xp.stack(fields) for fields in zip(*parts, strict=True))
     wide = checks.arithmetic_dtype(means.dtype, variances.dtype)
     means, variances = means.astype(wide), variances.astype(wide)
     n = xp.asarray(counts).astype(wide)
-    n = xp.where(n.sum() > 0, n, xp.arange(len(parts)) == 0)
+    n = xp.where(n.sum() > 0, n, _taken(xp, n))
     total = n.sum()
     share = n / total
     share = share + (n - share * total) / total  # on devices that divide inexactly
@@ -198,7 +219,7 @@ def _read_counts(counts: Any, states: int) -> Any:
 def _check_others(models: list[Survey]) -> None:
     """Refuse leaves that are no statistics and differ."""
     first = models[0]
-    statistics = {i for layer in first.layers for i in (layer.mean, layer.var)}
+    statistics = {i for layer in first.layers for i in (layer.mean, layer.var, layer.count)}
     paths, _, _ = flatten(first.structure.unflatten(first.leaves))
     for i, model in enumerate(models):
         for place, (keys, leaf, other) in enumerate(zip(paths, first.leaves, model.leaves, strict=True)):

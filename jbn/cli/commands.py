@@ -45,14 +45,13 @@ def demo(options: DemoOptions, place: DemoPlace) -> None:
     is worth depends on the learning rate: try --learning-rate 1 too. A run that was stopped goes on from its
     last checkpoint with --resume, to the same numbers as if it had not been stopped.
     """
-    from rich.console import Console
-
+    from jbn.lab.report import new_console
     from jbn.lab.run.processes import exit_status
 
     with exit_status(place.out):
         from jbn.lab.demo import run
 
-        run(options, place, Console())
+        run(options, place, new_console())
 
 
 @app.command()
@@ -63,11 +62,10 @@ def check(options: CheckOptions) -> None:
     Everything is compared with float64, by the bounds of the README. It takes some ten seconds. Exit status: 0 passed,
     1 a check failed, 2 a wrong option.
     """
-    from rich.console import Console
-
     from jbn.lab.check_command import run
+    from jbn.lab.report import new_console
 
-    raise typer.Exit(0 if run(options.devices, Console()) else 1)
+    raise typer.Exit(0 if run(options.devices, new_console()) else 1)
 
 
 @app.command()
@@ -80,14 +78,13 @@ def train(options: TrainOptions, place: TrainPlace) -> None:
     SIGTERM, Ctrl-C and a closed terminal save first. Exit status: 0 done, 1 stopped by an error, 2 a wrong option or
     file, 75 another process was lost, 143, 130 and 129 stopped by these.
     """
-    from rich.console import Console
-
+    from jbn.lab.report import new_console
     from jbn.lab.run.processes import exit_status
 
     with exit_status(place.out):
         from jbn.lab.train import run
 
-        run(options, place, Console())
+        run(options, place, new_console())
 
 
 @app.command()
@@ -98,11 +95,10 @@ def diagnose(options: DiagnoseOptions) -> None:
     Runs one batch of the training data and compares what the layers see with what they remember. Writes nothing into
     the run. Exit status: 0 nothing found, 1 something found, 2 a wrong option or a checkpoint that cannot be read.
     """
-    from rich.console import Console
-
     from jbn.lab.diagnosis import run
+    from jbn.lab.report import new_console
 
-    raise typer.Exit(1 if run(options, Console()).findings else 0)
+    raise typer.Exit(1 if run(options, new_console()).findings else 0)
 
 
 @app.command()

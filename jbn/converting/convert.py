@@ -48,9 +48,10 @@ def convert(
 
     Those of jbn, Flax and Haiku may also be flat, as ``jbn.load_arrays`` gives back what ``jbn.save_arrays`` wrote.
     Running statistics are those that the source evaluates with, so that both evaluate alike: with Haiku and Equinox the
-    debiased ones. These two go on from them as after 2³⁰ updates, not as from the first. In Keras two models inside of
-    one may have layers of the same path, of which a mapping keeps the last: give them names of their own. Arrays that
-    no other library has, such as those of Keras's ``Normalization``, are refused: leave the layer out, by ``names``.
+    debiased ones. These two go on from them as after 2³⁰ updates, not as from the first, where no count says more. In
+    Keras two models inside of one may have layers of the same path, of which a mapping keeps the last: give them names
+    of their own. Arrays that no other library has, such as those of Keras's ``Normalization``, are refused: leave the
+    layer out, by ``names``.
 
     Args:
         tree: what the source has; leaves may be of NumPy, jax or PyTorch, in bfloat16 too.
@@ -89,7 +90,9 @@ def convert(
     Returns:
         A tree of the target, of jax arrays; for PyTorch and Keras of NumPy's, and of tensors where ``like`` has some.
         Without ``like`` dtypes are those of the source, as far as jax has them, but statistics are at least float32.
-        ``num_batches_tracked`` is that of ``like``, or 0.
+        The number of updates goes from PyTorch, Haiku and Equinox into a ``count`` of ``like``, and from a ``count`` to
+        PyTorch and Equinox. Else ``num_batches_tracked`` is that of ``like``, or 0, and the counters of Haiku and
+        Equinox are as after very many updates; Haiku's always, for no array tells its decay.
 
     Raises:
         ValueError: for what cannot be mapped, with the paths: arrays that are left over or lacking, of another shape,
@@ -142,7 +145,7 @@ def convert(
             raise _kind_of(error)(f"{old} of tree {error}") from error
     if wanted is not None:
         _check_complete(origin, goal, list(layers), found, came, wanted)
-        return fill(like, goal.addresses(like), found, goal.numpy)
+        return fill(like, goal.addresses(like), goal.stored(like, found), goal.numpy)
     assert goal.make is not None
     made = goal.make(convey(found, goal.numpy))
     # Not jnp.asarray, which compiles a program for each shape.

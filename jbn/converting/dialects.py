@@ -3,6 +3,7 @@
 Between them stands one form, in Flax's names and layouts: some of
 
     scale, bias, mean, var     (features,)
+    count                      (), beside mean and var: the number of updates done
     kernel                     (in, out) of a dense layer; (*window, in/groups, out) of a convolution; a transposed one
                                has that of the convolution whose gradient it is, (*window, out/groups, in), or that of
                                a convolution over a dilated x, (*window, in/groups, out): see ``adjoint``
@@ -31,6 +32,8 @@ TRANSPOSED = ("transposed", "transpose_kernel")
 KINDS = (*TRANSPOSED, "depthwise", "embedding")
 KNOWN = (*VECTORS, "kernel", "embedding")
 
+LAST = np.iinfo(np.int32).max
+
 # As after so many updates that nothing of the first value is left: in float32, 1 - momentum**SETTLED is 1.
 SETTLED = 2**30
 
@@ -52,10 +55,14 @@ class Dialect:
     # The names that are not Flax's, and that of the bias of a normalization.
     names: Mapping[str, str] = field(default_factory=dict)
     shift: str = "bias"
-    # What a normalization remembers beside mean and var, from the arrays written and from the leaf that is wanted.
-    memory: Mapping[str, Callable[[Layer, Any], Any]] = field(default_factory=dict)
-    # Reads a tree where that takes more than addresses.
+    # What each normalization remembers beside mean and var, from the arrays written, the leaf that is wanted, and the
+    # number of updates where that is known.
+    memory: Mapping[str, Callable[[Layer, Any, Array | None], Any]] = field(default_factory=dict)
+    # Reads the number of updates of a normalization; None where none has one.
+    count: Callable[[Layer], Array | None] | None = None
+    # Reads a tree where that takes more than addresses, and undoes that for a tree that is to be filled.
     evaluated: Callable[[Any], dict[Address, Any]] | None = None
+    stored: Callable[[Any, Mapping[Path, Layer]], Mapping[Path, Layer]] = lambda like, layers: layers
     # A kernel in the form above, for the kind of layer; and back, for the shape that is wanted.
     inward: Callable[[Array, str | None], Array] = _keep
     outward: Callable[[Array, str | None, Shape | None], Array] = _keep
@@ -90,9 +97,13 @@ class Dialect:
         plain = {self.names.get(name, name): name for name in KNOWN} | {self.shift: "bias"}
         if "weight" in plain and "weight" in layer:
             plain["weight"] = _meaning(layer["weight"], layer.get("bias"), kind)
-        memory = self.memory if self.names.get("mean", "mean") in layer else ()
+        is_norm = self.names.get("mean", "mean") in layer
+        count = self.count(layer) if is_norm and self.count else None
+        memory = [*(self.memory if is_norm else ()), *(_COUNTS if count is not None else ())]
         others = {own: own if own.startswith(OTHER) else OTHER + own for own in layer if own not in plain}
         found = _rename(layer, {own: {**plain, **others}[own] for own in layer if own not in memory})
+        if count is not None:
+            found["count"] = np.clip(count, 0, LAST).astype(np.int32)
         if "kernel" in found:
             found["kernel"] = self.inward(found["kernel"], kind)
         if self.padded:
@@ -102,8 +113,10 @@ class Dialect:
     def encode(self, layer: Layer, kind: str | None, like: Mapping[str, Any] | None) -> Layer:
         """Bring a layer out of the form above; ``like`` holds its arrays as they are wanted."""
         norm = "kernel" not in layer and ("scale" in layer or "mean" in layer)
+        count = layer.get("count")
+        layer = {name: value for name, value in layer.items() if name != "count" or not self.memory}
         own = {name: self.shift if norm and name == "bias" else self.names.get(name, name) for name in layer}
-        own |= {name: _find_other(name, like or {}) for name in layer if name.startswith(OTHER)}
+        own |= {name: _find_other(name, like or {}) for name in layer if name.startswith(OTHER) or name == "count"}
         found = _rename(layer, own)
         for name, value in layer.items():
             shape = value.shape if like is None else tuple(like.get(own[name], value).shape)
@@ -112,7 +125,7 @@ class Dialect:
             elif name in VECTORS and _squeeze(shape) == _squeeze(value.shape):
                 found[own[name]] = value.reshape(shape)
         if "mean" in layer:
-            memory = {name: make(found, (like or {}).get(name)) for name, make in self.memory.items()}
+            memory = {name: make(found, (like or {}).get(name), count) for name, make in self.memory.items()}
             found |= {name: value for name, value in memory.items() if like is None or name in like}
         return found
 
@@ -160,6 +173,8 @@ def translate(layer: Layer, origin: Dialect, goal: Dialect, like: Mapping[str, A
         raise ValueError(
             "has one running statistic; expected mean and variance, or neither: leave the layer out, by names."
         )
+    if goal.count is None or (origin.memory and not goal.memory and not _COUNTS & {*(like or ())}):
+        layer.pop("count", None)  # each has one there, and none is wanted here
     layer |= {name: _widen(name, layer[name]) for name in STATISTICS if name in layer}
     if said.values and "var" in layer and origin.unbiased != goal.unbiased:
         factor = said.values / (said.values - 1)
@@ -284,17 +299,32 @@ def _swap(kernel: Array, kind: str | None, like: Shape | None = None) -> Array:
     return kernel.swapaxes(-1, -2) if kind in TRANSPOSED and kernel.ndim > 2 else kernel
 
 
-def _update_count(written: Layer, leaf: Any) -> Array:
-    """Count on from the number in ``like``, or from 0; PyTorch needs it for momentum=None alone."""
+# In NNX, and in trees that say that it is not trained.
+_COUNTS = {"count", OTHER * 2 + "count"}
+
+
+def _own_count(layer: Layer) -> Array | None:
+    """Return the count of a norm whose momentum depends on it; others keep floats by this name."""
+    return next((layer[name] for name in _COUNTS & layer.keys() if layer[name].dtype.kind in "iu"), None)
+
+
+def _equinox_count(layer: Layer) -> Array | None:
+    """Return the counter, or what the flag says: after the first time the average is that of a number."""
+    first = layer.get("state/first_time")
+    return layer.get("state/counter") if first is None else np.where(first, 0, SETTLED)
+
+
+def _tracked(written: Layer, leaf: Any, count: Array | None) -> Array:
+    """Count on, from the number in ``like`` or from 0 where there is none; PyTorch needs it for momentum=None alone."""
     known = hasattr(leaf, "item") and not getattr(leaf, "is_meta", False)
-    return np.asarray(leaf.item() if known else 0, np.int64)
+    return np.asarray((leaf.item() if known else 0) if count is None else count, np.int64)
 
 
-def _settled_count(written: Layer, leaf: Any) -> Array:
+def _settled(written: Layer, leaf: Any, count: Array | None) -> Array:
     return np.asarray(SETTLED, np.int32)
 
 
-_FLAX = Dialect(trees.address_model, trees.make_model, gradient=("transpose_kernel",), unbiased=None)
+_FLAX = Dialect(trees.address_model, trees.make_model, count=_own_count, gradient=("transpose_kernel",), unbiased=None)
 _WEIGHT = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 DIALECTS = {
@@ -306,7 +336,8 @@ DIALECTS = {
         trees.make_mapping("."),
         models.unpack_torch,
         names={**_WEIGHT, "mean": "running_mean", "var": "running_var"},
-        memory={"num_batches_tracked": _update_count},
+        memory={"num_batches_tracked": _tracked},
+        count=lambda layer: layer.get("num_batches_tracked"),
         inward=_move_inward,
         outward=_move_outward,
         features_first=True,
@@ -337,11 +368,13 @@ DIALECTS = {
         },
         shift="offset",
         memory={
-            "mean_ema/hidden": lambda written, leaf: written["mean_ema/average"],
-            "var_ema/hidden": lambda written, leaf: written["var_ema/average"],
-            "mean_ema/counter": _settled_count,
-            "var_ema/counter": _settled_count,
+            # The hidden averages of few updates would need the decay, which is in no array.
+            "mean_ema/hidden": lambda written, leaf, count: written["mean_ema/average"],
+            "var_ema/hidden": lambda written, leaf, count: written["var_ema/average"],
+            "mean_ema/counter": _settled,
+            "var_ema/counter": _settled,
         },
+        count=lambda layer: layer.get("mean_ema/counter"),
         inward=_swap,
         outward=_swap,
         gradient=(),
@@ -351,8 +384,13 @@ DIALECTS = {
         trees.address_equinox,
         None,
         names={**_WEIGHT, "mean": "state/mean", "var": "state/var"},
-        memory={"state/counter": _settled_count, "state/first_time": lambda written, leaf: np.asarray(False)},
+        memory={
+            "state/counter": lambda written, leaf, count: np.asarray(SETTLED if count is None else count, np.int32),
+            "state/first_time": lambda written, leaf, count: np.asarray(count is not None and count == 0),
+        },
+        count=_equinox_count,
         evaluated=trees.read_evaluation,
+        stored=trees.write_evaluation,
         inward=_move_inward,
         outward=_move_outward,
         gradient=(),

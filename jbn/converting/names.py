@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Protocol
 
-from jbn.converting.trees import Path
+from jbn.converting.trees import OTHER, Path
 from jbn.paths import count_of, find_wrapper, name_few
 
 Names = Mapping[str, str | None] | Callable[[str], str | None]
@@ -68,7 +68,7 @@ def rename_arrays(
         for old in names
         if origin.split(old)[-1:] not in ((), ("*",))
         and not any(_compile(origin, old).fullmatch(_slash(path)) for path in layers)
-        and any((pattern := _compile(origin, old, ends=True)).fullmatch(_slash(at)) for at in arrays)
+        and any((pattern := _compile(origin, old, ends=True)).fullmatch(_bare(at)) for at in arrays)
     }
     if not rules:
         return layers, names
@@ -76,7 +76,7 @@ def rename_arrays(
     for at, leaf in arrays.items():
         new: Path | None = at
         for old, pattern in rules.items():  # the first that matches counts
-            if match := pattern.fullmatch(_slash(at)):
+            if match := pattern.fullmatch(_bare(at)):
                 value = _check_name(old, names[old])
                 above, *parts = match.groups()
                 new = None if value is None else origin.split(above.rstrip("/")) + _rewrite(origin.split(value), parts)
@@ -122,3 +122,8 @@ def _rewrite(new: Path, parts: Sequence[str]) -> Path:
 
 def _slash(path: Path) -> str:
     return "".join(f"{key}/" for key in path)
+
+
+def _bare(path: Path) -> str:
+    """Return the path of an array as somebody writes it, without what says that its name has no meaning here."""
+    return _slash((*path[:-1], path[-1].lstrip(OTHER)))

@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from jbn.core.numbers import read_number
+from jbn.core.numbers import is_schedule, read_number
+from jbn.momentum import Debiased, cumulative
 
+_OURS = ("jbn", "linen", "nnx")
 _FLAX = {"epsilon": 1e-5, "momentum": 0.99, "use_scale": True, "use_bias": True, "unbiased": False}
 
 # What each library takes, and what it takes where nothing is said; None where it asks.
@@ -33,7 +35,7 @@ class _Norm(NamedTuple):
     """A batch norm in the words of jbn."""
 
     epsilon: float
-    momentum: float
+    momentum: Any  # a number, or a function of the number of updates
     use_scale: bool
     use_bias: bool
     unbiased: bool = False
@@ -56,6 +58,9 @@ def convert_options(options: Any, source: str, target: str) -> dict[str, Any]:
                                                                                        ``create_offset``
     "equinox"            ``eps``, 1e-5            ``momentum``, as in jbn, 0.99        ``channelwise_affine``
     ===================  =======================  ===================================  ========================
+
+    PyTorch's ``momentum=None`` is ``jbn.cumulative``. The averages of Haiku and Equinox are those of ``jbn.debiased``
+    of their number; from there comes the number alone, which is the same after many updates.
 
     An epsilon of 0, such as that of torchvision's detectors, goes along; with it jbn evaluates and does not train.
     jbn and its modules have ``unbiased`` too: True from PyTorch, whose running variance is that of a sample, and left
@@ -97,9 +102,10 @@ def convert_options(options: Any, source: str, target: str) -> dict[str, Any]:
         raise ValueError(f"options of {source} lack {', '.join(lacking)}; expected them, for there is no default.")
     for name, value in options.items():
         fits, expected = _CHECKS.get(name, _FLAG)
-        if not (fits(value) or (value is None and (source, name) == ("torch", "momentum"))):
+        special = value is None if source == "torch" else source in _OURS and is_schedule(value)
+        if not (fits(value) or (name == "momentum" and special)):
             raise ValueError(f"options of {source}: {name} is {value!r}; expected {expected}.")
-    numbers = {name: read_number(value) for name, value in options.items() if name in _NUMBERS and value is not None}
+    numbers = {name: number for name in _NUMBERS if (number := read_number(options.get(name))) is not None}
     return {**_WRITTEN[target](_READ[source]({**known, **options, **numbers})), **more}
 
 
@@ -162,25 +168,36 @@ def _of_the_other(momentum: float) -> float:
 
 
 def _from_torch(given: Mapping[str, Any]) -> _Norm:
-    if given["momentum"] is None:
-        raise ValueError(
-            "options of torch: momentum=None is the average over all batches, which no other library has; expected a "
-            "number, and afterwards jbn.recalibrate, whose statistics are those of all rows."
-        )
     if not given["track_running_stats"]:
         raise ValueError(
             "options of torch: track_running_stats=False evaluates by the statistics of the batch, which is no option "
-            "of other libraries; expected True. In jbn it is bn_forward(..., train=True, update=False) or batch_norm."
+            "of other libraries; expected True. In jbn it is the function jbn.batch_norm of x, scale and bias, which a "
+            "module of a few lines calls."
         )
     bias = given["affine"] and given["bias"]
-    return _Norm(given["eps"], _of_the_other(given["momentum"]), given["affine"], bias, unbiased=True)
+    momentum = cumulative if given["momentum"] is None else _of_the_other(given["momentum"])
+    return _Norm(given["eps"], momentum, given["affine"], bias, unbiased=True)
 
 
 def _to_torch(norm: _Norm) -> dict[str, Any]:
     if norm.use_bias and not norm.use_scale:
         raise ValueError("A bias without a scale cannot be expressed in torch: affine=False leaves out both.")
     only_scale = {"bias": False} if norm.use_scale and not norm.use_bias else {}
-    return {"eps": norm.epsilon, "momentum": _of_the_other(norm.momentum), "affine": norm.use_scale, **only_scale}
+    momentum = None if norm.momentum is cumulative else _of_the_other(_number_of(norm, "torch"))
+    return {"eps": norm.epsilon, "momentum": momentum, "affine": norm.use_scale, **only_scale}
+
+
+def _number_of(norm: _Norm, target: str) -> float:
+    """Return a momentum as a number, also that of which the average is debiased where the target debiases."""
+    if isinstance(norm.momentum, Debiased) and target in ("haiku", "equinox"):
+        return norm.momentum.momentum
+    if is_schedule(norm.momentum):
+        raise ValueError(
+            f"momentum is the function {norm.momentum!r}, which cannot be expressed in {target}; expected a number"
+            + {"torch": ", or jbn.cumulative", "keras": ""}.get(target, ", or jbn.debiased")
+            + "."
+        )
+    return norm.momentum  # type: ignore[no-any-return]
 
 
 def _from_equinox(given: Mapping[str, Any]) -> _Norm:
@@ -195,12 +212,13 @@ def _from_equinox(given: Mapping[str, Any]) -> _Norm:
 def _to_equinox(norm: _Norm) -> dict[str, Any]:
     if norm.use_scale != norm.use_bias:
         raise ValueError("Of scale and bias one alone cannot be expressed in equinox: channelwise_affine is both.")
-    options = {"eps": norm.epsilon, "momentum": norm.momentum, "channelwise_affine": norm.use_scale}
+    momentum = _number_of(norm, "equinox")
+    options = {"eps": norm.epsilon, "momentum": momentum, "channelwise_affine": norm.use_scale}
     return {**options, "mode": "batch"}
 
 
 _READ: dict[str, Callable[[Mapping[str, Any]], _Norm]] = {
-    **dict.fromkeys(("jbn", "linen", "nnx"), lambda given: _Norm(**given)),
+    **dict.fromkeys(_OURS, lambda given: _Norm(**given)),
     "torch": _from_torch,
     "keras": lambda given: _Norm(given["epsilon"], given["momentum"], given["scale"], given["center"]),
     "haiku": lambda given: _Norm(given["eps"], given["decay_rate"], given["create_scale"], given["create_offset"]),
@@ -208,17 +226,17 @@ _READ: dict[str, Callable[[Mapping[str, Any]], _Norm]] = {
 }
 
 _WRITTEN: dict[str, Callable[[_Norm], dict[str, Any]]] = {
-    **dict.fromkeys(("jbn", "linen", "nnx"), _Norm._asdict),
+    **dict.fromkeys(_OURS, _Norm._asdict),
     "torch": _to_torch,
     "keras": lambda norm: {
         "epsilon": norm.epsilon,
-        "momentum": norm.momentum,
+        "momentum": _number_of(norm, "keras"),
         "scale": norm.use_scale,
         "center": norm.use_bias,
     },
     "haiku": lambda norm: {
         "eps": norm.epsilon,
-        "decay_rate": norm.momentum,
+        "decay_rate": _number_of(norm, "haiku"),
         "create_scale": norm.use_scale,
         "create_offset": norm.use_bias,
     },

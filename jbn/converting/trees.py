@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
-from jbn.core.forward import Params, State
+from jbn.core.forward import CountedState, Params, State
 from jbn.paths import flatten, read_keys
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -127,10 +127,25 @@ def read_evaluation(tree: Any) -> dict[Address, Any]:
     found = index(address_equinox(tree), tree)
     for path, norm in _norms(tree[0]):
         if norm.mode == "batch":
-            count = jnp.asarray(found[path, "state/counter"])
-            left = jnp.where(count == 0, 1, 1 - norm.momentum**count)
-            found |= {(path, name): found[path, name] / left for name in ("state/mean", "state/var")}
+            share = _share(norm, found[path, "state/counter"])
+            found |= {(path, name): found[path, name] / share for name in ("state/mean", "state/var")}
     return found
+
+
+def write_evaluation(like: Any, layers: Mapping[Path, Layer]) -> Mapping[Path, Layer]:
+    """Return layers with the averages from which Equinox makes the statistics that it evaluates with."""
+    hidden = {}
+    for path, norm in _norms(like[0]):
+        if norm.mode == "batch" and "state/counter" in layers.get(path, ()):
+            share = np.asarray(_share(norm, layers[path]["state/counter"]))
+            hidden[path] = {name: layers[path][name] * share for name in ("state/mean", "state/var")}
+    return {path: layer | hidden.get(path, {}) for path, layer in layers.items()}
+
+
+def _share(norm: Any, count: Any) -> Any:
+    """Return the sum of the weights of the batches in the averages of a norm of Equinox, as it computes it."""
+    count = jnp.asarray(count)
+    return jnp.where(count == 0, 1, 1 - norm.momentum**count)
 
 
 def make_mapping(separator: str) -> Callable[[Mapping[Path, Layer]], Any]:
@@ -144,11 +159,12 @@ def make_mapping(separator: str) -> Callable[[Mapping[Path, Layer]], Any]:
 
 def make_pair(layers: Mapping[Path, Layer]) -> Any:
     """Make params and state; a normalization has ``Params`` and ``State``."""
-    norms = {path: layer for path, layer in layers.items() if "mean" in layer and set(layer) <= set(VECTORS)}
+    norms = {path: layer for path, layer in layers.items() if "mean" in layer and set(layer) <= {*VECTORS, "count"}}
     params, stats = _split({path: layer for path, layer in layers.items() if path not in norms})
     for path, norm in norms.items():
         scale, bias, mean, var = (norm.get(name) for name in VECTORS)
-        params[path], stats[path] = Params(scale, bias), State(mean, var)  # type: ignore[arg-type]
+        params[path] = Params(scale, bias)  # type: ignore[arg-type]
+        stats[path] = CountedState(mean, var, norm["count"]) if "count" in norm else State(mean, var)  # type: ignore[arg-type]
     return _nest(params), _nest(stats)
 
 
@@ -291,7 +307,8 @@ def _flatten_layers(layers: Mapping[Path, Layer]) -> dict[Path, Array]:
 def _split(layers: Mapping[Path, Layer]) -> tuple[dict[Path, Any], dict[Path, Any]]:
     """Return parameters and statistics."""
     flat = _flatten_layers(layers)
-    stats = {path: value for path, value in flat.items() if path[-1] in STATISTICS}
+    counts = {(*path, "count") for path, layer in layers.items() if "mean" in layer}
+    stats = {path: value for path, value in flat.items() if path[-1] in STATISTICS or path in counts}
     return {path: value for path, value in flat.items() if path not in stats}, stats
 
 

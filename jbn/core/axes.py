@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax.numpy import arange, asarray, concatenate, split, where
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jbn.core.lax import lax
 
@@ -145,12 +145,16 @@ def forbid_transformations(value: Array, error: Exception) -> Array:
 
 
 def place_as(value: Array, like: Array) -> Array:
-    """Give ``value`` the sharding in the type of ``like``, on a mesh whose axes are Explicit."""
+    """Give ``value`` the sharding in the type of ``like``, on a mesh whose axes are Explicit.
+
+    An axis on which ``value`` has one number for all of ``like`` is cut by nothing.
+    """
     wanted, found = (jax.typeof(a).sharding for a in (like, value))
-    if wanted.spec == found.spec:
+    cuts = [name if n == m else None for name, n, m in zip(wanted.spec, value.shape, like.shape, strict=True)]
+    if tuple(cuts) == tuple(found.spec):
         return value
     mesh = wanted.mesh if found.mesh.empty else found.mesh  # Constants are on no mesh in jax 0.8.0.
-    return jax.sharding.reshard(value, NamedSharding(mesh, wanted.spec))
+    return jax.sharding.reshard(value, NamedSharding(mesh, PartitionSpec(*cuts)))
 
 
 def count_cuts(value: Array, axis: int) -> int:

@@ -21,6 +21,7 @@ from jbn.core.lax import lax
 from jbn.core.layout import Layout
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+COUNTS = ("int32", "int64")
 
 
 def read_array(name: str, value: Any) -> Any:
@@ -44,8 +45,10 @@ def read_array(name: str, value: Any) -> Any:
         ) from error
 
 
-def read_fields(name: str, tree: Any, fields: tuple[str, ...], required: bool = False) -> tuple[Any, ...]:
-    """Return the fields of a NamedTuple or a mapping as they are; what is absent is None."""
+def read_fields(
+    name: str, tree: Any, fields: tuple[str, ...], required: bool = False, also: tuple[str, ...] = ()
+) -> tuple[Any, ...]:
+    """Return the fields of a NamedTuple or a mapping, and those that it may have also; what is absent is None."""
     if isinstance(tree, Mapping):
         found = dict(tree)
     elif hasattr(tree, "_asdict"):
@@ -58,7 +61,7 @@ def read_fields(name: str, tree: Any, fields: tuple[str, ...], required: bool = 
             f"{' and '.join(fields)}."
         )
     present = [field for field in fields if found.get(field) is not None]
-    if set(found) - set(fields) or (required and len(present) < len(fields)):
+    if set(found) - {*fields, *also} or (required and len(present) < len(fields)):
         inner = [key for key, value in found.items() if isinstance(value, Mapping) and set(fields) & set(value)]
         raise ValueError(
             f"{name} has the entries {', '.join(sorted(map(str, found))) or 'none'}; expected {' and '.join(fields)}. "
@@ -68,7 +71,7 @@ def read_fields(name: str, tree: Any, fields: tuple[str, ...], required: bool = 
                 else "The order is bn_forward(params, state, x, train)."
             )
         )
-    return tuple(found.get(field) for field in fields)
+    return tuple(found.get(field) for field in (*fields, *also))
 
 
 def read_features(num_features: Any) -> tuple[int, ...]:
@@ -108,8 +111,8 @@ def read_layout(x: Array | np.ndarray[Any, Any], axis: int | Sequence[int]) -> L
     return Layout(tuple(x.shape), positive)
 
 
-def check_vector(name: str, value: Array | None, layout: Layout) -> Array | None:
-    """Refuse a scale, bias, mean or var that does not belong to the features of x."""
+def check_vector(name: str, value: Array | None, layout: Layout, also: str = "") -> Array | None:
+    """Refuse a mean, var, scale or bias that does not belong to the features of x; ``also`` says what else is taken."""
     if value is None:
         return None
     if value.dtype.name not in FLOATS:
@@ -125,9 +128,28 @@ def check_vector(name: str, value: Array | None, layout: Layout) -> Array | None
                 if len(fitting) == 1
                 else "Pass the right axis="
             )
-            + f", or make params and state with bn_init({size})."
+            + f", or make params and state with bn_init({size}).{also}"
         )
     return value
+
+
+def check_affine(name: str, value: Array | None, layout: Layout) -> Array | None:
+    """Refuse a scale or bias that belongs neither to the features of x nor, by its rank, to its positions."""
+    if value is None or not layout.row_axes:
+        return check_vector(name, value, layout)
+    shape, full = tuple(value.shape), len(value.shape) == len(layout.shape)
+    of_examples = shape == (layout.examples, *layout.features) and layout.row_axes[0] < layout.axis[0]
+    if value.dtype.name in FLOATS and (full or of_examples):
+        if full and all(m in (1, n) for m, n in zip(shape, layout.shape, strict=True)):
+            return value
+        index = ", ".join(":" if i in (layout.row_axes[0], *layout.axis) else "None" for i in range(len(layout.shape)))
+        raise ValueError(
+            f"{name} has shape {shape}, x has shape {layout.shape}; expected {layout.features}, the shape of the "
+            "features, or the rank of x with each dimension 1 or that of x"
+            + (f": pass {name}[{index}]." if of_examples and not full else ".")
+        )
+    also = " Values per example or position have the rank of x, each dimension 1 or that of x."
+    return check_vector(name, value, layout, also)
 
 
 def check_mask(mask: Array | None, layout: Layout) -> Array | None:
@@ -172,6 +194,17 @@ def check_moving(mean: Array, var: Array) -> None:
                 "its rounding. Expected float32; cast them once, before training: "
                 "state = jax.tree.map(lambda v: v.astype(jnp.float32), state)."
             )
+
+
+def check_count(count: Array | None) -> Array | None:
+    """Refuse what cannot be the number of updates of a state; ``None`` passes."""
+    if count is None or (count.dtype.name in COUNTS and count.shape == ()):
+        return count
+    made = ": jax.lax.pmean makes a float of it, so take it from one shard" if count.dtype.name in FLOATS else "."
+    raise ValueError(
+        f"state.count has shape {tuple(count.shape)} and dtype {count.dtype.name}; expected the number of updates done "
+        f"of one layer, a scalar of int32{made}"
+    )
 
 
 IN_FUNCTION = (

@@ -2,23 +2,33 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.export import register_namedtuple_serialization
-from jax.numpy import asarray, ones, zeros
+from jax.numpy import asarray, broadcast_to, ones, zeros
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core import checks
 from jbn.core.activation import Activation
 from jbn.core.axes import name_mesh
 from jbn.core.choice import NormalizeBy, moments_of_state
-from jbn.core.normalize import Operands, Recipe, normalize, normalize_by_batch
-from jbn.core.numbers import read_momentum
-from jbn.core.prepare import Axis, AxisName, Groups, read_choice, read_operands, read_rows, read_sharing, read_state
+from jbn.core.normalize import Operands, Recipe, lift, normalize, normalize_by_batch
+from jbn.core.numbers import Momentum, read_momentum
+from jbn.core.prepare import (
+    Axis,
+    AxisName,
+    Groups,
+    read_choice,
+    read_operands,
+    read_pilot,
+    read_rows,
+    read_sharing,
+    read_state,
+)
 from jbn.core.state import Observation, advance, replace_arrays
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, show_overflow, statistics
 
@@ -28,8 +38,8 @@ StateT = TypeVar("StateT")
 class Params(NamedTuple):
     """What a layer learns, per feature; either may be absent: ``Params(scale, bias)``."""
 
-    scale: Array | None  # (features,), γ
-    bias: Array | None  # (features,), β
+    scale: Array | None  # γ, (features,); or of the rank of x, where it comes from elsewhere
+    bias: Array | None  # β, likewise
 
 
 class State(NamedTuple):
@@ -39,9 +49,40 @@ class State(NamedTuple):
     var: Array  # (features,), biased unless trained with unbiased=True
 
 
+class CountedState(NamedTuple):
+    """A state that counts how often it moved, for a momentum that depends on it: ``CountedState(mean, var, count)``."""
+
+    mean: Array  # (features,), float32 or wider
+    var: Array  # (features,), biased unless trained with unbiased=True
+    count: Array  # type: ignore[assignment]  # (), int32: the number of updates done; hides a method of tuples
+
+
 # An exported program that takes or returns them is read by whoever has imported jbn, under these names.
 register_namedtuple_serialization(Params, serialized_name="jbn.Params")
 register_namedtuple_serialization(State, serialized_name="jbn.State")
+register_namedtuple_serialization(CountedState, serialized_name="jbn.CountedState")
+
+
+@overload
+def bn_init(
+    num_features: int | tuple[int, ...],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+    counted: Literal[False] = False,
+) -> tuple[Params, State]: ...
+
+
+@overload
+def bn_init(
+    num_features: int | tuple[int, ...],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+    counted: Literal[True],
+) -> tuple[Params, CountedState]: ...
 
 
 def bn_init(
@@ -50,7 +91,8 @@ def bn_init(
     use_scale: bool = True,
     use_bias: bool = True,
     dtype: DTypeLike = jnp.float32,
-) -> tuple[Params, State]:
+    counted: bool = False,
+) -> tuple[Params, State | CountedState]:
     r"""Return the parameters and the state of a new layer: :math:`\gamma = 1, \beta = 0, \mu = 0, \sigma^2 = 1`.
 
     Args:
@@ -58,10 +100,11 @@ def bn_init(
         use_scale: whether there is a scale.
         use_bias: whether there is a bias.
         dtype: dtype of the parameters; statistics are at least float32.
+        counted: whether the state counts its updates, from 0 on, which a function as ``momentum`` needs.
 
     Returns:
-        ``Params(scale, bias)`` and ``State(mean, var)``. Plain dictionaries with these keys, such as the leaves of a
-        Flax checkpoint, serve as well.
+        ``Params(scale, bias)`` and ``State(mean, var)``, or ``CountedState(mean, var, count)``. Plain dictionaries with
+        these keys, such as the leaves of a Flax checkpoint, serve as well.
 
     >>> import jbn
     >>> params, state = jbn.bn_init(4)
@@ -72,7 +115,8 @@ def bn_init(
     kind = checks.read_dtype(dtype, zeros(()))
     wide = checks.arithmetic_dtype(kind)
     params = Params(ones(shape, kind) if use_scale else None, zeros(shape, kind) if use_bias else None)
-    return params, State(zeros(shape, wide), ones(shape, wide))
+    state = State(zeros(shape, wide), ones(shape, wide))
+    return params, CountedState(*state, zeros((), jnp.int32)) if checks.read_flag("counted", counted) else state
 
 
 def bn_forward(
@@ -83,7 +127,7 @@ def bn_forward(
     *,
     update: bool | None = None,
     axis: Axis = -1,
-    momentum: ArrayLike = 0.99,
+    momentum: Momentum = 0.99,
     epsilon: float = 1e-5,
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
@@ -107,14 +151,18 @@ def bn_forward(
     ``train`` is.
 
     Args:
-        params: ``Params`` or a mapping with ``scale`` and ``bias``, each of the shape of the features, either or both
-            absent.
-        state: ``State`` or a mapping with ``mean`` and ``var``, of the shape of the features.
+        params: ``Params`` or a mapping with ``scale`` and ``bias``, either or both absent; each of the shape of the
+            features, or of the rank of x, each dimension 1 or that of x: (N, 1, 1, C) is one for each example. Of the
+            latter, what belongs to no valid position reaches nothing.
+        state: ``State`` or a mapping with ``mean`` and ``var``, of the shape of the features; or ``CountedState`` or a
+            mapping with ``count`` too, the number of updates done, an int32 scalar.
         x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
         train: whether to use the statistics of the batch; a Python bool, known when tracing.
         update: whether the state moves, or comes back as it is; a Python bool, that of ``train`` unless given.
         axis: the axis or axes of the features, the last unless given; parameters have their sizes in ascending order.
-        momentum: weight of the old value, 0 to 1, a number or a traced scalar (PyTorch's is one minus it).
+        momentum: weight of the old value, 0 to 1, a number or a traced scalar (PyTorch's is one minus it). Or a
+            function of the count of the state that returns it, such as ``jbn.debiased(0.99)``, ``jbn.cumulative`` or a
+            schedule of optax: from step to step nothing is compiled anew.
         epsilon: ε > 0, added to the variance.
         mask: bool, of the rank of x, each dimension 1 or that of x; only positions where it is true are counted, the
             others give 0, and nothing in them reaches an output, a gradient or the state. For sequences x (N, T, C)
@@ -142,7 +190,8 @@ def bn_forward(
     Returns:
         y, of the shape of x, and a state of the type, shapes, dtypes and sharding of the one given. No gradient flows
         through the new state. With groups it moves towards the statistics of the whole batch, on every shard. A
-        feature whose batch statistics are not finite, or come from fewer than two rows, keeps its old ones.
+        feature whose batch statistics are not finite, or come from fewer than two rows, keeps its old ones. A count
+        grows by 1 where any feature moved, so that one that kept its statistics is counted with the others.
 
     Raises:
         ValueError: for shapes, ranges and names that do not fit, and for one value per feature where statistics are
@@ -166,7 +215,7 @@ def bn_forward(
             "normalize_by", normalize_by, "of the moments of the batch, those of the state and epsilon"
         )
     update = train if update is None else checks.read_flag("update", update)
-    held, mean, var = read_state(state)
+    held, mean, var, count = read_state(state)
     scale, bias = checks.read_fields("params", params, ("scale", "bias"))
     train = train and not (update and isinstance(held, Observation) and held.upstream == "recalibrated")
     recipe, operands = read_operands(
@@ -178,7 +227,7 @@ def bn_forward(
     if not (train or update):
         return _evaluate(recipe, operands, mean, var), state
     rows = read_sharing(recipe, operands.x, axis_name, axis_index_groups, group_size)
-    weight = read_momentum(momentum) if update else 0.0
+    weight = read_momentum(momentum, count) if update else 0.0
     if update:
         checks.check_replicas(rows.sync, operands.x, operands.mask, mean)
         checks.check_moving(mean, var)
@@ -189,7 +238,7 @@ def bn_forward(
         checks.check_rows(rows.layout, shards)
     if train and normalize_by is not None:
         recipe, operands = read_choice(normalize_by, rows, recipe, operands, mean, var)
-    y, new = _with_statistics(rows, recipe, _Uses(train, update, unbiased), operands, held, var, weight)
+    y, new = _with_statistics(rows, recipe, _Uses(train, update, unbiased), operands, held, var, count, weight)
     return y, replace_arrays(state, **new) if update else state
 
 
@@ -214,8 +263,8 @@ def batch_norm(
 
     Args:
         x: float16, bfloat16, float32 or float64, of any rank ≥ 1.
-        scale: γ, of the shape of the features, or None for 1.
-        bias: β, of the shape of the features, or None for 0.
+        scale: γ, of the shape of the features, or of the rank of x, each dimension 1 or that of x; or None for 1.
+        bias: β, likewise, or None for 0.
         axis: as in ``bn_forward``, like all that follow.
         epsilon: ε > 0, added to the variance.
         mask: bool, True where x is valid.
@@ -255,6 +304,7 @@ def moments(
     axis: Axis = -1,
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
+    pilot: ArrayLike | None = None,
 ) -> Moments:
     r"""Return count, mean and biased variance per feature, to the rounding error of the dtype of the arithmetic.
 
@@ -265,9 +315,12 @@ def moments(
         axis: the axis or axes of the features.
         mask: bool, of the rank of x, each dimension 1 or that of x; only positions where it is true are counted.
         axis_name: name or names of axes whose shards form one batch.
+        pilot: a number near the mean, or one per feature, the same on all shards, such as the mean of the batch before:
+            where it is within a deviation or so, x is swept once, however far from 0. Of any other, the moments are
+            right too, up to rounding, and x is swept twice. 0 unless given.
 
     Returns:
-        ``Moments``, at least float32, differentiable in x. No valid rows give ``Moments.empty``.
+        ``Moments``, at least float32, differentiable in x. No valid rows give ``Moments.empty``, around the pilot.
 
     Raises:
         ValueError: for shapes and names that do not fit.
@@ -280,7 +333,8 @@ def moments(
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance", 1983: shifted data.
     """
     layout, values, valid = read_rows(x, axis, mask)
-    return _find_moments(SharedRows(layout, checks.read_axis_name(axis_name), 0.0), valid, values)
+    rows = SharedRows(layout, checks.read_axis_name(axis_name), 0.0)
+    return _find_moments(rows, valid, values, read_pilot(pilot, layout))
 
 
 @dataclass(frozen=True)
@@ -301,6 +355,7 @@ def _with_statistics(
     operands: Operands,
     held: Array | Observation,
     var: Array,
+    count: Array | None,
     weight: ArrayLike,
 ) -> tuple[Array, dict[str, Any]]:
     wide = recipe.wide
@@ -316,7 +371,7 @@ def _with_statistics(
     new: dict[str, Any] = {}
     if uses.update:
         whole = merge_groups(rows, batch, pilot)
-        new = advance(held, var, whole, asarray(weight, wide), uses.unbiased)
+        new = advance(held, var, count, whole, asarray(weight, wide), uses.unbiased)
     return y, new
 
 
@@ -333,8 +388,11 @@ def _normalize(rows: SharedRows, recipe: Recipe, operands: Operands) -> tuple[Ar
 
 
 @partial(jax.jit, static_argnums=0)
-def _find_moments(rows: SharedRows, mask: Array | None, x: Array) -> Moments:
-    return _statistics(rows, x, mask, zeros(rows.layout.features, checks.arithmetic_dtype(x.dtype)))
+def _find_moments(rows: SharedRows, mask: Array | None, x: Array, guess: Array | None) -> Moments:
+    wide = checks.arithmetic_dtype(x.dtype)
+    none = zeros(rows.layout.features, wide)
+    pilot = none if guess is None else choose_pilot(broadcast_to(guess, none.shape), wide)
+    return _statistics(rows, x, mask, pilot)
 
 
 def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) -> Moments:
@@ -345,4 +403,4 @@ def _statistics(rows: SharedRows, x: Array, mask: Array | None, pilot: Array) ->
 def _normalize_by_running(recipe: Recipe, operands: Operands, mean: Array, var: Array) -> Array:
     """Normalize by the statistics of the state."""
     known = moments_of_state(mean.astype(recipe.wide), show_overflow(var.astype(recipe.wide)))
-    return normalize(recipe, known, operands)
+    return normalize(recipe, known, lift(recipe, operands, operands.mask))

@@ -29,6 +29,7 @@ class Recipe:
     activation: Program | None
     dtype: np.dtype[Any]
     wide: np.dtype[Any]
+    by_position: bool = False  # whether scale or bias has the rank of x: what meets them is then brought to it before
     choice: Choice | None = None  # of what the batch is normalized by, where it is not its own statistics
 
 
@@ -37,8 +38,8 @@ class Operands(NamedTuple):
 
     x: Array
     mask: Array | None  # bool, of the rank of x
-    scale: Array | None  # (features,)
-    bias: Array | None  # (features,)
+    scale: Array | None  # (features,), or of the rank of x, each dimension 1 or that of x
+    bias: Array | None  # likewise
     residual: Array | None  # the shape of x
     held: tuple[Array, ...]  # the arrays that the activation holds
     basis: Basis | None = None  # what is chosen from, where there is a choice
@@ -46,10 +47,41 @@ class Operands(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize(recipe: Recipe, m: Moments, operands: Operands) -> Array:
-    """Return f((x - μ)·γ/√(σ² + ε) + β + residual) in the recipe's dtype, and 0 where the mask is false."""
+    """Return f((x - μ)·γ/√(σ² + ε) + β + residual) in the recipe's dtype, and 0 where the mask is false.
+
+    Scale and bias are such as ``lift`` returns.
+    """
     z, _ = _affine(recipe, m, operands)
     y = z if recipe.activation is None else recipe.activation([z], operands.held)[0]
     return _hide(operands.mask, y).astype(recipe.dtype)
+
+
+def lift(recipe: Recipe, operands: Operands, mask: Array | None) -> Operands:
+    """Give scale and bias the rank of the statistics, or that of x.
+
+    Where no valid position reads them they are 0: there they may be no numbers, as x may be.
+    """
+    layout = recipe.layout
+
+    def lift_one(values: Array | None) -> Array | None:
+        if values is None or values.ndim == len(layout.axis):
+            return None if values is None else _meet(recipe, layout.lift(values))
+        if mask is None or all(values.shape[i] == 1 for i in layout.row_axes):
+            return values
+        shared = tuple(i for i, size in enumerate(values.shape) if size == 1)
+        return where(mask.any(shared, keepdims=True), values, 0)
+
+    return operands._replace(scale=lift_one(operands.scale), bias=lift_one(operands.bias))
+
+
+def _meet(recipe: Recipe, vector: Array) -> Array:
+    """Give what has the rank of the statistics that in which it meets scale and bias."""
+    return recipe.layout.spread(vector) if recipe.by_position else vector
+
+
+def _spread(recipe: Recipe, values: Array) -> Array:
+    """Give what was made of statistics, scale and bias the rank of x."""
+    return values if recipe.by_position else recipe.layout.spread(values)
 
 
 def _affine(recipe: Recipe, m: Moments, operands: Operands) -> tuple[Array, Array]:
@@ -58,9 +90,9 @@ def _affine(recipe: Recipe, m: Moments, operands: Operands) -> tuple[Array, Arra
     # The mean is subtracted before anything is multiplied: x·a + (β - μ·a) would lose the digits that x and μ share.
     # The mask is applied here and not only at the end: the activation must not see NaN, whose slope is NaN too.
     centred = _hide(mask, (operands.x.astype(dtype) - spread(m.pilot)) - spread(m.offset))
-    a = lax.rsqrt(m.var + recipe.epsilon)
-    z = centred * spread(a if operands.scale is None else a * operands.scale.astype(dtype))
-    z = z if operands.bias is None else z + spread(operands.bias.astype(dtype))
+    r = _meet(recipe, lax.rsqrt(m.var + recipe.epsilon))
+    z = centred * _spread(recipe, r if operands.scale is None else r * operands.scale.astype(dtype))
+    z = z if operands.bias is None else z + _spread(recipe, operands.bias.astype(dtype))
     return (z if operands.residual is None else z + _hide(mask, operands.residual.astype(dtype))), centred
 
 
@@ -85,7 +117,12 @@ def _differentiate(
 ) -> Array:
     """Return dy for dx in the dtype of the arithmetic, and for the tangents ``d`` of all else."""
     dtype, layout = recipe.wide, recipe.layout
-    r = lax.rsqrt(m.var + recipe.epsilon)
+    r = _meet(recipe, lax.rsqrt(m.var + recipe.epsilon))
+    if recipe.by_position:
+        # The transpose sums over the positions of an example first, where it has several; else over all rows at once.
+        one_row = all(layout.shape[i] == 1 for i in layout.row_axes[1:])
+        repeat = partial(repeat_rows, layout, like=operands.x) if one_row else layout.spread
+        dmean, dvar = (repeat(vary_as(vector, operands.x)) for vector in (dmean, dvar))
     a = r if operands.scale is None else r * operands.scale.astype(dtype)
     # Each factor r by itself: where x is large, their product is 0 before what it is multiplied with makes up for it.
     u = -0.5 * (a * (r * (r * dvar)))
@@ -97,8 +134,10 @@ def _differentiate(
     # is this one, whose transpose is Σ g c. It is apart from the z above, which the slope of the activation needs.
     own, pilot, offset = read_apart(3, operands.x, m.pilot, m.offset)[-1]
     _, centred = _affine(recipe, replace(m, pilot=pilot, offset=offset), operands._replace(x=own))
-    u, w = (repeat_rows(layout, vary_as(vector, operands.x), operands.x) for vector in (u, w))
-    dz = layout.spread(a) * dx + centred * u + w
+    u, w = (vary_as(values, operands.x) for values in (u, w))
+    if not recipe.by_position:
+        u, w = (repeat_rows(layout, vector, operands.x) for vector in (u, w))
+    dz = _spread(recipe, a) * dx + centred * u + w
     if d.residual is not None and _passes_numbers(recipe, operands):
         # Added in the dtype of the arrays, so that the transpose is one array for x and the residual: written once, as
         # the gradient of the residual, and read again for that of x, instead of computed twice.
@@ -131,15 +170,9 @@ def normalize_by_batch(rows: SharedRows, recipe: Recipe, pilot: Array, operands:
     """Return y, normalized by the statistics of the batch or of each of its groups, and these statistics."""
     with name_mesh():  # The derivative then finds what was traced for the value.
         m = statistics(rows, operands.x, operands.mask, pilot)
-    m = name_arrays(MOMENTS, m)
-    mine, operands = _choose(recipe, rows.sums_over.pick(m), _lift(rows.layout, operands))
-    return normalize(replace(recipe, layout=rows.layout), mine, operands), m
-
-
-def _lift(layout: Layout, operands: Operands) -> Operands:
-    """Give scale and bias the rank of the statistics."""
-    scale, bias = (None if v is None else layout.lift(v) for v in (operands.scale, operands.bias))
-    return operands._replace(scale=scale, bias=bias)
+    m, here = name_arrays(MOMENTS, m), replace(recipe, layout=rows.layout)
+    mine, operands = _choose(here, rows.sums_over.pick(m), lift(here, operands, operands.mask))
+    return normalize(here, mine, operands), m
 
 
 def _choose(recipe: Recipe, m: Moments, operands: Operands) -> tuple[Moments, Operands]:
@@ -150,8 +183,9 @@ def _choose(recipe: Recipe, m: Moments, operands: Operands) -> tuple[Moments, Op
     if not isinstance(found, Correction):
         return found, rest
     scale, bias = (None if v is None else v.astype(recipe.wide) for v in (operands.scale, operands.bias))
-    shift = found.shift if scale is None else scale * found.shift
-    corrected = found.scale if scale is None else scale * found.scale
+    corrected, shift = (_meet(recipe, vector) for vector in found)
+    if scale is not None:
+        shift, corrected = scale * shift, scale * corrected
     return m, rest._replace(scale=corrected, bias=shift if bias is None else bias + shift)
 
 
@@ -161,16 +195,16 @@ def _normalize_by_batch_jvp(rows: SharedRows, recipe: Recipe, primals: Any, tang
     with name_mesh():
         m = name_arrays(MOMENTS, statistics(rows, operands.x, operands.mask, pilot))
     here, pick = replace(recipe, layout=rows.layout), rows.sums_over.pick
-    y = normalize(here, *_choose(recipe, pick(m), _lift(rows.layout, operands)))
+    y = normalize(here, *_choose(here, pick(m), lift(here, operands, operands.mask)))
 
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(m: Moments, operands: Operands, d: Operands) -> tuple[Array, Array, Array]:
         dx = d.x.astype(recipe.wide)
         dmean, dvar = differentiate_statistics(rows, operands.x, operands.mask, m, dx)
         mine, dmine = pick(m), tangent_moments(pick(m), *pick((dmean, dvar)))
-        lifted, d = _lift(rows.layout, operands), _lift(rows.layout, d)
+        lifted, d = (lift(here, of, operands.mask) for of in (operands, d))
         if recipe.choice is not None:
-            (mine, lifted), (dmine, d) = _differentiate_choice(recipe, mine, lifted, dmine, d)
+            (mine, lifted), (dmine, d) = _differentiate_choice(here, mine, lifted, dmine, d)
         return _differentiate(here, mine, lifted, dmine.pilot + dmine.offset, dmine.var, dx, d), dmean, dvar
 
     dy, dmean, dvar = tangent(m, operands, tangents[1])

@@ -1,15 +1,23 @@
 """Numbers that are known when tracing, checked by their value, of whatever type they are: epsilon and momentum."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core.checks import FLOATS
 from jbn.core.lax import lax
+
+# A weight of the old value, or a function of the number of updates done that returns it.
+Momentum: TypeAlias = ArrayLike | Callable[[Array], ArrayLike]
+
+# By how much the result of such a function may miss the range: schedules round.
+_ROUNDING = 1e-6
 
 
 def read_number(value: Any) -> float | None:
@@ -48,8 +56,21 @@ def read_epsilon(epsilon: object, dtype: DTypeLike = np.float32, *, by_batch: bo
     return known
 
 
-def read_momentum(momentum: ArrayLike) -> ArrayLike:
+def is_schedule(momentum: object) -> bool:
+    """Say whether a momentum is a function of the number of updates."""
+    return callable(momentum) and not hasattr(momentum, "dtype")
+
+
+def check_momentum(momentum: object) -> None:
+    """Refuse what is no momentum; a function is not called before there is a count."""
+    if not is_schedule(momentum):
+        read_momentum(momentum)  # type: ignore[arg-type]
+
+
+def read_momentum(momentum: Momentum, count: Array | None = None) -> ArrayLike:
     """Return 1 - momentum, the weight of the new value; refuse a momentum outside [0, 1] where it is known."""
+    if is_schedule(momentum):
+        return _read_schedule(momentum, count)  # type: ignore[arg-type]
     known = read_number(momentum)
     if known is not None and not 0 <= known <= 1:
         raise ValueError(
@@ -58,10 +79,42 @@ def read_momentum(momentum: ArrayLike) -> ArrayLike:
     if known is not None:
         return 1.0 - known
     if not isinstance(momentum, jax.Array | np.ndarray):
-        raise TypeError(f"momentum is {momentum!r}; expected a number from 0 to 1, the weight of the old value.")
+        torch = "; PyTorch's None, the average over all batches, is jbn.cumulative" if momentum is None else ""
+        raise TypeError(
+            f"momentum is {momentum!r}; expected a number from 0 to 1, the weight of the old value, or a function of "
+            f"the number of updates done{torch}."
+        )
     if momentum.shape != () or not isinstance(momentum, jax.core.Tracer) or momentum.dtype.name not in FLOATS:
         raise ValueError(
             f"momentum has shape {momentum.shape} and dtype {momentum.dtype.name}; expected one floating-point number "
             "from 0 to 1."
         )
     return lax.sub(lax.full((), 1, momentum.dtype), momentum)
+
+
+def _read_schedule(momentum: Callable[[Array], ArrayLike], count: Array | None) -> Array:
+    """Return 1 - momentum(count)."""
+    if count is None:
+        raise ValueError(
+            f"momentum is the function {momentum!r} of the number of updates done, and the state has no count of them; "
+            "expected one: bn_init(..., counted=True). Modules have it where they are initialized with that momentum, "
+            "and jbn.nnx.replace(model, momentum=...) adds it."
+        )
+    try:
+        found = momentum(count)
+    except Exception as error:
+        error.add_note("This came up while momentum was called with the number of updates done, an int32 scalar.")
+        raise
+    known = read_number(found)
+    if known is not None and not -_ROUNDING <= known <= 1 + _ROUNDING:
+        done = read_number(count)
+        at = "" if done is None else f" for a count of {done:.0f}"
+        raise ValueError(f"momentum returns {known:g}{at}; expected 0 to 1, the weight of the old value.")
+    dtype = getattr(found, "dtype", None)
+    real = dtype is not None and (jnp.issubdtype(dtype, jnp.integer) or dtype.name in FLOATS)
+    if known is None and not (real and np.shape(found) == ()):
+        what = repr(found) if dtype is None else f"an array of shape {np.shape(found)} and dtype {dtype.name}"
+        raise TypeError(f"momentum returns {what}; expected one real number from 0 to 1, the weight of the old value.")
+    value = jnp.asarray(found)
+    wide = value if value.dtype.name in FLOATS else value.astype(float)
+    return lax.sub(lax.full((), 1, wide.dtype), wide)

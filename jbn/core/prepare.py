@@ -6,6 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -15,7 +17,7 @@ from jbn.core.axes import name_mesh
 from jbn.core.choice import Basis, NormalizeBy, trace_choice
 from jbn.core.layout import Layout
 from jbn.core.normalize import Operands, Recipe
-from jbn.core.numbers import read_epsilon
+from jbn.core.numbers import read_epsilon, read_number
 from jbn.core.saved import INPUT, name_arrays
 from jbn.core.state import Observation
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, statistics
@@ -30,6 +32,34 @@ def read_rows(x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> tuple[Layout,
     values = checks.read_array("x", x)
     layout = checks.read_layout(values, axis)
     return layout, values, checks.check_mask(checks.read_array("mask", mask), layout)
+
+
+def read_pilot(pilot: ArrayLike | None, layout: Layout) -> Array | None:
+    """Read a number near the mean, one for all features or one for each."""
+    if pilot is None:
+        return None
+    known = read_number(pilot)
+    with np.errstate(over="ignore"):  # infinity is no pilot, and neither is what overflows
+        value = checks.read_array("pilot", pilot) if known is None else jnp.asarray(known)
+    if tuple(value.shape) not in ((), layout.features) or value.dtype.name not in checks.FLOATS:
+        raise ValueError(
+            f"pilot has shape {tuple(value.shape)} and dtype {value.dtype.name}; expected one floating-point number or "
+            f"an array of the shape of the features, {layout.features}: a number near the mean of each."
+        )
+    return value
+
+
+def fill_affine(params: dict[str, Any], **given: ArrayLike | None) -> dict[str, Any]:
+    """Return what a layer learns, with the scale and bias of its call in the places of what it does not learn."""
+    filled = {name: checks.cast_array(name, value) for name, value in given.items() if value is not None}
+    for name in filled:
+        if params[name] is not None:
+            raise ValueError(
+                f"{name} is given at the call of a layer that learns its own; expected one of the two. Make the layer "
+                f"with use_{name}=False; a learned one that is to meet that of the call is a parameter of the module "
+                f"around the layer: {'scale=scale * learned' if name == 'scale' else 'bias=bias + learned'}."
+            )
+    return params | filled
 
 
 def read_operands(
@@ -48,7 +78,7 @@ def read_operands(
     """Read x and what is applied to it, ``by_batch`` or not; ``state`` are the other arrays of which z is made."""
     layout, values, valid = read_rows(x, axis, mask)
     scale, bias = (
-        checks.check_vector(name, checks.read_array(name, value), layout)
+        checks.check_affine(name, checks.read_array(name, value), layout)
         for name, value in (("scale", scale), ("bias", bias))
     )
     added = checks.check_residual(checks.read_array("residual", residual), layout)
@@ -56,18 +86,20 @@ def read_operands(
     wide = checks.arithmetic_dtype(values.dtype, out)
     arrays = [value for value in (values, scale, bias, added, *state) if value is not None]
     program, held = trace_activation(activation, jax.ShapeDtypeStruct(layout.shape, wide), *arrays)
-    recipe = Recipe(layout, read_epsilon(epsilon, wide, by_batch=by_batch), program, out, wide)
+    by_position = any(value is not None and value.ndim > len(layout.axis) for value in (scale, bias))
+    recipe = Recipe(layout, read_epsilon(epsilon, wide, by_batch=by_batch), program, out, wide, by_position)
     # Named once, outside the derivative rules, each of which would save an x of its own; and outside what is compiled,
     # in which the alias would be a new output. JAX keeps an input that passes through, and looks for NaN in outputs.
     values, added = name_arrays(INPUT, (values, added))
     return recipe, Operands(values, valid, scale, bias, added, held)
 
 
-def read_state(state: Any) -> tuple[Array | Observation, Array, Array]:
-    """Read what stands in the place of the running mean, the running mean itself, and the running variance."""
-    held, var = checks.read_fields("state", state, ("mean", "var"), required=True)
+def read_state(state: Any) -> tuple[Array | Observation, Array, Array, Array | None]:
+    """Read what stands in the place of the running mean, that mean itself, the running variance, and the count."""
+    held, var, count = checks.read_fields("state", state, ("mean", "var"), required=True, also=("count",))
     held = held if isinstance(held, Observation) else checks.read_array("mean", held)
-    return held, held.mean if isinstance(held, Observation) else held, checks.read_array("var", var)
+    mean = held.mean if isinstance(held, Observation) else held
+    return held, mean, checks.read_array("var", var), checks.check_count(checks.read_array("count", count))
 
 
 def read_sharing(

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.numpy import broadcast_to
 from jax.tree_util import register_dataclass
 
-from jbn.core.axes import place_as
+from jbn.core.axes import place_as, varying_axes
 from jbn.core.lax import lax
 from jbn.core.statistics import Moments, merge
 from jbn.core.sums import divide
@@ -21,7 +22,7 @@ StateT = TypeVar("StateT")
 Upstream = Literal["batch", "recalibrated"]
 
 
-def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool) -> tuple[Array, Array]:
+def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool) -> tuple[Array, Array, Array]:
     r"""Move running statistics towards those of a batch, by the weight of the new value, 1 - momentum.
 
     .. math:: \mu \leftarrow \mu + w (\mu_B - \mu), \quad \sigma^2 \leftarrow \sigma^2 + w (\sigma_B^2 - \sigma^2)
@@ -37,23 +38,28 @@ def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool)
         unbiased: whether the running variance is that of a sample, n/(n - 1) times the biased one.
 
     Returns:
-        The new mean and variance, in their dtypes, without gradients.
+        The new mean and variance, in their dtypes, without gradients; and which features moved, bool.
     """
     mean, var, batch = jax.tree.map(lax.stop_gradient, (mean, var, batch))
     wide, target = batch.var.dtype, batch.var
     old_mean, old_var = mean.astype(wide), var.astype(wide)
     if unbiased:
         target = target * divide(batch.count, batch.count - 1)
+
     # m·old + (1 - m)·new loses ten times more digits at a large mean; and where the pilot is the old mean, the
-    # difference is the offset, exact.
-    new_mean = old_mean + weight * ((batch.pilot - old_mean) + batch.offset)
-    new_var = old_var + weight * (target - old_var)
+    # difference is the offset, exact. The way starts at the nearer end: a huge old value that hardly counts would leave
+    # its rounding to the new one, up to a variance of 0.
+    def go(old: Array, new: Array, difference: Array) -> Array:
+        return lax.select(weight > 0.5, new - (1 - weight) * difference, old + weight * difference)
+
+    new_mean = go(old_mean, batch.mean, (batch.pilot - old_mean) + batch.offset)
+    new_var = go(old_var, target, target - old_var)
     known = lax.is_finite(old_mean) & lax.is_finite(old_var) & (old_var >= 0)
     new_mean = lax.select(known, new_mean, batch.mean).astype(mean.dtype)
     new_var = lax.select(known, new_var, target).astype(var.dtype)
     # Judged after the cast: what fits into the dtype of the arithmetic need not fit into that of the state.
     usable = (batch.count > 1) & lax.is_finite(new_mean) & lax.is_finite(new_var)
-    return lax.select(usable, new_mean, mean), lax.select(usable, new_var, var)
+    return lax.select(usable, new_mean, mean), lax.select(usable, new_var, var), usable
 
 
 @partial(
@@ -125,13 +131,25 @@ class Observation:
         return self
 
 
-def advance(held: Array | Observation, var: Array, batch: Moments, weight: Array, unbiased: bool) -> dict[str, Any]:
+def advance(
+    held: Array | Observation, var: Array, count: Array | None, batch: Moments, weight: Array, unbiased: bool
+) -> dict[str, Any]:
     """Return the arrays of the new state: those that moved, or the observation with the rows of the batch."""
     if isinstance(held, Observation):
         return {"mean": held.add(batch)}
     seen = jax.tree.map(lambda value: place_as(value, held) if value.ndim else value, batch)
-    moved = move(held, place_as(var, held), seen, weight, unbiased)
-    return {"mean": moved[0], "var": place_as(moved[1], var)}
+    mean, new_var, moved = move(held, place_as(var, held), seen, weight, unbiased)
+    new = {"mean": mean, "var": place_as(new_var, var)}
+    return new if count is None else new | {"count": _count_on(count, moved)}
+
+
+def _count_on(count: Array, moved: Array) -> Array:
+    """Return the number of updates with one in which these features moved, if any did; it ends at its largest."""
+    one = place_as(moved.any(), count).astype(count.dtype)
+    # Shards of features have one count: one of them may have had nothing to move by.
+    over = varying_axes(one) - varying_axes(count)
+    one = lax.pmax(one, tuple(sorted(over, key=str))) if over else one
+    return count + lax.select(count == jnp.iinfo(count.dtype).max, lax.full_like(one, 0), one)
 
 
 def replace_arrays(state: StateT, **fields: Any) -> StateT:

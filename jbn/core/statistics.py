@@ -14,7 +14,7 @@ from jax.numpy import asarray, broadcast_to, where, zeros, zeros_like
 from jax.tree_util import register_dataclass
 from jax.typing import ArrayLike
 
-from jbn.core.axes import Sync, vary_as
+from jbn.core.axes import Sync, place_as, vary_as
 from jbn.core.lax import lax
 from jbn.core.layout import Layout
 from jbn.core.saved import MOMENTS, name_arrays
@@ -271,6 +271,7 @@ def _find_moments(
         first, second, total = sync.total(*sums(pilot), count.astype(pilot.dtype))
         if sync.groups is not None:  # one for each group, or one for each of its features
             total = total.reshape(total.shape + (1,) * (pilot.ndim - total.ndim))
+        total = place_as(total, first) if total.ndim else total  # a mask may lie otherwise than x
     else:
         first, second = sync.total(*sums(pilot))
     once = _moments_of_sums(total, pilot, first, second)

@@ -206,13 +206,9 @@ class _Norm:
 
 
 def _read_norm(params: Any, state: Any, epsilon: float) -> _Norm:
-    fields = {"state": ("mean", "var"), "params": ("scale", "bias")}
-    given = [
-        _read_array(field, value)
-        for (name, names), tree in zip(fields.items(), (state, params), strict=True)
-        for field, value in zip(names, checks.read_fields(name, tree, names, name == "state"), strict=True)
-    ]
-    mean, var, scale, bias = given
+    mean, var, _ = checks.read_fields("state", state, ("mean", "var"), required=True, also=("count",))
+    given = (mean, var, *checks.read_fields("params", params, ("scale", "bias")))
+    mean, var, scale, bias = map(_read_array, ("mean", "var", "scale", "bias"), given)
     layout = Layout(tuple(mean.shape), tuple(range(mean.ndim)))
     for name, value in {"state.mean": mean, "state.var": var, "scale": scale, "bias": bias}.items():
         checks.check_vector(name, value, layout)

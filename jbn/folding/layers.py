@@ -34,7 +34,8 @@ def call_marked(
             sees one of a stack, which cannot be folded.
     """
     args, kwargs = place_x_first(args, kwargs)
-    last = is_norm and layer.axis in (-1, jnp.ndim(args[0]) - 1)
+    outside = any(kwargs.get(name) is not None for name in ("scale", "bias"))  # known at the call only: nothing to fold
+    last = is_norm and layer.axis in (-1, jnp.ndim(args[0]) - 1) and not outside
     takes = is_whole and (last or (not is_norm and takes_norm(layer)))
     y = call(mark(args[0], "in", path) if takes else args[0], *args[1:], **kwargs)
     plain = last and getattr(layer, "activation", None) is None and not kwargs.keys() & {"residual", "mask"}
@@ -70,6 +71,15 @@ def fold_layer(
         padding=getattr(layer, "padding", None),
         epsilon=epsilon,
     )
+
+
+def check_folded_call(name: str, *affine: object) -> None:
+    """Refuse to call a folded norm with a scale or bias, which is inside the layer beside it."""
+    if any(value is not None for value in affine):
+        raise ValueError(
+            f"{name} is folded into the layer beside it, and is called with a scale or bias; expected none, as when it "
+            "was folded. Fold with a call that has them: the norm is kept then."
+        )
 
 
 def do_the_rest(

@@ -52,10 +52,10 @@ def run(options: DiagnoseOptions, console: Console) -> Diagnosis:
     if figure is not None and (figure.suffix != ".png" or not figure.parent.is_dir()):
         raise OptionError("--figure", f"got '{figure}'; expected a name that ends in .png, in a folder that is there")
     found = diagnose_run(options.checkpoint, batch_size=options.batch_size, seed=options.seed)
-    console.print(found.title, soft_wrap=True, markup=False, highlight=False)
+    console.print(found.title, soft_wrap=True, highlight=False)
     show(console, table_of(found.diagnosis))
     for message in str(found.diagnosis).splitlines():
-        console.print(message, soft_wrap=True, markup=False, highlight=False)
+        console.print(message, soft_wrap=True, highlight=False)
     if figure is not None:
         drawn = figure_of(found.diagnosis, found.title)
         try:

@@ -42,20 +42,15 @@ def choice(*choices: str) -> dict[str, Any]:
     return kind(str, choices.__contains__, f"{', '.join(choices[:-1])} or {choices[-1]}", "|".join(choices))
 
 
-def file_name(read: Callable[[str], Any], metavar: str, errors: str = "surrogateescape") -> dict[str, Any]:
-    """Return the kind of the names of files and folders: not the empty one, which a shell makes of an unset variable.
-
-    With ``errors`` "strict" they are in UTF-8, as Orbax writes no other.
-    """
+def file_name(read: Callable[[str], Any], metavar: str) -> dict[str, Any]:
+    """Return the kind of the names of files and folders: not the empty one, that of an unset variable."""
 
     def parse(text: str) -> Any:
         if not str(text):
             raise ValueError
-        str(text).encode(errors=errors)
         return read(text)
 
-    expected = "a name" if errors == "surrogateescape" else "a name, in UTF-8"
-    return kind(parse, lambda name: name is not math.nan, f"{expected}; the folder one is in is '.'", metavar)
+    return kind(parse, lambda name: name is not math.nan, "a name; the folder one is in is '.'", metavar)
 
 
 SEED, DEVICES = whole_number(0, 2**32 - 1), whole_number(1, 64)
@@ -77,13 +72,20 @@ ADDRESS = kind(
     f"such as HOST:8476, with a port from 1 to {PORTS - 1}",
     "HOST:PORT",
 )
-FOLDER, OUT = file_name(str, "DIR"), file_name(Path, "DIR", "strict")
+FOLDER, OUT = file_name(str, "DIR"), file_name(Path, "DIR")
 SHARE = kind(float, lambda number: 0 <= number < 1, "a number from 0 to below 1", "DECAY")
 
 
-def option(default: Any, help: str, kind: dict[str, Any] | None = None, **more: Any) -> Any:
-    """Return a field that is an option of a command."""
-    return field(default=default, metadata={"typer": {"help": help, **(kind or {}), **more}})
+def option(
+    default: Any, help: str, kind: dict[str, Any] | None = None, *, kept: dict[str, Any] | None = None, **more: Any
+) -> Any:
+    """Return a field that is an option of a command.
+
+    ``kept`` is the kind of what a file of a run may hold of it, where that is more than what one types.
+    """
+    return field(
+        default=default, metadata={"typer": {"help": help, **(kind or {}), **more}, "kept": kept or kind or {}}
+    )
 
 
 def argument(default: Any, help: str, kind: dict[str, Any]) -> Any:
@@ -177,6 +179,7 @@ class TrainOptions(Options):
         "resnet",
         "dense, conv: the networks of the demo; resnet: three residual blocks.",
         choice("dense", "conv", "resnet"),
+        kept=choice(*DEMO_RATES, "resnet"),
     )
     data: str | None = option(
         None,
@@ -311,7 +314,7 @@ def check(options: Options) -> None:
     """Raise ``ValueError`` where options that a file holds are none that a command writes."""
     hints = get_type_hints(type(options))
     for each in fields(options):
-        value, parse = getattr(options, each.name), each.metadata.get("typer", {}).get("parser")
+        value, parse = getattr(options, each.name), each.metadata.get("kept", {}).get("parser")
         if value == each.default:
             continue
         try:

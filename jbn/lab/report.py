@@ -22,6 +22,11 @@ WIDE = 80  # columns from which there is room for a bar and the time left
 NARROW = 60  # columns that a table takes at least: with fewer, Rich would leave out names and digits
 
 
+def new_console() -> Console:
+    """Return a console that prints the names of files as they are: Rich would read ``[a]`` and ``:a:`` in them."""
+    return Console(markup=False, emoji=False)
+
+
 @contextlib.contextmanager
 def bar(console: Console, title: str, steps: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """Show steps, loss and accuracy, on a wide terminal also a bar and the time left, after ``done`` steps.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.errors import ModifyScopeVariableError
 
-from jbn.folding.layers import TRAINS, call_marked, do_the_rest, fold_layer
+from jbn.folding.layers import TRAINS, call_marked, check_folded_call, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
 from jbn.linen.module import BatchNorm
 from jbn.linen.norms import Norms
@@ -119,23 +119,23 @@ def fold(
     paths = {path for pair in folds.pairs for path in pair}
     norms, layers = paths & called.norms.keys(), paths & called.layers.keys()
     without_bias = {path for path in layers if not called.layers[path].use_bias}
-    met = set[str]()
-
-    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        layer, path = context.module, join(context.module.path)
-        called_itself = context.method_name == "__call__"
-        met.update([path] if called_itself else [])
-        if called_itself and path in norms and (kind := known.find_class(layer)):
-            evaluate = getattr(layer, "use_running_average", None)
-            return _call_rest(called.norms[path], path, *args, ours=kind is BatchNorm, evaluate=evaluate, **kwargs)
-        y = call(*args, **kwargs)
-        if called_itself and path in without_bias and find_class(layer, _LAYERS):
-            bias = meta.unbox(layer.get_variable("params", "bias")).astype(y.dtype)
-            y = y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
-        return y
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        met.clear()
+        met = set[str]()  # of this call alone: others may be under way, in other threads
+
+        def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            layer, path = context.module, join(context.module.path)
+            called_itself = context.method_name == "__call__"
+            met.update([path] if called_itself else [])
+            if called_itself and path in norms and (kind := known.find_class(layer)):
+                evaluate = getattr(layer, "use_running_average", None)
+                return _call_rest(called.norms[path], path, *args, ours=kind is BatchNorm, evaluate=evaluate, **kwargs)
+            y = call(*args, **kwargs)
+            if called_itself and path in without_bias and find_class(layer, _LAYERS):
+                bias = meta.unbox(layer.get_variable("params", "bias")).astype(y.dtype)
+                y = y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
+            return y
+
         with nn.intercept_methods(intercept):
             y = model.apply(variables, *args, **kwargs)
         for pair in folds.pairs:
@@ -245,10 +245,13 @@ def _call_rest(
     evaluate: bool | None,
     mask: Any = None,
     residual: Any = None,
+    scale: Any = None,
+    bias: Any = None,
 ) -> Any:
     """Call what is left of a folded norm, jbn's or another."""
     if _trains(evaluate, x, use_running_average):
         raise ValueError(f"{path} is folded into the layer beside it and cannot train; use the model that was folded.")
+    check_folded_call(path, scale, bias)
     promoted = not ours and (norm.use_scale or norm.use_bias)
     given = jnp.promote_types(x.dtype, norm.param_dtype) if promoted else x.dtype
     activation, hidden = (norm.activation, mask) if ours else (None, None)

@@ -11,8 +11,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core.checks import arithmetic_dtype, cast_array, cast_mask, read_flag, read_layout
 from jbn.core.choice import NormalizeBy
-from jbn.core.forward import batch_norm, bn_forward
-from jbn.core.numbers import read_epsilon, read_momentum
+from jbn.core.forward import batch_norm, bn_forward, moments
+from jbn.core.numbers import Momentum, check_momentum, is_schedule, read_epsilon
+from jbn.core.prepare import fill_affine
 from jbn.linen.freezing import frozen_at
 
 Initializer = Callable[..., Any]
@@ -24,13 +25,14 @@ class BatchNorm(nn.Module):
     .. math:: y = f(\gamma\,(x - \mu)\,(\sigma^2 + \epsilon)^{-1/2} + \beta + \text{residual})
 
     Constructor, call signature, variables (``params``: ``scale``, ``bias``; ``batch_stats``: ``mean``, ``var``), their
-    order, shapes and dtypes are Flax's, so that its checkpoints load unchanged. What differs in the figures is listed
-    in the README.
+    order, shapes and dtypes are Flax's, so that its checkpoints load unchanged; a function as ``momentum`` adds
+    ``count``. What differs in the figures is listed in the README.
 
     Args:
         use_running_average: whether to use the statistics in ``batch_stats``; here or at the call, not at both.
         axis: the axis or axes of the features.
-        momentum: weight of the old statistics, 0 to 1.
+        momentum: weight of the old statistics, 0 to 1; or a function of the number of updates done that returns it,
+            see ``jbn.bn_forward``: then ``batch_stats`` has a ``count`` too, an int32 scalar.
         epsilon: ε > 0, added to the variance.
         dtype: dtype of y, that of x unless given.
         param_dtype: dtype of scale and bias.
@@ -47,6 +49,9 @@ class BatchNorm(nn.Module):
         group_size: number of examples that are a batch of their own, see ``jbn.bn_forward``.
         unbiased: let the running variance be that of a sample, as in PyTorch, see ``jbn.bn_forward``.
         normalize_by: what to normalize by in training, such as ``jbn.renorm(3.0, 5.0)``, see ``jbn.bn_forward``.
+        sow_moments: whether every call sows the ``jbn.Moments`` of its x, differentiable, as ``moments`` into the
+            collection ``intermediates``: for losses on the statistics of a batch, in evaluation too. They are those of
+            all valid positions, of the shards of ``axis_name`` in training, and of this shard in evaluation.
 
     Raises:
         ValueError: see ``jbn.bn_forward``; and where statistics would silently restart, because ``batch_stats`` was
@@ -65,7 +70,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool | None = None
     axis: int | tuple[int, ...] = -1
-    momentum: float = 0.99
+    momentum: Momentum = 0.99
     epsilon: float = 1e-5
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -81,11 +86,12 @@ class BatchNorm(nn.Module):
     group_size: int | None = None
     unbiased: bool = False
     normalize_by: NormalizeBy | None = None
+    sow_moments: bool = False
 
     def __post_init__(self) -> None:
         """Refuse numbers where they are written: a network can be initialized and evaluated with a wrong momentum."""
         read_epsilon(self.epsilon)
-        read_momentum(self.momentum)
+        check_momentum(self.momentum)
         super().__post_init__()
 
     @nn.compact
@@ -96,6 +102,8 @@ class BatchNorm(nn.Module):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> Array:
         """Normalize x.
 
@@ -105,10 +113,16 @@ class BatchNorm(nn.Module):
             mask: bool, of the rank of x, each dimension 1 or that of x (a mask of examples is ``mask[:, None]``), True
                 where x is valid; elsewhere y is 0.
             residual: an array of the shape of x, added before the activation.
+            scale: γ from outside, with ``use_scale=False``: of the rank of x, each dimension 1 or that of x, such as
+                (N, 1, 1, C) for one per example; or of the shape of the features.
+            bias: β from outside, with ``use_bias=False``, likewise.
 
         Returns:
             y, of the shape of x. During initialization the statistics are those of the batch at hand, whatever its
             size, and are not stored.
+
+        Raises:
+            ValueError: for a scale or bias of a layer that learns its own; and see ``jbn.bn_forward``.
 
         """
         evaluate = read_flag(
@@ -126,15 +140,21 @@ class BatchNorm(nn.Module):
         x = cast_array("x", x)
         mask = cast_mask(mask)
         shape = read_layout(x, self.axis).features
+        frozen = frozen_at("/".join(self.path))
+        train, update = frozen.flags(evaluate)
+        counts = _counts(self, update)
         _require_statistics(self)
         # Statistics of 16 bits would stall, whatever the dtype of the parameters.
         stored = jnp.float32 if self.force_float32_reductions else arithmetic_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stored)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stored)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counts else None
         params: dict[str, Any] = {
             "scale": self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
             "bias": self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
         }
+        params = lax.stop_gradient(params) if frozen.affine else params
+        params = fill_affine(params, scale=scale, bias=bias)
         options: dict[str, Any] = {
             "axis": self.axis,
             "epsilon": self.epsilon,
@@ -143,13 +163,15 @@ class BatchNorm(nn.Module):
             "residual": residual,
             "dtype": self.dtype,
         }
-        frozen = frozen_at("/".join(self.path))
-        train, update = frozen.flags(evaluate)
+        if self.sow_moments:
+            shards = None if evaluate or self.is_initializing() else self.axis_name
+            self.sow("intermediates", "moments", moments(x, axis=self.axis, mask=mask, axis_name=shards))
         if self.is_initializing() and not evaluate:
             return batch_norm(x, **params, **options)[0]
-        state = {"mean": mean.value, "var": var.value}
+        held = {"mean": mean, "var": var} | ({} if count is None else {"count": count})
+        state = {name: variable.value for name, variable in held.items()}
         y, state = bn_forward(
-            lax.stop_gradient(params) if frozen.affine else params,
+            params,
             state,
             x,
             train,
@@ -163,11 +185,28 @@ class BatchNorm(nn.Module):
             **options,
         )
         if update:
-            mean.value, var.value = state["mean"], state["var"]
+            for name, variable in held.items():
+                variable.value = state[name]
         return y
 
 
-# Not a method: Flax wraps those, and users who intercept method calls would see it.
+# Not methods: Flax wraps those, and users who intercept method calls would see them.
+def _counts(layer: BatchNorm, update: bool) -> bool:
+    """Say whether a layer counts its updates; refuse to begin in the midst of training."""
+    if layer.has_variable("batch_stats", "count"):
+        return True
+    if not is_schedule(layer.momentum) or not (update or layer.is_initializing()):
+        return False
+    if layer.has_variable("batch_stats", "mean") and not layer.is_initializing():
+        raise ValueError(
+            "momentum is a function of the number of updates done, and batch_stats holds no count of them for "
+            f"{'/'.join(layer.path) or 'this BatchNorm'}. Expected an int32 scalar beside mean and var: initialize "
+            "with that momentum, inside of replace(momentum=...) where that sets it; or add "
+            "batch_stats[...]['count'] = jnp.zeros((), jnp.int32)."
+        )
+    return True
+
+
 def _require_statistics(layer: BatchNorm) -> None:
     """Refuse to create statistics outside initialization: they would restart at every step."""
     if layer.has_variable("batch_stats", "mean") or layer.is_initializing():

@@ -3,10 +3,15 @@
 import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 
+from jbn.core.numbers import is_schedule
 from jbn.linen.contexts import Scope
 from jbn.linen.module import BatchNorm
 from jbn.linen.norms import Norms
@@ -17,7 +22,7 @@ from jbn.replacing import Found, check_overrides
 
 OPTIONS = (
     "momentum", "epsilon", "dtype", "axis_name", "axis_index_groups", "activation", "group_size", "unbiased",
-    "normalize_by",
+    "normalize_by", "sow_moments",
 )  # fmt: skip
 
 _SCOPE = Scope[tuple[tuple[str, Hashable], ...]]("replace")
@@ -27,8 +32,11 @@ class _StandIn(BatchNorm):
     """A layer in the scope of the one that was called, which reports to ``capture_intermediates`` itself."""
 
     @nn.nowrap
-    def sow(self, *args: Any, **kwargs: Any) -> bool:
-        return False
+    def sow(self, col: str, name: str, *args: Any, **kwargs: Any) -> bool:
+        return name != "__call__" and super().sow(col, name, *args, **kwargs)
+
+
+_StandIn.__name__ = BatchNorm.__name__  # for contexts within this one, such as record, which tell classes by name
 
 
 @contextmanager
@@ -44,8 +52,9 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
         also: classes of norms that compute what Flax's does, such as a copy of its code: fields of Flax's names, a call
             like Flax's, the same variables. Their variables are made by their own code.
         overrides: fields to set on each layer, jbn's own included: ``momentum``, ``epsilon``, ``dtype``, ``axis_name``,
-            ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``, ``normalize_by``. The others keep their
-            values.
+            ``axis_index_groups``, ``activation``, ``group_size``, ``unbiased``, ``normalize_by``, ``sow_moments``. The
+            others keep their values. With a function as ``momentum`` variables that are made inside the block have a
+            ``count``.
 
     Yields:
         ``Found(paths, skipped)``, which fills up as layers are traced or called: those that compute with jbn, and
@@ -88,6 +97,8 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
         if kind in norms.also and layer.is_initializing():
             y = call(*args, **kwargs)  # its own code makes its variables
             norms.read_fields(layer)
+            if is_schedule(overrides.get("momentum")):
+                layer.scope.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
             return y
         fields = norms.read_fields(layer) | overrides | {"parent": layer.scope}
         inside = True
@@ -106,10 +117,27 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
         warnings.warn(f"replace() met no flax.linen.BatchNorm.{others} {acts}", stacklevel=3)
 
 
+@dataclass(frozen=True)
+class _Same:
+    """What stands for a value that is equal to itself alone."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def _key(value: Any) -> Hashable:
-    """Return what stands for a value in the key of a cache."""
+    """Return what stands for a value in the key of a cache; a text would not do, for it leaves out numbers."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+        return value.shape, value.dtype, np.asarray(value).tobytes()
     try:
         hash(value)
     except TypeError:
-        return repr(value)
+        return _Same(value)
     return value  # type: ignore[no-any-return]

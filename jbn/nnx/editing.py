@@ -3,11 +3,14 @@
 import warnings
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 from flax import nnx
 
+from jbn.core.numbers import is_schedule
 from jbn.freezing import Frozen
 from jbn.nnx.module import BatchNorm
 from jbn.nnx.norms import Norms, become_ours, set_attribute
+from jbn.nnx.variables import read
 from jbn.norms import Classes
 from jbn.paths import Patterns, name_few, select
 from jbn.replacing import Found, check_overrides
@@ -16,7 +19,7 @@ ModelT = TypeVar("ModelT")
 
 OPTIONS = (
     "use_running_average", "axis", "momentum", "epsilon", "dtype", "axis_name", "axis_index_groups", "activation",
-    "group_size", "unbiased", "normalize_by",
+    "group_size", "unbiased", "normalize_by", "sow_moments",
 )  # fmt: skip
 
 
@@ -32,7 +35,8 @@ def replace(model: ModelT, *, also: Classes = (), **overrides: Any) -> tuple[Mod
             call like Flax's, the same variables.
         overrides: options to set on each norm, those that are jbn's already included: ``use_running_average``,
             ``axis``, ``momentum``, ``epsilon``, ``dtype``, ``axis_name``, ``axis_index_groups``, ``activation``,
-            ``group_size``, ``unbiased``, ``normalize_by``. The others keep their values.
+            ``group_size``, ``unbiased``, ``normalize_by``, ``sow_moments``. The others keep their values. A function as
+            ``momentum`` gives those norms a ``count`` that have none; it begins at 0.
 
     Returns:
         The model that was given, and ``Found(paths, skipped)``: the norms that are jbn's now, and those that keep
@@ -71,6 +75,9 @@ def replace(model: ModelT, *, also: Classes = (), **overrides: Any) -> tuple[Mod
             become_ours(norm)
         for name, value in overrides.items():
             set_attribute(norm, name, value)
+        if is_schedule(norm.momentum) and norm.count is None:
+            stacked = read(norm.mean).shape[:-1]  # by nnx.vmap
+            norm.count = nnx.BatchStat(jnp.zeros(stacked, jnp.int32))
     return model, done
 
 

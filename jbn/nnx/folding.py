@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from jbn.folding.layers import TRAINS, call_marked, do_the_rest, fold_layer
+from jbn.folding.layers import TRAINS, call_marked, check_folded_call, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
 from jbn.nnx.module import BatchNorm
 from jbn.nnx.norms import Norms, become_ours, holds_statistics
@@ -37,12 +37,15 @@ class Folded(nnx.Module):
         *,
         mask: ArrayLike | None = None,
         residual: Any = None,
+        scale: Any = None,
+        bias: Any = None,
     ) -> Array:
         """Do what is left."""
         if not (self.use_running_average if use_running_average is None else use_running_average):
             raise ValueError(
                 "This norm is folded into the layer beside it and cannot train; use the model before that."
             )
+        check_folded_call("This norm", scale, bias)
         x = jnp.asarray(x)
         given = x.dtype if self.ours else jnp.promote_types(x.dtype, jnp.float32)
         mask = mask if self.ours else None
@@ -193,6 +196,6 @@ def _fold_pair(modules: dict[str, Any], pair: Pair) -> None:
     layer.kernel = layer.kernel.replace(kernel)
     layer.bias = nnx.Param(bias) if layer.bias is None else layer.bias.replace(bias)
     layer.use_bias = True
-    for name in held:
+    for name in (*held, *({"count"} & vars(norm).keys())):
         delattr(norm, name)
     become(norm, Folded)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
@@ -13,13 +14,14 @@ from jax.typing import ArrayLike
 from jbn.core.axes import forbid_transformations
 from jbn.core.checks import OneValue, cast_array, cast_mask, read_flag
 from jbn.core.choice import NormalizeBy
-from jbn.core.forward import batch_norm, bn_forward
-from jbn.core.numbers import read_epsilon, read_momentum
+from jbn.core.forward import batch_norm, bn_forward, moments
+from jbn.core.numbers import check_momentum, is_schedule, read_epsilon
+from jbn.core.prepare import fill_affine
 from jbn.freezing import Frozen
 from jbn.nnx.variables import read, write
 
 # The attributes that Flax's norm lacks, and what they are where nothing is said.
-NEW = {"activation": None, "group_size": None, "unbiased": False, "normalize_by": None}
+NEW = {"activation": None, "group_size": None, "unbiased": False, "normalize_by": None, "sow_moments": False}
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -40,8 +42,13 @@ class BatchNorm(nnx.BatchNorm):
         unbiased: let the running variance be that of a sample, as in PyTorch, see ``jbn.bn_forward``.
         normalize_by: what to normalize by in training, such as ``jbn.renorm(3.0, 5.0)``, see ``jbn.bn_forward``; or a
             module that is called so, whose variables are those of the model.
+        sow_moments: whether every call sows the ``jbn.Moments`` of its x, differentiable, as an ``nnx.Intermediate`` of
+            the name ``moments``, which ``nnx.capture`` collects: for losses on the statistics of a batch, in evaluation
+            too. They are those of all valid positions, of the shards of ``axis_name`` in training, and of this shard in
+            evaluation.
         options: those of ``flax.nnx.BatchNorm``: ``use_running_average``, False unless given; ``axis``, ``momentum``
-            (weight of the old statistics), ``epsilon``, ``dtype``, ``axis_name`` and ``axis_index_groups`` as in
+            (weight of the old statistics, or a function of the number of updates done that returns it; then there is
+            ``nnx.BatchStat``: ``count`` too), ``epsilon``, ``dtype``, ``axis_name`` and ``axis_index_groups`` as in
             ``jbn.bn_forward``; ``param_dtype``, ``use_bias``, ``use_scale``, ``bias_init``, ``scale_init`` and ``rngs``
             for scale and bias, with ``bias_metadata`` and ``scale_metadata`` where this Flax has them;
             ``use_fast_variance`` and ``promote_dtype`` without effect: statistics are always accurate, and taken in
@@ -60,7 +67,9 @@ class BatchNorm(nnx.BatchNorm):
     True
     """
 
-    frozen = Frozen()  # of the class, so that a model saved or made before has it too
+    # Of the class, so that a model saved or made before has them too.
+    frozen = Frozen()
+    count: Any = None  # nnx.BatchStat, the number of updates done, where momentum is a function of it
 
     def __init__(
         self,
@@ -70,16 +79,20 @@ class BatchNorm(nnx.BatchNorm):
         group_size: int | None = None,
         unbiased: bool = False,
         normalize_by: NormalizeBy | None = None,
+        sow_moments: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(num_features, **options)
         # Here, where they are written: a network can be evaluated with a wrong momentum.
         read_epsilon(self.epsilon)
-        read_momentum(self.momentum)
+        check_momentum(self.momentum)
         self.activation = activation
         self.group_size = group_size
         self.unbiased = unbiased
         self.normalize_by = normalize_by
+        self.sow_moments = sow_moments
+        if is_schedule(self.momentum):
+            self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def __call__(
         self,
@@ -88,6 +101,8 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> Array:
         """Normalize x; in training, move the statistics.
 
@@ -97,9 +112,15 @@ class BatchNorm(nnx.BatchNorm):
             mask: bool, of the rank of x, each dimension 1 or that of x (a mask of examples is ``mask[:, None]``), True
                 where x is valid; elsewhere y is 0.
             residual: an array of the shape of x, added before the activation.
+            scale: γ from outside, with ``use_scale=False``: of the rank of x, each dimension 1 or that of x, such as
+                (N, 1, 1, C) for one per example; or of the shape of the features.
+            bias: β from outside, with ``use_bias=False``, likewise.
 
         Returns:
             y, of the shape of x.
+
+        Raises:
+            ValueError: for a scale or bias of a layer that learns its own; and see ``jbn.bn_forward``.
 
         Warns:
             UserWarning: for one value per channel in training, where ``jbn.bn_forward`` raises, because an NNX model is
@@ -114,11 +135,15 @@ class BatchNorm(nnx.BatchNorm):
         train, update = self.frozen.flags(evaluate)
         x = cast_array("x", x)
         mask = cast_mask(mask)
+        if self.sow_moments:
+            shards = None if evaluate else self.axis_name
+            self.sow(nnx.Intermediate, "moments", moments(x, axis=self.axis, mask=mask, axis_name=shards))
         params: dict[str, Any] = {
             "scale": None if self.scale is None else read(self.scale),
             "bias": None if self.bias is None else read(self.bias),
         }
         params = jax.lax.stop_gradient(params) if self.frozen.affine else params
+        params = fill_affine(params, scale=scale, bias=bias)
         options: dict[str, Any] = {
             "axis": self.axis,
             "epsilon": self.epsilon,
@@ -130,7 +155,8 @@ class BatchNorm(nnx.BatchNorm):
             "residual": residual,
             "dtype": self.dtype,
         }
-        state = {"mean": read(self.mean), "var": read(self.var)}
+        held = {"mean": self.mean, "var": self.var} | ({} if self.count is None else {"count": self.count})
+        state = {name: read(variable) for name, variable in held.items()}
         try:
             y, state = bn_forward(
                 params,
@@ -150,8 +176,8 @@ class BatchNorm(nnx.BatchNorm):
                 warnings.warn(f"{error} {kept}", stacklevel=2)
             return y
         if update:
-            write(self.mean, state["mean"])
-            write(self.var, state["var"])
+            for name, variable in held.items():
+                write(variable, state[name])
         return y
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
-from jbn.core.numbers import read_epsilon, read_momentum
+from jbn.core.numbers import is_schedule, read_epsilon, read_momentum
 from jbn.core.state import Observation
 from jbn.observing.findings import Examination, Finding, LayerStatistics, find_unobserved, in_words, indices
 from jbn.observing.survey import ForeignLayers, Layer, Seen, Statistics, Survey, Vector, survey
@@ -327,6 +327,11 @@ def _read_prior(momentum: float | None, updates: int | None) -> float | None:
     if momentum is None or updates is None:
         given, missing = ("updates", "momentum") if momentum is None else ("momentum", "updates")
         raise ValueError(f"{given} is given without {missing}; expected both: the prior left is momentum**updates.")
+    if is_schedule(momentum):
+        raise TypeError(
+            f"momentum is the function {momentum!r}; expected a number, or neither momentum nor updates: the prior "
+            "left is estimated then. With jbn.debiased and jbn.cumulative there is none."
+        )
     read_momentum(momentum)
     if isinstance(updates, bool) or not isinstance(updates, int | np.integer):
         raise TypeError(f"updates is {updates!r}; expected how often the statistics were updated, a whole number.")

@@ -1,7 +1,7 @@
 """What the layers of a model see when it runs, asked through their states: count, mean and variance of their rows."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbn.core.checks import FLOATS
+from jbn.core.checks import COUNTS, FLOATS
 from jbn.core.state import Observation, Upstream
 from jbn.paths import Keys, flatten, join, name_few
 
@@ -39,6 +39,7 @@ class Layer:
     keys: Keys
     mean: int
     var: int
+    count: int | None = field(default=None, compare=False)  # of its updates, where the state counts them
 
     @property
     def path(self) -> str:
@@ -110,10 +111,10 @@ class Survey:
         wide = jax.dtypes.canonicalize_dtype(np.float64)
         for layer, known in statistics.items():
             like = self.leaves[layer.mean]
-            mean, none = (_put(value, like, wide) for value in (known.mean, np.zeros_like(known.mean)))
-            updates = _put(np.zeros_like(known.mean), like, np.int32)
+            mean, none = (put(value, like, wide) for value in (known.mean, np.zeros_like(known.mean)))
+            updates = put(np.zeros_like(known.mean), like, np.int32)
             leaves[layer.mean] = Observation(mean, none, none, none, none, none, updates, upstream=upstream)
-            leaves[layer.var] = _put(known.var, self.leaves[layer.var], wide)
+            leaves[layer.var] = put(known.var, self.leaves[layer.var], wide)
         return jax.tree.unflatten(self.structure, leaves)
 
     def ask(self, apply: Apply, params: Any, question: Any, batch: Any) -> dict[Layer, Observation]:
@@ -218,7 +219,7 @@ class Survey:
                         f"The {name} of {layer.path} is up to {np.abs(value).max():.2g}, more than the state holds, "
                         f"which is {dtype.name}. Expected float32: cast the state first."
                     )
-                leaves[i] = _put(value, leaves[i], dtype)
+                leaves[i] = put(value, leaves[i], dtype)
         return jax.tree.unflatten(self.structure, leaves)
 
 
@@ -227,9 +228,9 @@ def survey(state: Any) -> Survey:
     paths, leaves, structure = flatten(state, "state")
     places: dict[Keys, dict[str, int]] = {}
     for i, keys in enumerate(paths):
-        if keys and keys[-1] in ("mean", "var"):
+        if keys and (keys[-1] in ("mean", "var") or (keys[-1] == "count" and _counts(leaves[i]))):
             places.setdefault(keys[:-1], {})[keys[-1]] = i
-    layers = [Layer(keys, at["mean"], at["var"]) for keys, at in places.items() if len(at) == 2]
+    layers = [Layer(keys, **at) for keys, at in places.items() if {"mean", "var"} <= at.keys()]
     # One without features has nothing to see, and none of its statistics moves.
     layers = [layer for layer in layers if np.size(leaves[layer.mean])]
     if not layers:
@@ -244,6 +245,11 @@ def survey(state: Any) -> Survey:
             if kind not in FLOATS:
                 raise TypeError(f"The {name} of {layer.path} is of {kind}; expected an array of {', '.join(FLOATS)}.")
     return Survey(layers, leaves, structure)
+
+
+def _counts(leaf: Any) -> bool:
+    """Say whether a leaf can be a number of updates: others keep a number of rows under this name, as a float."""
+    return getattr(getattr(leaf, "dtype", None), "name", None) in COUNTS
 
 
 def _check_arrays(error: Exception, **trees: Any) -> None:
@@ -264,7 +270,7 @@ def _is_observation(node: object) -> bool:
     return isinstance(node, Observation)
 
 
-def _put(value: Vector, leaf: Any, dtype: Any) -> Array:
+def put(value: np.ndarray[Any, Any], leaf: Any, dtype: Any) -> Array:
     """Put a value where a leaf is."""
     cast = value.astype(dtype)
     return jax.device_put(cast, leaf.sharding) if getattr(leaf, "committed", False) else jnp.asarray(cast)

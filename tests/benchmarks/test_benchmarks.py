@@ -1,6 +1,7 @@
 """The runner of the benchmarks: shapes of real models, turns that are fair, wrong answers that are not timed."""
 
 import json
+import os
 from collections import Counter
 
 import flax.linen as nn
@@ -174,13 +175,20 @@ def test_a_run_is_printed_and_written(tmp_path, monkeypatch):
     assert {row["call"] for row in found["eager"]} == {"training", "gradient", "evaluation"}
 
 
-def test_jbn_bench_is_the_runner_in_a_checkout(tmp_path, monkeypatch, capfd):
+def test_jbn_bench_is_the_runner_in_a_checkout(tmp_path, monkeypatch):
     from jbn.cli import commands
     from jbn.lab import bench_command
 
+    monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(commands.app, ["bench", "layers", "--model", "VGG"])
     assert result.exit_code == 2
-    assert "'--model': got 'VGG', expected ResNet-50, " in capfd.readouterr().err
+    assert "Try 'jbn bench --help' for help." in result.output
+    assert "'--model': got 'VGG', expected ResNet-50, " in result.output
+    # In this process: a signal that ends it leaves none that measures on.
+    monkeypatch.setattr(runner, "imports", lambda repeats: [{"jbn - jax": [os.getpid()] * 3}])
+    result = CliRunner().invoke(commands.app, ["bench", "imports", "--repeats", "1"])
+    assert result.exit_code == 0, result.output
+    assert f"({os.getpid()}000 to " in result.output
     monkeypatch.setattr(bench_command, "__file__", str(tmp_path / "jbn" / "lab" / "bench_command.py"))
     result = CliRunner().invoke(commands.app, ["bench"])
     assert result.exit_code == 2

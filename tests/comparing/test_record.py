@@ -101,6 +101,13 @@ def test_what_ports_do_otherwise_is_found(torch, theirs, variables, names):
         assert [match.paths for match in found.matches][:-1] == [*NAMES.items()][: len(found.matches) - 1]
 
 
+def test_what_replace_calls_has_the_kind_of_the_layer():
+    layer, x = nn.BatchNorm(True), np.ones((4, 3), np.float32)
+    variables = layer.init(jax.random.key(0), x)
+    with jbn.linen.replace():
+        assert [call.kind for call in jbn.linen.record(layer, variables, x).values()] == ["BatchNorm"]
+
+
 def test_names_that_pair_nothing_are_refused(torch, theirs):
     a = record(torch, theirs)
     with pytest.raises(ValueError, match=r"names pairs none of the 8 calls of a \('conv1', .*; expected paths of a"):

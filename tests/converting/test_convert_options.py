@@ -57,6 +57,11 @@ def test_defaults_arrive():
         ({"channelwise_affine": False, "mode": "batch"}, "equinox", "nnx", {"use_scale": False, "use_bias": False}),
         ({"use_scale": False}, "linen", "keras", {"scale": False, "center": True}),
         ({"unbiased": True}, "nnx", "linen", {"unbiased": True}),
+        ({"momentum": None}, "torch", "linen", {"momentum": jbn.cumulative}),
+        ({"momentum": jbn.cumulative}, "nnx", "torch", {"affine": True, "momentum": None}),
+        ({"momentum": jbn.debiased(0.9)}, "jbn", "nnx", {"momentum": jbn.debiased(0.9)}),
+        ({"momentum": jbn.debiased(0.9)}, "jbn", "haiku", {"decay_rate": 0.9}),
+        ({"momentum": jbn.debiased(0.9)}, "jbn", "equinox", {"momentum": 0.9}),
     ],
 )
 def test_scale_and_bias(options, source, target, want):
@@ -73,7 +78,10 @@ def test_scale_and_bias(options, source, target, want):
         ({"epsilon": 1e-3}, "torch", "jbn", r"options of torch: epsilon cannot be mapped; expected eps, momentum"),
         ({"fused": True}, "keras", "jbn", r"options of keras: fused cannot be mapped"),
         ({"eps": 1e-3}, "haiku", "jbn", r"options of haiku lack decay_rate, create_scale, create_offset"),
-        ({"momentum": None}, "torch", "jbn", r"momentum=None is the average over all batches.*jbn.recalibrate"),
+        ({"momentum": None}, "torch", "keras", r"momentum is the function .*cumulative.*cannot be expressed in keras"),
+        ({"momentum": jbn.debiased(0.9)}, "jbn", "torch", r"cannot be expressed in torch; .* or jbn\.cumulative"),
+        ({"momentum": jbn.cumulative}, "nnx", "haiku", r"cannot be expressed in haiku; .* or jbn\.debiased"),
+        ({"momentum": jbn.cumulative}, "keras", "jbn", r"options of keras: momentum is <function cumulative"),
         ({"momentum": None}, "keras", "jbn", r"options of keras: momentum is None; expected a number from 0 to 1"),
         ({"momentum": 1.5}, "torch", "jbn", r"momentum is 1.5; expected a number from 0 to 1"),
         ({"eps": -1e-5}, "torch", "jbn", r"eps is -1e-05; expected a number, 0 or more"),

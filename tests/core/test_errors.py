@@ -38,6 +38,8 @@ ERRORS = {
         ValueError,
         ["scale has shape (4,)", "features of shape (3, 4) on axis (1, 2)", "bn_init((3, 4))"],
     ),
+    "pilot shape": (lambda: jbn.moments(X, pilot=np.zeros(3)), ValueError, ["pilot has shape (3,)", "(4,)"]),
+    "pilot kind": (lambda: jbn.moments(X, pilot=[1.0]), TypeError, ["pilot is of type list"]),
     "mask shape": (
         lambda: train(mask=np.ones((7, 1), bool)),
         ValueError,

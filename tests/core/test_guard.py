@@ -73,6 +73,29 @@ def test_a_state_that_is_not_finite_is_no_pilot():
     assert not fires(normal(0), np.array([np.nan, np.inf, 0]))
 
 
+@pytest.mark.parametrize("near", [100, 99.5, np.float32(100), np.full(3, 100.2, np.float32)], ids=str)
+def test_moments_around_a_near_pilot_sweep_once(near):
+    """The guard leaves the pilot where it is; around 0 it moves it."""
+    x = normal(100)
+    found, other = jbn.moments(x, pilot=near), jbn.moments(x)
+    np.testing.assert_array_equal(found.pilot, np.broadcast_to(np.float32(near), 3))
+    assert (other.pilot != 0).all()
+    _, mean, var = oracle.moments(x)
+    np.testing.assert_allclose(found.mean, mean, rtol=2.0**-22)
+    np.testing.assert_allclose(found.var, var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pilot", [np.nan, np.inf, -1e30, 1e300, 1e5, np.float32([np.nan, 100, 1e30])], ids=str)
+def test_moments_are_right_around_any_pilot(pilot):
+    x = normal(100)
+    m = jbn.moments(x, pilot=pilot)
+    _, mean, var = oracle.moments(x)
+    np.testing.assert_allclose(m.mean, mean, rtol=2.0**-22)
+    np.testing.assert_allclose(m.var, var, rtol=1e-5)
+    slope = jax.grad(lambda x: jbn.moments(x, pilot=pilot).var.sum())(x)
+    np.testing.assert_allclose(slope, 2 * (x - mean) / len(x), atol=1e-7)
+
+
 def test_epsilon_decides_what_digits_matter():
     x = normal(1e-3, std=1e-6)
     assert not fires(x, np.zeros(3), epsilon=1e-5)

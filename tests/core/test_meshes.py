@@ -140,3 +140,16 @@ def test_second_derivatives_with_sharded_features(kind):
         got = jax.jit(second)(jax.device_put(X, NamedSharding(m, P("data", None, "model"))))
     want = second(X)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), SHAPE, (1, 6, 4)], ids=str)
+def test_each_group_chooses_where_the_mask_lies_otherwise_than_x(shape):
+    m = mesh((2, 2), ("data", "model"), AxisType.Explicit)
+    mask = np.random.default_rng(1).random(shape) < 0.7
+    step = jax.jit(partial(jbn.batch_norm, mask=mask, group_size=2))
+    choose = jax.jit(lambda x: jbn.bn_forward(None, state, x, True, mask=mask, group_size=2, normalize_by=same)[0])
+    same, state = (lambda batch, running, epsilon: batch), jbn.bn_init(4)[1]
+    want, _ = step(X)
+    with jax.set_mesh(m):
+        got = choose(jax.device_put(X, NamedSharding(m, P("data", None, "model"))))
+    np.testing.assert_allclose(got, want, atol=oracle.tolerance("float32", 12, 4))

@@ -52,6 +52,38 @@ def test_residual(on):
     assert forward.conditionals == forced.conditionals == 1
 
 
+@pytest.mark.parametrize(
+    ("on", "x", "bar"),
+    [
+        target("cpu", passes.ON_CPU, 13.1),
+        target("gpu-h200", passes.IMAGES, 9.55),
+        target("gpu-h200", jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16), 23.5),
+        target("tpu-v5e", passes.IMAGES, 8.05),
+    ],
+    ids=lambda value: str(getattr(value, "shape", value)),
+)
+def test_scale_and_bias_per_example(on, x, bar):
+    """As those of features, but that the GPU compiler writes the sign of z.
+
+    Those of rows are as large as x, in float32, as are their gradients. Summed at once, rows take 31 passes on GPUs.
+    """
+    if on == "cpu" and jax.__version_info__ < (0, 10):
+        pytest.skip("the sums of XLA's CPU loops do not fuse with what they sum")
+    vectors = jax.ShapeDtypeStruct((x.shape[0], *(1 for _ in x.shape[1:-1]), x.shape[-1]), jnp.float32)
+
+    def both(state, x, scale, bias, g):
+        def f(x, scale, bias):
+            return jbn.bn_forward({"scale": scale, "bias": bias}, state, x, True, activation=nn.relu)
+
+        y, pull, state = jax.vjp(f, x, scale, bias, has_aux=True)
+        y, g = jax.lax.optimization_barrier((y, g))
+        return y, state, pull(g)
+
+    program = compile(both, jax.eval_shape(lambda: jbn.bn_init(x.shape[-1])[1]), x, vectors, vectors, x, on=on)
+    assert program.passes(x) <= bar
+    assert program.conditionals == 1
+
+
 @on_accelerators
 def test_second_sweep_is_one_pass(on):
     forward, _, _ = passes.layer("jbn", passes.IMAGES, on)

@@ -41,20 +41,21 @@ def test_dx_is_rounded_once(dtype, shape, kind):
     assert np.linalg.norm(oracle.wide(got) - want) <= bound(want, oracle.wide(g), a, dtype)
 
 
-@pytest.mark.parametrize("way", ["moments", "groups", "mask", "shards"])
+@pytest.mark.parametrize("way", ["moments", "groups", "mask", "shards", "examples"])
 def test_dx_is_rounded_once_by_every_way(way):
     rng, shape = np.random.default_rng(1), (16, 64, 8)
     x, n = jnp.asarray(rng.standard_normal(shape) * 2 + 1, jnp.bfloat16), rng.standard_normal(shape)
     g = jnp.asarray(1 + 0.01 * n, jnp.bfloat16)
     mask = rng.random((16, 64, 1)) < 0.7 if way == "mask" else None
+    scale = rng.uniform(0.5, 2, (16, 1, 8)).astype(np.float32) if way == "examples" else None
     pieces = [slice(0, 8), slice(8, 16)] if way == "groups" else [slice(None)]
     want = np.concatenate(
-        [oracle.gradients(g[rows], x[rows], mask=None if mask is None else mask[rows])["x"] for rows in pieces]
+        [oracle.gradients(g[rows], x[rows], scale, mask=None if mask is None else mask[rows])["x"] for rows in pieces]
     )
-    a = 1 / np.sqrt(oracle.moments(x, mask=mask)[2] + 1e-5)
+    a = (1 if scale is None else scale) / np.sqrt(oracle.moments(x, mask=mask)[2] + 1e-5)
 
     def y(x, mask=mask, **options):
-        return jbn.batch_norm(x, mask=mask, **options)[0]
+        return jbn.batch_norm(x, scale, mask=mask, **options)[0]
 
     if way == "shards":
         both = jax.vmap(lambda x: y(x, axis_name="d"), axis_name="d")

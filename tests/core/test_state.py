@@ -95,6 +95,20 @@ def test_a_broken_state_recovers(bad, field, momentum):
     np.testing.assert_array_equal(still._asdict()[field][1], broken._asdict()[field][1])  # not hidden
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.3])
+@pytest.mark.parametrize("old", [(1e7, 1e8), (-1e12, 1e30), (0.0, 3e38)])
+def test_a_state_far_from_the_batch_leaves_it_no_rounding(old, momentum):
+    """A momentum of 0 is the batch alone; beside a variance of 1e8 that of the batch became 0."""
+    x = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32) + 2
+    state = jbn.State(*(jnp.full(3, value, jnp.float32) for value in old))
+    _, mean, var = oracle.moments(x)
+    for step in (jbn.bn_forward, jax.jit(jbn.bn_forward, static_argnums=3)):
+        new = step(None, state, x, True, momentum=momentum)[1]
+        for got, start, end in zip(new, map(oracle.wide, state), (mean, var), strict=True):
+            want = momentum * start + (1 - momentum) * end
+            np.testing.assert_allclose(got, want, rtol=oracle.tolerance("float32", len(x)))
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_no_features_and_no_rows_are_shapes_like_others(train):
     params, state = jbn.bn_init(0)

@@ -16,13 +16,17 @@ from jbn.core import statistics
 pytestmark = pytest.mark.core
 
 PARAMS, STATE = jbn.bn_init(4)
-MOMENTA = (i / 1000 for i in itertools.count())
+MOMENTA, COUNTS = (i / 1000 for i in itertools.count()), itertools.count()
 
 
 def xs():
     rng = np.random.default_rng(0)
     while True:
         yield jnp.asarray(rng.standard_normal((8, 4)), jnp.float32)
+
+
+def counted():
+    return jbn.CountedState(*STATE, jnp.int32(next(COUNTS)))
 
 
 def apply(layer, variables, x):
@@ -39,9 +43,13 @@ CALLS = {
     ),
     "evaluate": lambda x: jbn.bn_forward(PARAMS, STATE, x, False, activation=jax.nn.relu),
     "batch_norm": lambda x: jbn.batch_norm(x),
+    "scale and bias of examples": lambda x: jbn.batch_norm(x, x * 2, x[:, :1], activation=jax.nn.relu),
+    "moments around a pilot": lambda x: jbn.moments(x, pilot=next(MOMENTA)),
     "moments": lambda x: jbn.moments(x),
     "merge": lambda x: jbn.merge(jbn.moments(x), jbn.moments(x)),
     "update": lambda x: jbn.update(STATE, jbn.moments(x), momentum=next(MOMENTA)),
+    "train with a count": lambda x: jbn.bn_forward(PARAMS, counted(), x, True, momentum=jbn.debiased(0.9)),
+    "update with a count": lambda x: jbn.update(counted(), jbn.moments(x), momentum=jbn.cumulative),
     "linen": lambda x: apply(LAYER, VARIABLES, x),
 }
 DERIVED = {

@@ -213,6 +213,41 @@ def test_it_ends_with_its_block_for_compiled_functions_too():
     same(jax.jit(lambda: moved())(), flax_s)
 
 
+class Times:
+    """A function that is equal to itself alone, and has no hash; its text says nothing of its number."""
+
+    __hash__ = None
+
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, z):
+        return z * self.number
+
+    def __repr__(self):
+        return "Times"
+
+
+def test_overrides_that_have_no_hash_are_told_apart_and_those_that_are_equal_compile_once():
+    traced = []
+
+    @jax.jit
+    def go(variables):
+        traced.append(1)
+        return THEIRS(True).apply(variables, ROWS)
+
+    variables = THEIRS(True).init(jax.random.key(0), ROWS)
+    plain = MINE(True).apply(variables, ROWS)
+    for number in (1.0, 2.0):
+        with replace(activation=Times(number), momentum=0.0):
+            np.testing.assert_allclose(go(variables), number * plain, rtol=1e-6)
+    traced.clear()
+    for _ in range(2):
+        with replace(axis_index_groups=[[0, 1], [2, 3]], momentum=jnp.float32(0.5)):
+            go(variables)
+    assert len(traced) == 1
+
+
 def test_the_innermost_decides():
     plain = moved()
     with replace(momentum=0.0) as outer:

@@ -263,8 +263,8 @@ np.savez(folder / "result.npz", scale=params.scale, mean=state.mean, var=state.v
 """
 
 
-@pytest.mark.parametrize("absent", [{}, {"use_bias": False}], ids=["whole", "no bias"])
-def test_a_training_step_with_the_trees_of_jbn_is_read_elsewhere(tmp_path, absent):
+@pytest.mark.parametrize("kind", [{}, {"use_bias": False, "counted": True}], ids=["whole", "no bias, counted"])
+def test_a_training_step_with_the_trees_of_jbn_is_read_elsewhere(tmp_path, kind):
     def step(params, state, seen, x):
         def loss(params):
             y, new = jbn.bn_forward(params, state, x, True, momentum=0.5)
@@ -274,12 +274,13 @@ def test_a_training_step_with_the_trees_of_jbn_is_read_elsewhere(tmp_path, absen
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), new, jbn.merge(seen, jbn.moments(x))
 
     x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32) + 2
-    trees = (*jbn.bn_init(3, **absent), jbn.Moments.empty(3))
+    trees = (*jbn.bn_init(3, **kind), jbn.Moments.empty(3))
     program = export.export(jax.jit(step))(*trees, x)
     np.save(tmp_path / "x.npy", x)
     (tmp_path / "step").write_bytes(program.serialize())
-    if absent:  # the bias of the other process would not fit
-        assert export.deserialize(program.serialize()).call(*trees, x)[0].bias is None
+    if kind:  # the bias of the other process would not fit
+        params, state, _ = export.deserialize(program.serialize()).call(*trees, x)
+        assert (params.bias, type(state), int(state.count)) == (None, jbn.CountedState, 1)
         return
     done = subprocess.run([sys.executable, "-c", STEPPED, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

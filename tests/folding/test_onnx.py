@@ -107,3 +107,28 @@ def test_a_layer_that_an_exporter_replaces_does_not_lose_its_bias_silently(monke
     monkeypatch.setattr(nn.Conv, "__call__", lambda self, x: jnp.repeat(x[..., :1], 8, -1))
     with pytest.raises(ValueError, match=r"^Conv_0 ran past Flax's interceptors.*jaxpr_as_fun"):
         apply(folded, X)
+
+
+def test_a_call_is_not_taken_for_such_a_one_where_another_one_ends_meanwhile():
+    """As threads make them: one ends between a layer and its norm in the other."""
+    under_way = []
+
+    def begin(x):
+        if len(under_way) > 1:
+            raise KeyError
+        return x
+
+    def go_on(x):
+        if under_way:
+            under_way.append(x)
+            with pytest.raises(KeyError):
+                apply(folded, x)
+        return x
+
+    model = nn.Sequential([begin, nn.Dense(4, use_bias=False), go_on, nn.BatchNorm(True)])
+    variables = model.init(jax.random.key(0), X)
+    apply, folded, _ = jbn.linen.fold(model, variables, X)
+    under_way.append(X)
+    y = apply(folded, X)
+    under_way.clear()
+    np.testing.assert_allclose(y, model.apply(variables, X), atol=1e-5)

@@ -74,6 +74,16 @@ def test_files_of_somebody_else_are_not_written_over(name, content, tmp_path):
     assert contents(tmp_path) == {Path(name): content}
 
 
+@pytest.mark.parametrize("name", ["lr[0.1]", "a\\b", "\udce9"])
+@pytest.mark.parametrize("new", [None, TrainOptions()])
+def test_names_under_which_checkpoints_are_lost_are_refused(name, new, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(OptionError, match=rf"got '.*{re.escape(name)}/run'; expected a path in UTF-8 that holds no"):
+        claim(Path("run"), new).__enter__()
+    assert contents(tmp_path) == {}
+
+
 def test_a_link_to_nothing_is_named(tmp_path):
     (tmp_path / "run").symlink_to("nowhere/run")
     with pytest.raises(OptionError, match=r"'.*run' is a link to what is not there; expected a directory"):

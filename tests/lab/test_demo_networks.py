@@ -1,5 +1,7 @@
 """The digits, and what the networks of the demo are made of."""
 
+from dataclasses import asdict
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from jbn.lab.demo import plan_of
 from jbn.lab.devices import mesh_of
 from jbn.lab.errors import OptionError
 from jbn.lab.models import NETWORKS
-from jbn.lab.options import DemoOptions, DemoPlace
+from jbn.lab.options import DEMO_RATES, DemoOptions, DemoPlace
+from jbn.lab.run import directory
 from jbn.lab.step import Recipe, evaluate, initial_state, update
 from tests.lab.test_train import one_batch
 from tests.support import oracle
@@ -88,6 +91,14 @@ def test_evaluation_uses_the_running_statistics(data):
     moved = jax.tree.map(lambda statistic: statistic + 1, state.batch_stats)
     other = evaluate(recipe.network, state._replace(batch_stats=moved).variables, one_batch(few))[0]
     assert abs(other - together) > 4e-3
+
+
+@pytest.mark.parametrize("name", DEMO_RATES)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_every_network_of_the_demo_can_be_gone_on_with(name, batch_norm, tmp_path):
+    plan = plan_of(DemoOptions(), name, batch_norm)
+    directory.write_json(tmp_path / directory.OPTIONS, asdict(plan))
+    assert directory.resume(DemoPlace(out=tmp_path), plan) == plan
 
 
 @pytest.mark.parametrize(

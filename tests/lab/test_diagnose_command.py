@@ -138,12 +138,12 @@ def test_a_relative_path(whole, monkeypatch):
 
 
 def test_a_figure(healthy, tmp_path):
-    path = tmp_path / "figure.png"
+    path = tmp_path / "of[a] :dog:.png"  # what Rich reads as its own, were it let
     result = diagnose(healthy, "--figure", path)
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1] == f"Wrote {path}"
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert os.listdir(tmp_path) == ["figure.png"]
+    assert os.listdir(tmp_path) == [path.name]
 
 
 # What a table and a figure make of every planted fault.

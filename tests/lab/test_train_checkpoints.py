@@ -103,6 +103,19 @@ def test_a_step_of_a_run_that_saved_none(whole, tmp_path):
     assert "'--at': got 5; expected no --at, for nothing is saved in" in result.output
 
 
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_taken_for_empty(whole, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("options.json", "metrics.jsonl"):
+        shutil.copy(whole / name, out)
+    (out / "checkpoints").write_text("as one whose permissions are lost")
+    before = contents(out)
+    result = train(out, ["--resume", "--devices", 1])
+    assert result.exit_code == 1
+    assert f"cannot read '{out / 'checkpoints'}' (Not a directory)" in result.output
+    assert {name: content for name, content in contents(out).items() if name != Path("lock")} == before
+
+
 def test_the_only_checkpoint_has_none_before_it(tmp_path, states):
     folder = saved(tmp_path / "checkpoints", states[:1])
     shutil.rmtree(folder / "0" / "state")

@@ -28,6 +28,7 @@ class Case(NamedTuple):
     momentum: float = 0.9
     epsilon: float = 1e-5
     unbiased: bool = False
+    affine: tuple[int, ...] | None = None  # the shape of scale and bias, where they come from outside
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -75,6 +76,13 @@ CASES = [
     ),
     Case((7, 3), unbiased=True),
     Case((12, 4), mask=(12, 4), unbiased=True),
+    Case((4, 6, 5, 3), activation=jax.nn.relu, residual=True, affine=(4, 1, 1, 3)),
+    Case((4, 3, 6, 5), axis=1, mask=(4, 1, 6, 1), activation=jax.nn.silu, affine=(4, 3, 1, 1)),
+    Case((3, 7, 4), mask=(3, 7, 1), affine=(3, 7, 1)),
+    Case((2, 3, 4, 5), axis=(1, 3), affine=(2, 3, 1, 5)),
+    Case((12, 4), use_bias=False, affine=(12, 4)),
+    Case((7, 3), use_scale=False, affine=(7, 1)),
+    *(Case((16, 6, 4), dtype=dtype, mask=(16, 1, 1), affine=(16, 1, 4)) for dtype in ("float64", "bfloat16")),
 ]
 
 
@@ -98,8 +106,8 @@ def data(case: Case, seed: int = 0) -> Data:
     mask = None if case.mask is None else rng.random(case.mask) < 0.7
     return Data(
         (2 * normal(*case.shape) + 3).astype(jax.numpy.dtype(case.dtype)),
-        normal(*case.features) + 2 if case.use_scale else None,
-        normal(*case.features) if case.use_bias else None,
+        normal(*(case.affine or case.features)) + 2 if case.use_scale else None,
+        normal(*(case.affine or case.features)) if case.use_bias else None,
         normal(*case.features) + 3,
         np.abs(normal(*case.features)) + 1,
         mask,
@@ -119,20 +127,20 @@ def by_function(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, 
 def by_linen(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
     new = {"activation": case.activation, "unbiased": case.unbiased}
     layer = jbn.linen.BatchNorm(not train, **new, **module_options(case), **options)
-    y, new = layer.apply(linen_variables(d), d.x, mask=d.mask, residual=d.residual, mutable=["batch_stats"])
+    y, new = layer.apply(linen_variables(case, d), d.x, **call_options(case, d), mutable=["batch_stats"])
     return y, new["batch_stats"]
 
 
 def by_nnx(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
     new = {"activation": case.activation, "unbiased": case.unbiased}
     layer = nnx_layer(jbn.nnx.BatchNorm, case, d, train, **new, **options)
-    return layer(d.x, mask=d.mask, residual=d.residual), {"mean": layer.mean[...], "var": layer.var[...]}
+    return layer(d.x, **call_options(case, d)), {"mean": layer.mean[...], "var": layer.var[...]}
 
 
 def by_flax(case: Case, d: Data, train: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Run the peer; what it lacks, the activation and the residual, is added in float32 after it."""
     layer = nn.BatchNorm(not train, **module_options(case), **options)
-    y, new = layer.apply(linen_variables(d), d.x, mask=d.mask, mutable=["batch_stats"])
+    y, new = layer.apply(linen_variables(case, d), d.x, mask=d.mask, mutable=["batch_stats"])
     return added(case, d, y), new["batch_stats"]
 
 
@@ -147,18 +155,27 @@ def added(case: Case, d: Data, y: Any) -> Any:
 
 
 def module_options(case: Case) -> dict[str, Any]:
-    return {name: getattr(case, name) for name in ("axis", "momentum", "epsilon", "use_scale", "use_bias")}
+    learns = {name: getattr(case, name) and case.affine is None for name in ("use_scale", "use_bias")}
+    return {name: getattr(case, name) for name in ("axis", "momentum", "epsilon")} | learns
 
 
-def linen_variables(d: Data) -> dict[str, Any]:
-    params = {k: v for k, v in (("scale", d.scale), ("bias", d.bias)) if v is not None}
+def call_options(case: Case, d: Data) -> dict[str, Any]:
+    """Return what the call of a module takes beside x."""
+    given = {} if case.affine is None else {"scale": d.scale, "bias": d.bias}
+    return {"mask": d.mask, "residual": d.residual} | given
+
+
+def linen_variables(case: Case, d: Data) -> dict[str, Any]:
+    learned = (("scale", d.scale), ("bias", d.bias)) if case.affine is None else ()
+    params = {k: v for k, v in learned if v is not None}
     return {"params": params, "batch_stats": {"mean": d.mean, "var": d.var}}
 
 
 def nnx_layer(norm: Any, case: Case, d: Data, train: bool, **options: Any) -> Any:
     """Return a layer that holds the arrays of ``d``; with several feature axes they have more than one axis."""
     layer = norm(case.features[0], use_running_average=not train, rngs=nnx.Rngs(0), **module_options(case), **options)
-    held = {name: getattr(d, name) for name in ("scale", "bias", "mean", "var")}
+    learned = ("scale", "bias") if case.affine is None else ()
+    held = {name: getattr(d, name) for name in (*learned, "mean", "var")}
     nnx.update(layer, {name: jax.numpy.asarray(value) for name, value in held.items() if value is not None})
     return layer
 

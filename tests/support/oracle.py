@@ -72,10 +72,10 @@ def _affine(x, scale, bias, axis, epsilon, mask, residual, mean, var):
     valid = np.ones(x.shape, bool) if mask is None else np.broadcast_to(np.asarray(mask), x.shape)
 
     def spread(v):
-        return np.expand_dims(v, rows)
+        return v if v.ndim == x.ndim else np.expand_dims(v, rows)
 
     c = np.where(valid, x - spread(mean), 0)
-    a = spread((1.0 if scale is None else wide(scale)) / np.sqrt(var + epsilon))
+    a = spread(np.ones_like(var) if scale is None else wide(scale)) / spread(np.sqrt(var + epsilon))
     z = c * a
     z = z if bias is None else z + spread(wide(bias))
     z = z if residual is None else z + np.where(valid, wide(residual), 0)
@@ -85,7 +85,10 @@ def _affine(x, scale, bias, axis, epsilon, mask, residual, mean, var):
 def gradients(
     g, x, scale=None, bias=None, *, axis=-1, epsilon=1e-5, mask=None, activation=None, residual=None, stats=None
 ) -> dict[str, np.ndarray]:
-    """Return the gradients of Σ g·y by the closed form of Ioffe and Szegedy 2015, section 3."""
+    """Return the gradients of Σ g·y by the closed form of Ioffe and Szegedy 2015, section 3.
+
+    Scale and bias are per feature, or of the rank of x.
+    """
     count, mean, var = moments(x, axis=axis, mask=mask)
     if stats is not None:
         mean, var = map(wide, stats)
@@ -94,13 +97,19 @@ def gradients(
         i for i, n in enumerate(spread(mean).shape) if n == 1 and i not in {j % c.ndim for j in np.atleast_1d(axis)}
     )
     dz = np.where(valid, wide(g) * ACTIVATIONS[activation][1](z), 0)
-    r = 1 / np.sqrt(var + epsilon)
-    sum_g, sum_gc = dz.sum(rows), (dz * c).sum(rows)
+    r = spread(1 / np.sqrt(var + epsilon))
     dx = a * dz
     if stats is None:
-        n = np.maximum(count, 1)
-        dx = np.where(valid, a * (dz - spread(sum_g / n) - c * spread(r * r * sum_gc / n)), 0)
-    return {"x": dx, "scale": r * sum_gc, "bias": sum_g, "residual": dz}
+        n = spread(np.maximum(count, 1))
+        of_mean, of_var = (spread((dx * v).sum(rows)) / n for v in (1, c))
+        dx = np.where(valid, dx - of_mean - c * r * r * of_var, 0)
+
+    def total(v, like):
+        if like is None or np.ndim(like) < v.ndim:
+            return v.sum(rows)
+        return v.sum(tuple(i for i, n in enumerate(np.shape(like)) if n == 1), keepdims=True)
+
+    return {"x": dx, "scale": total(r * dz * c, scale), "bias": total(dz, bias), "residual": dz}
 
 
 def relative_l2(got: Any, want: np.ndarray) -> float:

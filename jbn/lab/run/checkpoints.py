@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import logging
+import os
 import re
 import shutil
 import sys
@@ -53,8 +54,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 self._checkpointer.wait_until_finished()
 
     def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, in order."""
-        return sorted(int(path.name) for path in self.folder.glob("*") if is_step(path.name))
+        """Return the steps of the complete checkpoints, in order.
+
+        ``FileError`` where the folder is there and cannot be read: a run that took it for empty would begin anew.
+        """
+        try:
+            return sorted(int(name) for name in os.listdir(self.folder) if is_step(name))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise FileError(f"cannot read '{self.folder}' ({error.strerror})") from None
 
     def save(self, state: State) -> None:
         """Begin to write a state; ``FileError`` where this cannot begin, or where the write before it has failed."""

@@ -79,6 +79,7 @@ def claim(out: Path, new: Options | None = None) -> Iterator[None]:
         OptionError: there is a run already, another process writes, or nobody can.
     """
     with contextlib.ExitStack() as held:
+        _refuse_name(out)
         with _writable(out):
             if new is not None:
                 _refuse_run(out)  # before anything is made
@@ -99,6 +100,14 @@ def claim(out: Path, new: Options | None = None) -> Iterator[None]:
                 _refuse_run(out)  # another process may have begun and ended meanwhile
                 write_json(out / OPTIONS, asdict(new))
         yield
+
+
+def _refuse_name(out: Path) -> None:
+    """Refuse a path under which Orbax writes checkpoints that nobody can read, without an error."""
+    whole = out.absolute().as_posix()
+    if re.search(r"\[[^/]*\]|\\", whole) or whole != whole.encode(errors="replace").decode():
+        expected = r"expected a path in UTF-8 that holds no [...] and no \, for Orbax loses checkpoints in others"
+        raise OptionError("--out", f"got '{whole}'; {expected}")
 
 
 def _refuse_run(out: Path) -> None:
