@@ -80,7 +80,7 @@ def test_the_picture_shows_every_room():
 def test_imports_point_upwards(file):
     used = {file_of(name) for name in imported(ROOT / "jbn" / file)} - {None, file}
     if "__init__.py" in used:  # the public names, which nothing below the command line may need
-        assert file.startswith(("lab/", "cli/")) or file == "__main__.py"
+        assert file.startswith(("lab/", "studies/", "cli/")) or file == "__main__.py"
     below = {name for name in used - {"__init__.py"} if place(name) > place(file)}
     assert not below, (file, below)
 
@@ -93,7 +93,11 @@ def test_nobody_imports_whom_it_does_not_know():
             assert roots & {"jbn", "benchmarks", "notebooks", "tests"} <= allowed, path
 
 
-CORE = [file for file in FILES if not file.startswith(("linen/", "nnx/", "lab/", "cli/")) and file != "__main__.py"]
+CORE = [
+    file
+    for file in FILES
+    if not file.startswith(("linen/", "nnx/", "lab/", "studies/", "cli/")) and file != "__main__.py"
+]
 
 
 @pytest.mark.parametrize("file", CORE)
@@ -118,7 +122,7 @@ def test_importing_jbn_imports_nothing_before_a_name_is_asked_for():
 
 
 def test_importing_jbn_imports_no_extra():
-    extras = {"flax", "optax", "matplotlib", "rich", "jbn.lab"}
+    extras = {"flax", "optax", "matplotlib", "rich", "jbn.lab", "jbn.studies"}
     code = f"import sys, jbn; jbn.check; print(sorted({extras} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"

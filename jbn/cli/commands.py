@@ -5,7 +5,17 @@ from typing import Annotated
 import typer
 
 from jbn import __version__
-from jbn.lab.options import CheckOptions, DemoOptions, DemoPlace, DiagnoseOptions, TrainOptions, TrainPlace, command
+from jbn.lab.options import (
+    CheckOptions,
+    DemoOptions,
+    DemoPlace,
+    DiagnoseOptions,
+    StudyOptions,
+    StudyPlace,
+    TrainOptions,
+    TrainPlace,
+    command,
+)
 
 # Plain text instead of Typer's boxes: an error stays one line, in a terminal of any width and in a log.
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -89,6 +99,22 @@ def diagnose(options: DiagnoseOptions) -> None:
     from jbn.lab.report import new_console
 
     raise typer.Exit(1 if run(options, new_console()).findings else 0)
+
+
+@app.command()
+@command
+def study(options: StudyOptions, place: StudyPlace) -> None:
+    """Measure what is claimed about batch normalization; see what holds.
+
+    Each study ends with a table, the claims beside what came out, a figure (DIR/NAME/figure.png) and its numbers
+    (DIR/NAME/results.json). One that was stopped goes on by the same command. Exit status: 0 done, whatever came out,
+    1 stopped by an error, 2 a wrong option, 143, 130 and 129 stopped by SIGTERM, Ctrl-C and a closed terminal.
+    """
+    from rich.console import Console
+
+    from jbn.studies.command import run
+
+    run(options, place, Console())
 
 
 @app.command(

@@ -79,13 +79,18 @@ SHARE = kind(float, lambda number: 0 <= number < 1, "a number from 0 to below 1"
 def option(
     default: Any, help: str, kind: dict[str, Any] | None = None, *, kept: dict[str, Any] | None = None, **more: Any
 ) -> Any:
-    """Return a field that is an option of a command, or its argument where the default is missing.
+    """Return a field that is an option of a command.
 
     ``kept`` is the kind of what a file of a run may hold of it, where that is more than what one types.
     """
     return field(
         default=default, metadata={"typer": {"help": help, **(kind or {}), **more}, "kept": kept or kind or {}}
     )
+
+
+def argument(default: Any, help: str, kind: dict[str, Any]) -> Any:
+    """Return a field that is the argument of a command; it may be left out where there is a default."""
+    return field(default=default, metadata={"typer": {"help": help, "show_default": False} | kind, "argument": True})
 
 
 def words(value: object) -> str:
@@ -264,7 +269,7 @@ class CheckOptions:
 class DiagnoseOptions:
     """The argument and the options of ``jbn diagnose``; the help of a field says what it is."""
 
-    checkpoint: Path = option(
+    checkpoint: Path = argument(
         MISSING,
         "The --out of jbn train, for its last checkpoint, or one of its checkpoints: DIR/checkpoints/100.",
         file_name(Path, "CHECKPOINT"),
@@ -272,6 +277,32 @@ class DiagnoseOptions:
     batch_size: int | None = option(None, "Training images to look at. Default: a batch.", whole_number(2, 2**24))
     seed: int = option(0, "Seed of the choice of images.", SEED)
     figure: Path | None = option(None, "Draw the statistics of every channel too.", file_name(Path, "FILE.png"))
+
+
+@dataclass(frozen=True)
+class StudyOptions(Options):
+    """What determines the result of a study.
+
+    Attributes:
+        versions: of packages, and the device. This and what follows is no option: machine and study decide it.
+        plan: of the cells, short for their settings.
+    """
+
+    name: str | None = argument(None, "Which study, or all of them. Without it they are listed.", {"metavar": "NAME"})
+    size: str = option(
+        "default",
+        "quick: seconds, decides nothing. default: at most ten minutes a study on two cores. full: larger.",
+        choice("quick", "default", "full"),
+    )
+    versions: str = ""
+    plan: str = ""
+
+
+@dataclass(frozen=True)
+class StudyPlace(Place):
+    """How ``jbn study`` is carried out."""
+
+    out: Path = option(Path("jbn-study"), "Folder of results; each study has one of its own in it.", OUT)
 
 
 def options_of(record: type[Any]) -> list[Field[Any]]:
@@ -328,8 +359,7 @@ def _parameter(record: type[Any], field: Field[Any]) -> inspect.Parameter:
         type_, default = list[str], list(default)
         shown = shown | {"show_default": bool(default)}
     if default is MISSING:
-        default, info = inspect.Parameter.empty, typer.Argument(**shown)
-    else:
-        info = typer.Option(flag(field.name), **shown)
+        default = inspect.Parameter.empty
+    info = typer.Argument(**shown) if field.metadata.get("argument") else typer.Option(flag(field.name), **shown)
     annotation = Annotated[type_, info]  # type: ignore[valid-type]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

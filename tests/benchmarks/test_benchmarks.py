@@ -15,7 +15,7 @@ pytest.importorskip("typer", reason="the runner is a command line")
 from typer.testing import CliRunner
 
 import benchmarks.__main__ as runner
-from benchmarks import networks, readme, report, speed
+from benchmarks import networks, readme, report, speed, studies
 from benchmarks.layers import Layer
 from benchmarks.peers import PEERS, Peer
 from benchmarks.resnet50 import ResNet50, Sizes
@@ -195,9 +195,12 @@ def test_jbn_bench_is_the_runner_in_a_checkout(tmp_path, monkeypatch):
     assert result.output == "jbn: the benchmarks are not installed with the package: run jbn bench in a checkout.\n"
 
 
-@pytest.mark.parametrize("name", report.tables())
+TABLES = report.tables() | studies.tables()
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_the_tables_of_the_pages_are_those_of_the_results(name):
-    assert readme.between(name) == report.tables()[name]
+    assert readme.between(name) == TABLES[name]
 
 
 def test_a_machine_with_one_study_gets_its_tables(tmp_path, monkeypatch):

@@ -54,8 +54,8 @@ def write_results(out: Path, options: Options, mesh: Mesh, found: dict[str, Any]
         write_json(out / RESULTS, content | found)
 
 
-def go_on() -> str:
-    """Return in words the command that goes on with this run: the one that was typed, and --resume."""
+def go_on(*, resume: bool = True) -> str:
+    """Return in words the command that goes on with this run: the one that was typed, and for most --resume."""
     program = ["jbn"] if shutil.which("jbn") == sys.argv[0] else [sys.argv[0]]
     if Path(sys.argv[0]).name != "jbn":
         program = [sys.executable, "-m", "jbn"]
@@ -65,7 +65,7 @@ def go_on() -> str:
             next(arguments, None)
         elif argument != "--resume" and not argument.startswith("--at="):
             kept.append(argument)
-    return f"Go on with:\n  {shlex.join([*program, *kept, '--resume'])}"
+    return f"Go on with:\n  {shlex.join([*program, *kept, *(['--resume'] if resume else [])])}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,332 @@
+"""``batch-size``: what small batches cost batch normalization, and what helps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from matplotlib.figure import Figure
+
+from jbn import renorm, renorm_schedule
+from jbn.core.choice import NormalizeBy
+from jbn.studies.figures import LOOKS, blank, draw_intervals, put_legend_beside
+from jbn.studies.intervals import Interval, choose_rate, decide, interval
+from jbn.studies.networks import BatchNorm, Bias, Dense, Norm, OfFlax
+from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
+from jbn.studies.training import CHANCE, CLASSES, PIXELS, keep_state, sweep
+
+WIDTHS = (PIXELS, 128, 128, 128, CLASSES)
+GHOST = 16  # rows that are a batch of their own
+GROUPS = 8  # of 16 features each, as in Wu and He's table 3
+# Running statistics remember as many rows at every batch size: those of ten batches of 128.
+MEMORY = 10 * 128
+# How far apart two accuracies may lie and still be called the same: in Wu and He's figure those of group norm, which
+# they call independent of the batch, lie 0.2 points apart on 50 000 images; here are a hundred times fewer.
+SAME = 0.01
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: its name in the figure, and what it is."""
+
+    label: str
+    what: str
+
+
+# By their names in the table.
+ARMS = {
+    "plain": Arm("batch norm", "batch norm, evaluated by its running statistics"),
+    "recal.": Arm(
+        "batch norm, recalibrated", "the same networks by the statistics of all training rows, taken afterwards"
+    ),
+    "renorm": Arm("batch renormalization", "batch renormalization, with its schedule over the first half of the steps"),
+    "ghost": Arm("ghost batch norm", f"batch norm by the statistics of groups of {GHOST} rows"),
+    "group": Arm("group norm", f"group norm of {GROUPS} groups of features"),
+    "layer": Arm("layer norm", "layer norm"),
+    "none": Arm("none", "a bias alone"),
+}
+OF_BATCHES = ("plain", "recal.", "renorm", "ghost")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured at a size: batch sizes, seeds, number of rates, and rows seen."""
+
+    batch_sizes: tuple[int, ...]
+    seeds: int
+    rates: int
+    examples: int
+
+
+EXTENTS: dict[str, Extent] = {
+    "quick": Extent((1, 2, 32), 2, 3, 256),
+    "default": Extent((1, 2, 4, 8, 16, 32, 64, 128), 10, 6, 5376),
+    "full": Extent((1, 2, 4, 8, 16, 32, 64, 128), 20, 11, 21504),
+}
+
+
+def rates_of(extent: Extent, batch_size: int) -> list[float]:
+    """Return the grid of a batch size, the same for every arm, around a rate that grows with the root of it.
+
+    Small batches take batch norm to a tenth of the best rate of the others, so there is more room below.
+    """
+    middle = 0.8 * (batch_size / 128) ** 0.5
+    return [round(rate, 6) for rate in np.geomspace(middle / 27, middle * 9, extent.rates).tolist()]
+
+
+def reason_of_none(arm: str, batch_size: int) -> str:
+    """Return why an arm is not measured at a batch size, "" where it is."""
+    if batch_size == 1 and arm in OF_BATCHES:
+        return "one row has no variance, and would be normalized to 0 in every feature"
+    if arm == "ghost" and batch_size <= GHOST:
+        return "plain, as the batch is no larger than a group"
+    return ""
+
+
+def cells(size: Size) -> list[Cell]:
+    """Return a cell for each batch size of each arm that is trained; the recalibrated one shares plain's."""
+    extent = EXTENTS[size]
+    return [
+        Cell(
+            f"{arm}-{batch_size}",
+            {
+                "arm": arm,
+                "batch_size": batch_size,
+                "rates": rates_of(extent, batch_size),
+                "seeds": extent.seeds,
+                "examples": extent.examples,
+            },
+            work=5 + 16 / batch_size**0.5,
+        )
+        for arm in ARMS
+        for batch_size in extent.batch_sizes
+        if arm != "recal." and not reason_of_none(arm, batch_size)
+    ]
+
+
+def norm_of(arm: str, batch_size: int, steps: int) -> Norm:
+    """Return the normalization of an arm."""
+    momentum = max(0.0, 1 - batch_size / MEMORY)
+
+    def tie(step: Array) -> NormalizeBy:
+        return renorm(*renorm_schedule(step, steps=max(1, steps // 2)))
+
+    norms: dict[str, Norm] = {
+        "plain": BatchNorm(momentum),
+        "renorm": BatchNorm(momentum, tie=tie),
+        "ghost": BatchNorm(momentum, group_size=GHOST),
+        "group": OfFlax(nn.GroupNorm(GROUPS)),
+        "layer": OfFlax(nn.LayerNorm()),
+        "none": Bias(),
+    }
+    return norms[arm]
+
+
+def recalibrate(params: Any, states: Any, x: Array) -> Any:
+    """Return the statistics of all rows: one batch of all of them, and a momentum that forgets what was before."""
+    return Dense(WIDTHS, BatchNorm(momentum=0.0))(params, states, x, True, np.int32(0))[1]  # type: ignore[arg-type]
+
+
+def measure(settings: Settings) -> Numbers:
+    """Return accuracies (seeds, rates) on validation and test rows, and which diverged, of the arms of a cell."""
+    arm, batch_size, examples = settings["arm"], settings["batch_size"], settings["examples"]
+    network = Dense(WIDTHS, norm_of(arm, batch_size, examples // batch_size))
+    readouts = {arm: keep_state} | ({"recal.": recalibrate} if arm == "plain" else {})
+    found = sweep(network, settings["rates"], settings["seeds"], batch_size, examples, readouts)
+    return {name: accuracies._asdict() for name, accuracies in found.items()}
+
+
+def summarize(measured: Sequence[Measured]) -> Summary:
+    """Return for each arm and batch size the rate that validation rows chose, and what test rows say of it."""
+    settings = [each.settings for each in measured]
+    rows = [_summarize(each.settings, arm, numbers) for each in measured for arm, numbers in each.numbers.items()]
+    return {
+        "batch_sizes": sorted({each["batch_size"] for each in settings}),
+        "seeds": settings[0]["seeds"],
+        "examples": settings[0]["examples"],
+        "rates": len(settings[0]["rates"]),
+        "arms": sorted(rows, key=lambda row: (list(ARMS).index(row["arm"]), row["batch_size"])),
+    }
+
+
+def _summarize(settings: Settings, arm: str, numbers: Numbers) -> dict[str, Any]:
+    validation, test, diverged = (np.asarray(numbers[name], float) for name in ("validation", "test", "diverged"))
+    chosen = choose_rate(validation)
+    return {
+        "arm": arm,
+        "batch_size": settings["batch_size"],
+        "rate": settings["rates"][chosen.index],
+        "edge": chosen.edge,
+        "diverged": int(diverged[:, chosen.index].sum()),
+        "test_accuracy": [round(value, 6) for value in test[:, chosen.index].tolist()],
+        "interval": asdict(interval(test[:, chosen.index])),
+    }
+
+
+def _find(summary: Summary, arm: str, batch_size: int) -> dict[str, Any]:
+    """Return what was found of an arm at a batch size."""
+    return next(row for row in summary["arms"] if (row["arm"], row["batch_size"]) == (arm, batch_size))
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _compare(summary: Summary, one: tuple[str, int], other: tuple[str, int]) -> tuple[str, Interval]:
+    """Return in words how two arms did, and by how much the first is better, seed by seed."""
+    first, second = _find(summary, *one), _find(summary, *other)
+    by = interval(np.subtract(first["test_accuracy"], second["test_accuracy"]))
+    shown = [
+        f"{arm} at {size}: {_points(row['interval']['mean'])} %" for (arm, size), row in ((one, first), (other, second))
+    ]
+    return f"{', '.join(shown)}; difference {_points(by.mean)} ({_points(by.low)} to {_points(by.high)}) points.", by
+
+
+def _ends(summary: Summary, arm: str) -> tuple[int, int]:
+    """Return the smallest and the largest batch at which an arm was trained."""
+    sizes = [row["batch_size"] for row in summary["arms"] if row["arm"] == arm]
+    return min(sizes), max(sizes)
+
+
+def _falls(summary: Summary) -> Outcome:
+    small, large = _ends(summary, "plain")
+    sentence, by = _compare(summary, ("plain", large), ("plain", small))
+    return Outcome(sentence, decide(by, least=0))
+
+
+def _helps_small(arm: str) -> Callable[[Summary], Outcome]:
+    def judge(summary: Summary) -> Outcome:
+        small, _ = _ends(summary, arm)
+        sentence, by = _compare(summary, (arm, small), ("plain", small))
+        return Outcome(sentence, decide(by, least=0))
+
+    return judge
+
+
+def _helps_large(summary: Summary) -> Outcome:
+    _, large = _ends(summary, "ghost")
+    sentence, by = _compare(summary, ("ghost", large), ("plain", large))
+    return Outcome(sentence, decide(by, least=0))
+
+
+def _is_independent(summary: Summary) -> Outcome:
+    small, large = _ends(summary, "group")
+    sentence, by = _compare(summary, ("group", large), ("group", small))
+    steps = [summary["examples"] // size for size in (large, small)]
+    none = [_points(_find(summary, "none", size)["interval"]["mean"]) for size in (large, small)]
+    why = (
+        f"The same is within {_points(SAME)}. For as many rows seen the one makes {steps[0]} steps, the other "
+        f"{steps[1]}: without any normalization it is {none[0]} % and {none[1]} %."
+    )
+    return Outcome(f"{sentence} {why}", decide(by, least=-SAME, most=SAME))
+
+
+CLAIMS = (
+    Claim(
+        "Batch norm loses accuracy where batches are small",
+        "Wu and He 2018, figure 1: on ImageNet 23.6 % errors at 32 images, 34.7 % at 2",
+        _falls,
+    ),
+    Claim(
+        "Batch renormalization mends a part of it",
+        "Ioffe 2017, section 4",
+        _helps_small("renorm"),
+    ),
+    Claim(
+        "Statistics that are taken anew after training mend a part of it",
+        "Wu and Johnson 2021, section 3",
+        _helps_small("recal."),
+    ),
+    Claim(
+        "Group norm does not depend on the batch",
+        "Wu and He 2018, figure 1: 24.1 % errors at 32 images and at 2",
+        _is_independent,
+    ),
+    Claim(
+        "A large batch does better with the statistics of small groups (ghost)",
+        "Hoffer et al. 2017, algorithm 1 and table 1",
+        _helps_large,
+    ),
+)
+
+
+def tabulate(summary: Summary) -> Sheet:
+    """Return accuracies on test rows, a row per batch size, a column per arm."""
+    found = {(row["arm"], row["batch_size"]): row for row in summary["arms"]}
+    rows = []
+    for batch_size in summary["batch_sizes"]:
+        texts = [_cell(found[arm, batch_size]) if (arm, batch_size) in found else "-" for arm in ARMS]
+        rows.append((str(batch_size), *texts))
+    missing = [(arm, size) for size in summary["batch_sizes"] for arm in ARMS if (arm, size) not in found]
+    reasons = {reason_of_none(arm, size): arm for arm, size in missing}
+    arms = "; ".join(f"{name}: {arm.what}" for name, arm in ARMS.items())
+    notes = [
+        f"Test accuracy (%) with its 95 % interval over {summary['seeds']} seeds (Student's t), by rows a batch. "
+        f"Each arm at its own best of {summary['rates']} rates, by validation rows; {summary['examples']} rows seen.",
+        f"{arms}.",
+        *(f"-: {reason}." for reason in reasons if reason),
+    ]
+    edges = [f"{row['arm']} at {row['batch_size']} ({row['edge']})" for row in summary["arms"] if row["edge"]]
+    if edges:
+        notes.append(f"The best rate is at an edge of the grid, and a better one may lie outside: {', '.join(edges)}.")
+    diverged = [
+        f"{row['diverged']} of {row['arm']} at {row['batch_size']}" for row in summary["arms"] if row["diverged"]
+    ]
+    if diverged:
+        notes.append(f"Seeds that diverged, and count as chance ({CHANCE:.0%}): {', '.join(diverged)}.")
+    return Sheet(("rows", *ARMS), tuple(rows), tuple(notes))
+
+
+def _cell(row: dict[str, Any]) -> str:
+    found = Interval(**row["interval"])
+    return f"{_points(found.mean)} ±{_points(found.half)}"
+
+
+def draw(summary: Summary) -> Figure:
+    """Draw errors on test rows against the batch size, a line per arm."""
+    sizes = summary["batch_sizes"]
+    small, _ = _ends(summary, "plain")
+    errors = {arm: _points(1 - _find(summary, arm, small)["interval"]["mean"]) for arm in ("plain", "renorm", "group")}
+    title = (
+        f"With {small} rows a batch, batch norm errs in {errors['plain']} % of the test rows,\n"
+        f"batch renormalization in {errors['renorm']} %, group norm in {errors['group']} %"
+    )
+    steps = [f"{summary['examples'] // size} steps of {size}" for size in (sizes[0], sizes[-1])]
+    note = (
+        f"digits, three hidden layers of 128; mean and 95 % interval of {summary['seeds']} seeds; each arm at its best "
+        f"learning rate;\n{summary['examples']} rows seen: {' or '.join(steps)}"
+    )
+    figure, axes = blank(title, note)
+    for number, ((name, arm), look) in enumerate(zip(ARMS.items(), LOOKS, strict=True)):
+        rows = [row for row in summary["arms"] if row["arm"] == name]
+        # Side by side, so that no interval hides another.
+        places = [row["batch_size"] * 2 ** (0.05 * (number - (len(ARMS) - 1) / 2)) for row in rows]
+        draw_intervals(axes, places, [_error(row) for row in rows], look, arm.label)
+    axes.set(xscale="log", yscale="log", xlabel="rows a batch", ylabel="errors on test rows (%), logarithmic")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    ticks = [tick for tick in (1, 2, 3, 5, 10, 20, 30, 50, 90) if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    put_legend_beside(figure, axes)
+    return figure
+
+
+def _error(row: dict[str, Any]) -> Interval:
+    """Return the errors in percent, where a logarithm shows them."""
+    found = Interval(**row["interval"])
+    mean, low, high = (min(100.0, max(0.1, 100 * (1 - value))) for value in (found.mean, found.high, found.low))
+    return Interval(mean, low, high)
+
+
+BATCH_SIZE = Study(
+    "batch-size",
+    "What do small batches cost batch normalization, and what helps?",
+    CLAIMS,
+    cells,
+    measure,
+    summarize,
+    tabulate,
+    draw,
+)

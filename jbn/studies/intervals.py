@@ -1,0 +1,77 @@
+"""Means over seeds with their intervals, what they decide, and which learning rate an arm is given."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+from jbn.studies.study import Verdict
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds, and where it would be found with other seeds in 95 % of all studies.
+
+    Attributes:
+        mean: the mean.
+        low: the lower end.
+        high: the upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half(self) -> float:
+        """Half of the width: the mean ± this."""
+        return (self.high - self.low) / 2
+
+
+def interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Return the mean of one value per seed with its interval, by Student's t; ``ValueError`` for fewer than two."""
+    numbers = np.asarray(values, np.float64)
+    if numbers.ndim != 1 or numbers.size < 2:
+        raise ValueError(f"values has shape {numbers.shape}; expected one number per seed, and two seeds at least.")
+    mean = float(numbers.mean())
+    quantile = float(student.ppf((1 + LEVEL) / 2, numbers.size - 1))
+    half = quantile * float(numbers.std(ddof=1)) / math.sqrt(numbers.size)
+    return Interval(mean, mean - half, mean + half)
+
+
+def decide(found: Interval, *, least: float = -math.inf, most: float = math.inf) -> Verdict:
+    """Say whether a number lies from ``least`` to ``most``: not decided where an end is in its interval."""
+    if least < found.low and found.high < most:
+        return "holds"
+    if found.high < least or most < found.low:
+        return "does not hold"
+    return "not decided within the intervals"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The learning rate of an arm.
+
+    Attributes:
+        index: which one of the grid.
+        edge: "lowest" or "highest" where the best may lie outside of the grid, else "".
+    """
+
+    index: int
+    edge: str
+
+
+def choose_rate(validation: np.ndarray) -> Chosen:
+    """Return the rate of the largest mean accuracy on validation rows; test rows must have no say in it.
+
+    Args:
+        validation: accuracies (seeds, rates), with the rates in ascending order. Of two equal ones the lower is taken.
+    """
+    means = np.asarray(validation, np.float64).mean(0)
+    index = int(np.argmax(means))
+    edges = {0: "lowest", len(means) - 1: "highest"}
+    return Chosen(index, edges.get(index, ""))

@@ -1,0 +1,202 @@
+"""The study of batch sizes, and what trains it: nothing here asserts how accurate a network becomes."""
+
+import io
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from jbn.lab.data.images import TRAINING
+from jbn.studies import batch_size as study
+from jbn.studies import training
+from jbn.studies.gallery import run
+from jbn.studies.networks import BatchNorm, Bias, Dense
+from jbn.studies.study import Measured
+from jbn.studies.terminal import show_sheet
+
+VERDICTS = {"holds", "does not hold", "not decided within the intervals"}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("studies")
+    said = Console(file=io.StringIO(), width=80)
+    return run("batch-size", size="quick", out=out, console=said), out / "batch-size", said.file.getvalue()
+
+
+def test_each_arm_has_a_number_or_a_reason_at_each_size(quick):
+    found, out, _ = quick
+    summary = found["summary"]
+    rows = {(row["arm"], row["batch_size"]): row for row in summary["arms"]}
+    assert len(rows) == len(summary["arms"])
+    for arm in study.ARMS:
+        for size in summary["batch_sizes"]:
+            assert bool(study.reason_of_none(arm, size)) != ((arm, size) in rows)
+    for row in rows.values():
+        assert len(row["test_accuracy"]) == summary["seeds"]
+        assert all(0 <= accuracy <= 1 for accuracy in row["test_accuracy"])
+        assert row["rate"] in study.rates_of(study.EXTENTS["quick"], row["batch_size"])
+        assert row["interval"]["low"] <= row["interval"]["mean"] <= row["interval"]["high"]
+    assert {claim["verdict"] for claim in found["claims"]} <= VERDICTS
+    kept = json.loads((out / "results.json").read_text())
+    assert {name: kept[name] for name in found} == found
+    assert kept["options"]["size"] == "quick"
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_says_why_there_is_no_number(quick):
+    *_, text = quick
+    assert re.search(r"^1( +-){4}( +[\d.]+( ±[\d.]+)?){3}$", text, re.MULTILINE), text
+    assert "-: one row has no variance, and would be normalized to 0 in every feature." in text
+    assert "-: plain, as the batch is no larger than a group." in text
+    assert max(map(len, text[: text.index("Test accuracy")].splitlines())) <= 80
+
+
+def measured(accuracy=0.9, batch_sizes=(2, 128), seeds=4, arms=study.ARMS, **better):
+    """Return cells with the same accuracies everywhere, and those of ``arm_size`` better by so much."""
+    cells = {}
+    for arm in arms:
+        for size in batch_sizes:
+            by = accuracy + better.get(f"{arm.strip('.')}_{size}", 0) + 0.002 * np.arange(seeds)
+            numbers = {"validation": np.stack([by - 0.1, by, by - 0.2], 1), "diverged": np.zeros((seeds, 3), bool)}
+            settings = {"arm": arm, "batch_size": size, "rates": [0.1, 0.2, 0.4], "seeds": seeds, "examples": 256}
+            cells[arm, size] = Measured(settings, {arm: numbers | {"test": numbers["validation"]}})
+    return cells
+
+
+def verdicts(cells):
+    summary = study.summarize(list(cells.values()))
+    return [claim.judge(summary).verdict for claim in study.CLAIMS]
+
+
+def test_claims_can_be_refuted_and_hold():
+    undecided = "not decided within the intervals"
+    assert verdicts(measured()) == [undecided] * 3 + ["holds", undecided]
+    for_them = measured(plain_2=-0.3, renorm_2=-0.1, recal_2=-0.2, group_2=0.005, ghost_128=0.02)
+    assert verdicts(for_them) == ["holds"] * 5
+    against = measured(plain_2=0.05, renorm_2=-0.1, recal_2=-0.2, group_2=0.2, ghost_128=-0.02)
+    assert verdicts(against) == ["does not hold"] * 5
+
+
+def test_the_rate_is_chosen_by_validation_rows_and_judged_by_test_rows():
+    cell = measured(seeds=2)["plain", 2]
+    numbers = {
+        "validation": [[0.2, 0.9, 0.3], [0.2, 0.8, 0.3]],
+        "test": [[0.99, 0.5, 0.3], [0.97, 0.7, 0.3]],
+        "diverged": [[False, True, False], [False, False, False]],
+    }
+    (row,) = study.summarize([Measured(cell.settings, {"plain": numbers})])["arms"]
+    assert (row["rate"], row["edge"], row["diverged"]) == (0.2, "", 1)
+    assert row["test_accuracy"] == [0.5, 0.7]
+    assert row["interval"]["mean"] == pytest.approx(0.6)
+
+
+def test_what_is_at_an_edge_and_what_diverged_is_said():
+    cells = measured()
+    numbers = cells["none", 2].numbers["none"]
+    numbers["validation"] = numbers["validation"][:, [1, 0, 2]]
+    numbers["diverged"][0, 0] = True
+    notes = " ".join(study.tabulate(study.summarize(list(cells.values()))).notes)
+    assert "a better one may lie outside: none at 2 (lowest)." in notes
+    assert "Seeds that diverged, and count as chance (10%): 1 of none at 2." in notes
+
+
+@pytest.mark.parametrize(("width", "encoding"), [(80, "utf-8"), (60, "utf-8"), (60, "ascii")])
+def test_the_table_fits_its_terminal(width, encoding):
+    cells = measured(batch_sizes=(2, 16, 128))
+    with io.TextIOWrapper(io.BytesIO(), encoding) as file:
+        sheet = study.tabulate(study.summarize(list(cells.values())))
+        show_sheet(Console(file=file, width=width), type(sheet)(sheet.heading, sheet.rows))
+        file.flush()
+        lines = file.buffer.getvalue().decode(encoding).splitlines()
+    assert max(map(len, lines)) <= width
+    words = [word for line in lines for word in re.findall(r"[^\s|]+", line)]
+    assert set(study.ARMS) <= set(words)
+    assert words.count("90.3") == 21
+
+
+def test_the_title_of_the_figure_says_what_came_out():
+    cells = measured(plain_2=-0.3, renorm_2=-0.1, group_2=0.05)
+    figure = study.draw(study.summarize(list(cells.values())))
+    title = " ".join(figure.get_suptitle().split())
+    expected = "batch norm errs in 39.7 % of the test rows, batch renormalization in 19.7 %, group norm in 4.7 %"
+    assert title == f"With 2 rows a batch, {expected}"
+    (axes,) = figure.axes
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [arm.label for arm in study.ARMS.values()]
+    lines = [container.lines[0] for container in axes.containers]
+    for look in ("get_marker", "get_color"):
+        assert len({getattr(line, look)() for line in lines}) == len(study.ARMS)
+
+
+def test_one_row_cannot_train_batch_norm():
+    network = Dense(study.WIDTHS, study.norm_of("plain", 1, 4))
+    with pytest.raises(ValueError, match="one value per channel in training"):
+        training.sweep(network, [0.1], 2, 1, 4, {"plain": training.keep_state})
+
+
+def test_what_diverges_counts_as_chance():
+    found = training.sweep(Dense(study.WIDTHS, Bias()), [0.01, 1e30], 2, 32, 96, {"none": training.keep_state})["none"]
+    assert found.diverged.tolist() == [[False, True]] * 2
+    np.testing.assert_allclose(found.validation[:, 1], 0.1)
+    np.testing.assert_allclose(found.test[:, 1], 0.1)
+
+
+def test_an_epoch_shows_each_row_once():
+    order = training._order(3, 2 * TRAINING + 5)
+    assert len(order) == 2 * TRAINING + 5
+    first, second = order[:TRAINING], order[TRAINING : 2 * TRAINING]
+    assert sorted(first) == sorted(second) == list(range(TRAINING))
+    assert (first != second).any()
+
+
+def test_training_is_gradient_descent_whose_rate_falls_to_nothing():
+    rng, network = np.random.default_rng(0), Dense((3, 5, 4), Bias())
+    rows = training.Rows(rng.standard_normal((8, 3)).astype(np.float32), rng.integers(0, 4, 8))
+    order = np.array([[0, 1], [5, 7], [2, 2], [6, 3]])
+    begin = network.init(0)
+    params, _ = training._train(network, begin, jax.tree.map(jnp.asarray, rows), order, jnp.float32(0.5))
+    expected, states = begin
+
+    def loss(params, chosen):
+        logits, _ = network(params, states, rows.x[chosen], True, 0)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, rows.labels[chosen]).mean()
+
+    for rate, chosen in zip((0.5, 0.375, 0.25, 0.125), order, strict=True):
+        grads = jax.grad(loss)(expected, chosen)
+        expected = jax.tree.map(lambda value, grad, rate=rate: value - rate * grad, expected, grads)
+    for value, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-6)
+
+
+def test_recalibrated_statistics_are_those_of_all_rows_in_every_layer():
+    network = Dense(study.WIDTHS, BatchNorm(0.9))
+    params, states = network.init(0)
+    x = np.random.default_rng(1).standard_normal((50, 64)).astype(np.float32)
+    seen = np.float64(x)
+    for kernel, state in zip(params["kernels"], study.recalibrate(params, states, jnp.asarray(x)), strict=False):
+        z = seen @ np.float64(kernel)
+        np.testing.assert_allclose(state.mean, z.mean(0), atol=1e-5)
+        np.testing.assert_allclose(state.var, z.var(0), rtol=1e-4)
+        seen = np.maximum((z - z.mean(0)) / np.sqrt(z.var(0) + 1e-5), 0)
+
+
+def test_arms_begin_alike():
+    kernels = [Dense(study.WIDTHS, study.norm_of(arm, 32, 8)).init(3)[0]["kernels"] for arm in ("plain", "layer")]
+    for one, other in zip(*kernels, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (kernels[0][0] != Dense(study.WIDTHS, Bias()).init(4)[0]["kernels"][0]).any()
+
+
+def test_renorm_is_freed_over_the_first_half_of_the_steps(monkeypatch):
+    seen = []
+    monkeypatch.setattr(study, "renorm", lambda r_max, d_max: seen.append((float(r_max), float(d_max))))
+    tie = study.norm_of("renorm", 8, 400).tie
+    for step in (0, 25, 200, 399):
+        tie(step)
+    assert seen == [(1.0, 0.0), (1.0, 0.0), (3.0, 5.0), (3.0, 5.0)]
