@@ -1,7 +1,6 @@
 """What x is normalized by may be chosen: renorm, mixtures, any function of the moments of the batch and the state."""
 
 import dataclasses
-import pickle
 
 import flax.linen as nn
 import jax
@@ -12,8 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 import jbn
 import jbn.linen
-from benchmarks import passes
-from tests.core.test_passes import on_accelerators
 from tests.support import oracle
 from tests.support.cases import CASES, DOORS, Case, data
 from tests.support.shards import mesh
@@ -365,27 +362,6 @@ def test_what_is_no_function_is_refused_where_the_state_normalizes_too(train):
         jbn.bn_forward(params, state, jnp.ones((4, 3)), train, normalize_by=3.0)
 
 
-@pytest.mark.parametrize("limits", [(0.5, 1.0), (np.nan, 1.0), (2.0, -1.0), ("3", 1.0), (jnp.ones(3), 1.0)])
-def test_limits_of_renorm_are_checked_by_value(limits):
-    with pytest.raises(ValueError, match=r"[rd]_max is .*; expected a scalar of [01] or more"):
-        jbn.renorm(*limits)
-
-
-def test_renorm_is_equal_by_its_limits_and_travels_with_a_model():
-    assert jbn.renorm(3, np.float32(5)) == pickle.loads(pickle.dumps(jbn.renorm(3.0, 5.0))) != jbn.renorm(3.0, 4.0)
-    assert len({jbn.renorm(3.0, 5.0), jbn.renorm(3, 5)}) == 1
-
-
-@pytest.mark.parametrize("state", [(np.nan, 1.0), (0.0, np.nan), (0.0, -1.0), (np.inf, 1.0)])
-def test_a_state_that_is_no_number_ties_nothing(state):
-    x = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32) + 2
-    state = jbn.State(*(jnp.full(3, v) for v in state))
-    y, new = jbn.bn_forward(None, state, x, True, normalize_by=jbn.renorm(3.0, 5.0))
-    near(y, oracle.forward(x).y, "float32", 16, 4)
-    assert np.isfinite(new.mean).all()
-    assert np.isfinite(new.var).all()
-
-
 @pytest.mark.parametrize("update", [False, True])
 def test_nothing_is_chosen_where_the_state_normalizes(update):
     params, state = jbn.bn_init(3)
@@ -402,23 +378,3 @@ def test_replace_sets_it_for_whole_models():
         y, _ = net.apply(variables, x, mutable=["batch_stats"])
     kernel = oracle.wide(variables["params"]["layers_0"]["kernel"])
     near(y, oracle.wide(x) @ kernel / np.sqrt(1 + 1e-5), "float32", 8, 4)
-
-
-def compiled(x, on):
-    """Compile a layer with renorm; the state, an input, holds the old statistics."""
-    with jbn.linen.replace(normalize_by=jbn.renorm(3.0, 5.0)):
-        return passes.layer("jbn", x, on, activation=nn.relu)
-
-
-@on_accelerators
-def test_renorm_costs_no_pass(on):
-    forward, forced, _ = compiled(passes.IMAGES, on)
-    assert forward.passes(passes.IMAGES) <= 3.02
-    assert forced.passes(passes.IMAGES) <= 8.03
-    assert forward.conditionals == forced.conditionals == 1
-
-
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="the sums of XLA's CPU loops do not fuse with what they sum")
-def test_renorm_costs_no_pass_on_cpus():
-    _, forced, _ = compiled(passes.ON_CPU, "cpu")
-    assert forced.passes(passes.ON_CPU) <= 13.1
