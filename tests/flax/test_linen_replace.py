@@ -161,6 +161,7 @@ VALUES = {
     "momentum": 0.3, "epsilon": 0.1, "dtype": jnp.bfloat16, "axis_name": "batch",
     "axis_index_groups": ((0, 1), (2,)), "activation": nn.relu, "group_size": 4, "unbiased": True,
     "normalize_by": jbn.renorm(1.5, 0.1),
+    "sow_moments": True,
 }  # fmt: skip
 
 
@@ -171,7 +172,8 @@ def test_overrides_reach_every_layer(option, norm):
     variables = norm(False).init(jax.random.key(0), ROWS)
 
     def apply(layer):
-        return jax.vmap(lambda x: layer.apply(variables, x, mutable=["batch_stats"]), axis_name="batch")(X)
+        mutable = ["batch_stats", "intermediates"]
+        return jax.vmap(lambda x: layer.apply(variables, x, mutable=mutable), axis_name="batch")(X)
 
     with replace(**overrides) as replaced:
         got = apply(norm(False))
