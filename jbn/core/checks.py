@@ -191,16 +191,20 @@ def check_moving(mean: Array, var: Array) -> None:
         if value.dtype.itemsize < 4:
             raise ValueError(
                 f"{name} has dtype {value.dtype.name}, in which running statistics stall: their steps are smaller than "
-                "its rounding. Expected float32; cast them once, before training: "
-                "state = jax.tree.map(lambda v: v.astype(jnp.float32), state)."
+                "its rounding. Expected float32; cast them once, before training: state = jax.tree.map(lambda v: "
+                f"v.astype(jnp.float32) if v.dtype == jnp.{value.dtype.name} else v, state)."
             )
 
 
-def check_count(count: Array | None) -> Array | None:
+def check_count(count: Array | None) -> None:
     """Refuse what cannot be the number of updates of a state; ``None`` passes."""
     if count is None or (count.dtype.name in COUNTS and count.shape == ()):
-        return count
-    made = ": jax.lax.pmean makes a float of it, so take it from one shard" if count.dtype.name in FLOATS else "."
+        return
+    made = (
+        ": what casts or averages a whole state, such as jax.lax.pmean, makes a float of it, and has to leave it out."
+        if count.dtype.name in FLOATS
+        else "."
+    )
     raise ValueError(
         f"state.count has shape {tuple(count.shape)} and dtype {count.dtype.name}; expected the number of updates done "
         f"of one layer, a scalar of int32{made}"

@@ -38,7 +38,7 @@ StateT = TypeVar("StateT")
 class Params(NamedTuple):
     """What a layer learns, per feature; either may be absent: ``Params(scale, bias)``."""
 
-    scale: Array | None  # γ, (features,); or of the rank of x, where it comes from elsewhere
+    scale: Array | None  # γ, (features,); or of the rank of x, one for each example or position
     bias: Array | None  # β, likewise
 
 

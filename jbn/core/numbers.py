@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.core.checks import FLOATS
+from jbn.core.checks import FLOATS, check_count
 from jbn.core.lax import lax
 
 # A weight of the old value, or a function of the number of updates done that returns it.
@@ -68,7 +68,11 @@ def check_momentum(momentum: object) -> None:
 
 
 def read_momentum(momentum: Momentum, count: Array | None = None) -> ArrayLike:
-    """Return 1 - momentum, the weight of the new value; refuse a momentum outside [0, 1] where it is known."""
+    """Return 1 - momentum, the weight of the new value; refuse a momentum outside [0, 1] where it is known.
+
+    The count is checked here, where it counts: a state that is an average of others has none, and evaluates.
+    """
+    check_count(count)
     if is_schedule(momentum):
         return _read_schedule(momentum, count)  # type: ignore[arg-type]
     known = read_number(momentum)

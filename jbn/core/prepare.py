@@ -99,7 +99,7 @@ def read_state(state: Any) -> tuple[Array | Observation, Array, Array, Array | N
     held, var, count = checks.read_fields("state", state, ("mean", "var"), required=True, also=("count",))
     held = held if isinstance(held, Observation) else checks.read_array("mean", held)
     mean = held.mean if isinstance(held, Observation) else held
-    return held, mean, checks.read_array("var", var), checks.check_count(checks.read_array("count", count))
+    return held, mean, checks.read_array("var", var), checks.read_array("count", count)
 
 
 def read_sharing(

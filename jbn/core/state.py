@@ -40,7 +40,7 @@ def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool)
     Returns:
         The new mean and variance, in their dtypes, without gradients; and which features moved, bool.
     """
-    mean, var, batch = jax.tree.map(lax.stop_gradient, (mean, var, batch))
+    mean, var, batch, weight = jax.tree.map(lax.stop_gradient, (mean, var, batch, weight))
     wide, target = batch.var.dtype, batch.var
     old_mean, old_var = mean.astype(wide), var.astype(wide)
     if unbiased:

@@ -45,7 +45,8 @@ class BatchNorm(nnx.BatchNorm):
         sow_moments: whether every call sows the ``jbn.Moments`` of its x, differentiable, as an ``nnx.Intermediate`` of
             the name ``moments``, which ``nnx.capture`` collects: for losses on the statistics of a batch, in evaluation
             too. They are those of all valid positions, of the shards of ``axis_name`` in training, and of this shard in
-            evaluation.
+            evaluation. Outside of ``nnx.capture`` Flax keeps those of every call in the layer, with a
+            ``DeprecationWarning``: it grows, and ``nnx.jit`` compiles each step anew.
         options: those of ``flax.nnx.BatchNorm``: ``use_running_average``, False unless given; ``axis``, ``momentum``
             (weight of the old statistics, or a function of the number of updates done that returns it; then there is
             ``nnx.BatchStat``: ``count`` too), ``epsilon``, ``dtype``, ``axis_name`` and ``axis_index_groups`` as in

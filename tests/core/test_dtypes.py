@@ -75,6 +75,17 @@ def test_narrow_statistics_normalize_and_do_not_move(dtype, field, train):
         jbn.bn_forward(None, state, x, train, update=True)
 
 
+def test_the_cast_that_is_proposed_leaves_a_count_as_it_is():
+    x = jnp.arange(8.0)[:, None]
+    state = jbn.bn_init(1, counted=True)[1]
+    state = state._replace(mean=state.mean.astype(jnp.bfloat16), var=state.var.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="running statistics stall") as caught:
+        jbn.bn_forward(None, state, x, True)
+    cast = str(caught.value).partition("state = ")[2].rstrip(".")
+    state = eval(cast, {"jax": jax, "jnp": jnp, "state": state})  # as a user types it
+    assert int(jbn.bn_forward(None, state, x, True)[1].count) == 1
+
+
 @pytest.mark.usefixtures("x64")
 def test_finiteness_is_judged_in_the_dtype_of_the_state():
     """A variance of float64 x that float32 does not hold would be inf, and then NaN for ever."""

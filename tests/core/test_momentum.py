@@ -251,6 +251,17 @@ def test_what_does_not_fit_is_refused(call, state, momentum, words):
         call(given, X[0], momentum=momentum)
 
 
+def test_an_average_of_states_evaluates_and_does_not_move():
+    """Of models on average, the count is no whole number, and nothing needs it."""
+    states = [advance(STATE, x, momentum=jbn.cumulative) for x in X[:2]]
+    average = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, *states)
+    y, _ = jbn.bn_forward(None, average, X[0], False)
+    np.testing.assert_array_equal(y, jbn.bn_forward(None, jbn.State(*average[:2]), X[0], False)[0])
+    for call in (advance, by_update):
+        with pytest.raises(ValueError, match=r"dtype float32.*averages a whole state.*leave it out"):
+            call(average, X[0])
+
+
 def test_a_momentum_of_debiased_is_a_number_below_one():
     for m in (1.0, -0.1, np.nan, None, "0.9"):
         with pytest.raises(ValueError, match="expected a number from 0 to less than 1"):
