@@ -291,7 +291,7 @@ class StudyOptions(Options):
     name: str | None = argument(None, "Which study, or all of them. Without it they are listed.", {"metavar": "NAME"})
     size: str = option(
         "default",
-        "quick: seconds, decides nothing. default: at most ten minutes a study on two cores. full: larger.",
+        "quick: a minute, decides nothing. default: at most ten minutes a study on two cores. full: larger.",
         choice("quick", "default", "full"),
     )
     versions: str = ""

@@ -93,7 +93,7 @@ class Study:
         name: as one types it.
         question: one line, with a question mark.
         claims: what others answer.
-        cells: the work, for a size: "quick" takes seconds and decides nothing, "default" at most ten minutes on two
+        cells: the work, for a size: "quick" takes a minute and decides nothing, "default" at most ten minutes on two
             cores, "full" is larger.
         measure: the numbers of a cell, of its settings alone: two calls give the same.
         summarize: what the numbers of all cells say, the only thing that claims, tables and figures see.
