@@ -190,6 +190,7 @@ def test_cpus_still_contract_the_quotient_and_the_pilot(without):
     assert error() >= 256 * oracle.ULP["float32"]
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="XLA leaves these sums whole there")
 def test_sums_of_a_pilot_and_an_offset_are_still_taken_apart(without):
     """The moments of groups of shards are then merged around numbers that nobody has rounded."""
     setting = Setting(mean=1e4, masked=True, warm=True, groups=ROWS_OF.reshape(-1, 6))
