@@ -176,8 +176,8 @@ def read_apart(times: int, *arrays: Array) -> list[tuple[Array, ...]]:
 def keep_rounding(tree: Tree) -> Tree:
     """Let the means k + d in a tree be rounded to numbers before anything is subtracted from them.
 
-    Where groups are merged, (k + d) - k is computed, and the rounding of k + d is counted on. XLA's simplifier, up to jax
-    0.10.2 and no longer in 0.12.0, makes d of that expression; behind a barrier it sees no sum
+    Where groups are merged, (k + d) - k is computed, and the rounding of k + d is counted on. XLA's simplifier makes d
+    of that expression, in jax 0.10.2 and no longer in 0.12.0; behind a barrier it sees no sum
     (``test_sums_of_a_pilot_and_an_offset_are_still_taken_apart``).
     """
     return lax.optimization_barrier(tree)
