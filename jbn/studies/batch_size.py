@@ -22,6 +22,7 @@ GHOST = 16  # rows that are a batch of their own
 GROUPS = 8  # of 16 features each, as in Wu and He's table 3
 # Running statistics remember as many rows at every batch size: those of ten batches of 128.
 MEMORY = 10 * 128
+SMALLEST, LARGEST = 0, 1  # of the batch sizes at which an arm was trained
 # How far apart two accuracies may lie and still be called the same: in Wu and He's figure those of group norm, which
 # they call independent of the batch, lie 0.2 points apart on 50 000 images; here are a hundred times fewer.
 SAME = 0.01
@@ -190,25 +191,24 @@ def _ends(summary: Summary, arm: str) -> tuple[int, int]:
     return min(sizes), max(sizes)
 
 
+def _is_better(summary: Summary, one: tuple[str, int], other: tuple[str, int]) -> Outcome:
+    sentence, by = _compare(summary, one, other)
+    return Outcome(sentence, decide(by, least=0))
+
+
 def _falls(summary: Summary) -> Outcome:
     small, large = _ends(summary, "plain")
-    sentence, by = _compare(summary, ("plain", large), ("plain", small))
-    return Outcome(sentence, decide(by, least=0))
+    return _is_better(summary, ("plain", large), ("plain", small))
 
 
-def _helps_small(arm: str) -> Callable[[Summary], Outcome]:
+def _helps(arm: str, end: int) -> Callable[[Summary], Outcome]:
+    """Return the judgement whether an arm beats plain at an end of the batch sizes at which it was trained."""
+
     def judge(summary: Summary) -> Outcome:
-        small, _ = _ends(summary, arm)
-        sentence, by = _compare(summary, (arm, small), ("plain", small))
-        return Outcome(sentence, decide(by, least=0))
+        size = _ends(summary, arm)[end]
+        return _is_better(summary, (arm, size), ("plain", size))
 
     return judge
-
-
-def _helps_large(summary: Summary) -> Outcome:
-    _, large = _ends(summary, "ghost")
-    sentence, by = _compare(summary, ("ghost", large), ("plain", large))
-    return Outcome(sentence, decide(by, least=0))
 
 
 def _is_independent(summary: Summary) -> Outcome:
@@ -232,12 +232,12 @@ CLAIMS = (
     Claim(
         "Batch renormalization mends a part of it",
         "Ioffe 2017, section 4",
-        _helps_small("renorm"),
+        _helps("renorm", SMALLEST),
     ),
     Claim(
         "Statistics that are taken anew after training mend a part of it",
         "Wu and Johnson 2021, section 3",
-        _helps_small("recal."),
+        _helps("recal.", SMALLEST),
     ),
     Claim(
         "Group norm does not depend on the batch",
@@ -247,7 +247,7 @@ CLAIMS = (
     Claim(
         "A large batch does better with the statistics of small groups (ghost)",
         "Hoffer et al. 2017, algorithm 1 and table 1",
-        _helps_large,
+        _helps("ghost", LARGEST),
     ),
 )
 
