@@ -47,6 +47,9 @@ def test_a_verdict_is_that_of_the_whole_interval(low, high, limits, expected):
 
 def test_the_rate_is_the_one_of_the_best_mean_and_an_edge_is_said():
     assert choose_rate(np.array([[0.1, 0.9, 0.2], [0.2, 0.7, 0.9]])) == Chosen(1, "")
+    # One lucky seed does not decide, and neither does one that diverged.
+    assert choose_rate(np.array([[0.1, 0.7, 0.9], [0.1, 0.7, 0.2]])).index == 1
+    assert choose_rate(np.array([[0.5, 0.2, 0.3], [0.5, 0.9, 0.3], [0.5, 0.9, 0.3]])).index == 1
     assert choose_rate(np.array([[0.5, 0.4, 0.3]])) == Chosen(0, "lowest")
     assert choose_rate(np.array([[0.3, 0.4, 0.5]])) == Chosen(2, "highest")
     assert choose_rate(np.array([[0.3, 0.5, 0.5, 0.1]])).index == 1
