@@ -49,7 +49,7 @@ def _train_all(options: DemoOptions, place: DemoPlace, console: Console, mesh: M
     """Train what is not trained yet, write results and figure, and print what they say."""
     plans = [plan_of(options, model, batch_norm) for model in options.model for batch_norm in (False, True)]
     networks = [_train(plan, place, console, mesh) for plan in plans]
-    images = {"training": TRAINING, "validation": PART, "test": PART}
+    images = {"training": TRAINING["digits"], "validation": PART["digits"], "test": PART["digits"]}
     directory.write_results(place.out, options, mesh, {"images": images, "networks": networks})
     how = f"stochastic gradient descent, batches of {options.batch_size}, seed {options.seed}"
     figure = place.out / directory.FIGURE
