@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 
 import jbn
 from jbn.cli.commands import app
-from jbn.lab.data.images import DATA, enlarge
-from jbn.lab.options import DemoOptions, TrainOptions
+from jbn.lab.options import TrainOptions
 from jbn.lab.report import bar
 from jbn.lab.run import directory
 from jbn.lab.step import update
@@ -98,24 +97,6 @@ def diverged(tmp_path_factory):
     assert steps_of(out / "dense-without-batch-norm" / "checkpoints") == [7]  # the weights moved on
     text = " ".join(result.output.split())
     return SimpleNamespace(text=text, results=strict_json(out / "results.json"), compilations=update._cache_size())
-
-
-def test_the_dense_network_on_mnist_is_that_of_the_textbook(tmp_path):
-    result = demo("--data", "mnist", "--model", "dense", "--steps", 2, "--batch-size", 1078, "--out", tmp_path / "run")
-    assert result.exit_code == 0, result.output
-    results = strict_json(tmp_path / "run" / "results.json")
-    assert results["images"] == {"training": 3000, "validation": 1000, "test": 1000}
-    weights = 784 * 128 + 128 * 64 + 64 * 10 + 10
-    assert [network["parameters"] for network in results["networks"]] == [weights + 192, weights + 2 * 192]
-    kept = strict_json(tmp_path / "run" / "dense-with-batch-norm" / "options.json")
-    assert kept["data"] == "mnist"
-
-
-def test_a_convolution_on_larger_images_has_a_smaller_rate():
-    rates = {data: DemoOptions(data=data).rate("conv") for data in DATA}
-    assert rates["mnist"] / rates["digits"] == pytest.approx((8 / 28) ** 2)
-    shapes = {data: enlarge(DATA[data](0).test).images.shape for data in DATA}
-    assert shapes == {"digits": (360, 64, 64, 3), "mnist": (1000, 64, 64, 3)}
 
 
 def test_results_say_what_happened(finished):
