@@ -203,21 +203,6 @@ def test_the_tables_of_the_pages_are_those_of_the_results(name):
     assert readme.between(name) == TABLES[name]
 
 
-def test_the_page_of_studies_is_that_of_the_results():
-    assert studies.GALLERY.read_text(encoding="utf-8") == studies.page()
-
-
-@pytest.mark.parametrize("name", studies.gallery())
-def test_the_claims_of_the_page_are_what_the_results_say(name):
-    study = studies.STUDIES[name]
-    kept = json.loads((studies.KEPT / name / "results.json").read_text(encoding="utf-8"))
-    outcomes = [(claim, claim.judge(kept["summary"])) for claim in study.claims]
-    assert kept["claims"] == [
-        {"claim": claim.sentence, "source": claim.source, "sentence": outcome.sentence, "verdict": outcome.verdict}
-        for claim, outcome in outcomes
-    ]
-
-
 def test_a_machine_with_one_study_gets_its_tables(tmp_path, monkeypatch):
     there = {name: report.read(name) for name in (report.MACHINE, "passes")}
     monkeypatch.setattr(report, "RESULTS", tmp_path)

@@ -29,7 +29,7 @@ def odd_study(name):
         Claim(f"{ODD} {verdict}", f"source {ODD}", lambda summary, v=verdict: Outcome(f"{v[:2]} {ODD}", v))
         for verdict in VERDICTS
     ]
-    sheet = Sheet(("name", ODD), (("first", "1 ±2"), (ODD, "3")), ("a note", ODD))
+    sheet = Sheet(("name", ODD), (("first", "1 ±2"), (ODD, "3")), ("a\nnote", ODD))
     return dataclasses.replace(
         study_of(name=name),
         question=f"Is {ODD} right?",
