@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from jbn.studies.intervals import Interval
 
 WIDTH = 9  # inches of a figure
-TITLE, NOTE = 12.5, 8.5  # points of letters
+TITLE, NAME, NOTE = 12.5, 10, 8.5  # points of letters
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def panels(
     Args:
         title: what is seen; it is broken between words where it is long.
         note: what was done, in smaller letters below the panels.
-        names: what stands above each panel, "" for nothing.
+        names: what stands above each panel, "" for nothing; broken as the title is.
         columns: how many panels a row has, all of them for None.
         height: inches; the width is 9, and 990 pixels in the file.
         sharex: whether all panels have the same axis of x.
@@ -79,7 +79,7 @@ def panels(
     figure.suptitle(_wrap(title, TITLE), fontsize=TITLE, x=0.01, ha="left")
     figure.supxlabel(_wrap(note, NOTE), fontsize=NOTE, x=0.01, ha="left", color="0.3")
     for axes, name in zip(grid, names, strict=False):
-        axes.set_title(name, fontsize="medium", loc="left")
+        axes.set_title(_wrap(name, NAME, 0.7 * WIDTH / columns), fontsize=NAME, loc="left")
         axes.grid(color="0.4", alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(names) :]:
@@ -87,10 +87,10 @@ def panels(
     return figure, [*grid[: len(names)]]
 
 
-def _wrap(text: str, size: float) -> str:
-    """Break lines that are longer than a figure is wide, in letters of this size."""
-    letters = int(72 * WIDTH / (0.56 * size))  # as wide as those of sentences are in the font of matplotlib
-    return "\n".join(fill(line, letters) for line in text.splitlines())
+def _wrap(text: str, size: float, width: float = WIDTH) -> str:
+    """Break lines that are longer than ``width`` inches in letters of this size; no % is left alone on a line."""
+    letters = int(72 * width / (0.56 * size))  # as wide as those of sentences are in the font of matplotlib
+    return "\n".join(fill(line, letters) for line in text.replace(" %", "\N{NO-BREAK SPACE}%").splitlines())
 
 
 def draw_intervals(axes: Axes, places: Sequence[float], found: Sequence[Interval], look: Look, label: str) -> None:

@@ -1,5 +1,7 @@
 """Figures of studies: nothing is cut off, panels are named, and the numbers in cells can be read."""
 
+from itertools import pairwise
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -19,6 +21,19 @@ def test_long_titles_and_notes_stay_in_the_picture():
         where = text.get_window_extent()
         assert 0 <= where.x0 < where.x1 <= figure.bbox.width
         assert where.width > figure.bbox.width / 2
+
+
+def test_names_of_panels_do_not_meet():
+    figure, found = panels("t", "n", ["range of the loss along absolute steps"] * 4)
+    FigureCanvasAgg(figure).draw()
+    boxes = [axes._left_title.get_window_extent() for axes in found]
+    assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
+
+
+def test_no_percent_sign_is_alone_on_a_line():
+    for words in range(60, 110):
+        figure, _ = panels("x" * (words - 3) + " 97 %", "", [""])
+        assert "\n%" not in figure._suptitle.get_text()
 
 
 def test_panels_are_read_row_by_row_and_share_one_legend():
