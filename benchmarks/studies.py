@@ -1,42 +1,95 @@
-"""The claims of studies in README.md, and their figures: ``python -m benchmarks.studies jbn-study``.
+"""The gallery of studies in README.md and docs/studies/README.md: ``python -m benchmarks.studies jbn-study``.
 
 Takes the results of ``jbn study`` into ``docs/studies/``; measures nothing.
 """
 
 import argparse
-import json
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from benchmarks import readme
+from jbn.lab.errors import OptionError
+from jbn.lab.run.directory import FIGURE, RESULTS
+from jbn.studies import STUDIES
+from jbn.studies.results import WORDS, Result, read_all
 
 KEPT = Path(__file__).parents[1] / "docs" / "studies"
-FILES = ("results.json", "figure.png")
+GALLERY = KEPT / "README.md"
 
 
-def table(study: Path) -> str:
-    """Return the claims of a study, and what came out for each."""
-    claims = json.loads((study / FILES[0]).read_text(encoding="utf-8"))["claims"]
-    rows = [[f"{each['claim']} ({each['source']})", each["verdict"], each["sentence"]] for each in claims]
-    return readme.markdown(["the claim", "here", "what came out"], rows)
+def gallery() -> dict[str, Result]:
+    """Return what is kept of the studies, by name."""
+    return read_all(STUDIES.values(), KEPT)
 
 
 def tables() -> dict[str, str]:
-    """Return the tables by the names of their markers."""
-    return {f"study-{study.name}": table(study) for study in sorted(KEPT.iterdir()) if study.is_dir()}
+    """Return the table of README.md by the name of its markers: a row per study."""
+    rows = []
+    for name, result in gallery().items():
+        found = Counter(claim.verdict for claim in result.claims)
+        link = f"[{name}](docs/studies/README.md#{name})"
+        rows.append([link, _plain(result.study.question), *(str(found[verdict]) for verdict in WORDS)])
+    return {"studies": readme.markdown(["study", "its question", *(several for _, several in WORDS.values())], rows)}
+
+
+def page() -> str:
+    """Return the page of all studies: of each its figure, its table, and the claims beside what came out."""
+    head = (
+        "# What is claimed about batch normalization, measured\n\n"
+        "Written by `python -m benchmarks.studies jbn-study` of the results of `jbn study all`. `jbn report` makes\n"
+        "one file of them for a browser.\n"
+    )
+    return "\n".join([head, *map(_section, gallery().values())])
+
+
+def _section(result: Result) -> str:
+    name, question = result.study.name, _plain(result.study.question)
+    claims = [
+        [f"{_plain(claim.claim)} ({_plain(claim.source)})", claim.verdict, _plain(claim.sentence)]
+        for claim in result.claims
+    ]
+    numbers = readme.markdown([*map(_plain, result.sheet.heading)], ([*map(_plain, row)] for row in result.sheet.rows))
+    notes = [*map(_plain, result.sheet.notes), f"{result.made}. All numbers: [{RESULTS}]({name}/{RESULTS})."]
+    parts = [
+        f"## {name}\n\n{question}\n",
+        f"![{question}]({name}/{FIGURE})\n",
+        readme.markdown(["the claim", "here", "what came out"], claims),
+        numbers,
+        "".join(f"- {note}\n" for note in notes),
+    ]
+    return "\n".join(parts)
+
+
+def _plain(text: str) -> str:
+    """Return a text as Markdown that shows it: a ``|`` of a norm would end the cell of a table."""
+    return re.sub(r"([\\`*_~\[\]<>|$#])", r"\\\1", " ".join(text.split()))
+
+
+def take(folder: Path) -> None:
+    """Take in what a folder has; ``OptionError`` where it is damaged, or decides nothing."""
+    results = read_all(STUDIES.values(), folder)
+    if quick := [name for name, result in results.items() if not result.decides]:
+        raise OptionError("folder", f"{', '.join(quick)}: made at the size quick, which decides nothing")
+    for name in results:
+        (KEPT / name).mkdir(parents=True, exist_ok=True)
+        for file in (RESULTS, FIGURE):
+            shutil.copyfile(folder / name / file, KEPT / name / file)
 
 
 def main() -> None:
-    """Take in the results of a folder of studies, and write their tables into the pages."""
+    """Take in the results of a folder of studies, if one is given, and write the pages."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="the --out of jbn study")
-    for results in sorted(parser.parse_args().folder.glob(f"*/{FILES[0]}")):
-        kept = KEPT / results.parent.name
-        kept.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            shutil.copyfile(results.with_name(name), kept / name)
-    for name, content in tables().items():
-        readme.replace(name, content)
+    parser.add_argument("folder", type=Path, nargs="?", help="the --out of jbn study")
+    try:
+        if folder := parser.parse_args().folder:
+            take(folder)
+    except OptionError as error:
+        parser.error(error.message)
+    GALLERY.write_text(page(), encoding="utf-8")
+    for marker, content in tables().items():
+        readme.replace(marker, content)
 
 
 if __name__ == "__main__":

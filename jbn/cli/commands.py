@@ -10,6 +10,7 @@ from jbn.lab.options import (
     DemoOptions,
     DemoPlace,
     DiagnoseOptions,
+    ReportOptions,
     StudyOptions,
     StudyPlace,
     TrainOptions,
@@ -110,11 +111,24 @@ def study(options: StudyOptions, place: StudyPlace) -> None:
     (DIR/NAME/results.json). One that was stopped goes on by the same command. Exit status: 0 done, whatever came out,
     1 stopped by an error, 2 a wrong option, 143, 130 and 129 stopped by SIGTERM, Ctrl-C and a closed terminal.
     """
-    from rich.console import Console
-
+    from jbn.lab.report import new_console
     from jbn.studies.command import run
 
-    run(options, place, Console())
+    run(options, place, new_console())
+
+
+@app.command()
+@command
+def report(options: ReportOptions) -> None:
+    """Make one page of all studies that jbn study has carried out: what is claimed beside what came out.
+
+    It is a file for a browser that needs nothing beside it, no network either. Exit status: 0 done, 1 the page cannot
+    be written, 2 a wrong option or damaged results.
+    """
+    from jbn.lab.report import new_console
+    from jbn.studies.command import make_page
+
+    make_page(options, new_console())
 
 
 @app.command(

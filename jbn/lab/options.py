@@ -318,6 +318,14 @@ class StudyPlace(Place):
     out: Path = option(Path("jbn-study"), "Folder of results; each study has one of its own in it.", OUT)
 
 
+@dataclass(frozen=True)
+class ReportOptions:
+    """The options of ``jbn report``; the help of a field says what it is."""
+
+    out: Path = option(Path("jbn-study"), "Folder of results, the --out of jbn study.", OUT)
+    page: Path | None = option(None, "Where the page goes. Default: DIR/report.html.", file_name(Path, "FILE.html"))
+
+
 def options_of(record: type[Any]) -> list[Field[Any]]:
     """Return the fields of a record that are options."""
     return [field for field in fields(record) if "typer" in field.metadata]

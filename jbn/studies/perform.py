@@ -20,6 +20,12 @@ from jbn.studies.records import Records, begun, plan, versions
 from jbn.studies.study import Cell, Measured, Numbers, Settings, Size, Study, Summary
 
 DPI = 110
+QUICK = "Note: the size quick shows that a study runs; it decides nothing."
+
+
+def options_for(study: Study, size: Size) -> StudyOptions:
+    """Return what a study is begun with on this machine."""
+    return StudyOptions(name=study.name, size=size, versions=versions(), plan=plan(study.cells(size)))
 
 
 def perform(study: Study, size: Size, out: Path, console: Console) -> dict[str, Any]:
@@ -31,8 +37,7 @@ def perform(study: Study, size: Size, out: Path, console: Console) -> dict[str, 
         OptionError: ``out`` holds something else, another process writes there, or nobody can.
         FileError: a file cannot be written; the cells that are done are kept.
     """
-    cells = study.cells(size)
-    options = StudyOptions(name=study.name, size=size, versions=versions(), plan=plan(cells))
+    cells, options = study.cells(size), options_for(study, size)
     with directory.claim(out, None if begun(out, options) else options):
         measured = _measure_all(study, cells, Records(out, options), console)
         summary = study.summarize(measured)
@@ -42,7 +47,7 @@ def perform(study: Study, size: Size, out: Path, console: Console) -> dict[str, 
         _write(study, out, options, summary, found)
     terminal.show_sheet(console, study.tabulate(summary))
     if size == "quick":
-        say(console, "Note: this size shows that the study runs; it decides nothing.")
+        say(console, QUICK)
     for claim, outcome in outcomes:
         terminal.show_claim(console, claim, outcome)
     for name in (directory.FIGURE, directory.RESULTS):

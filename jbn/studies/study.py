@@ -96,7 +96,8 @@ class Study:
         cells: the work, for a size: "quick" takes a minute and decides nothing, "default" at most ten minutes on two
             cores, "full" is larger.
         measure: the numbers of a cell, of its settings alone: two calls give the same.
-        summarize: what the numbers of all cells say, the only thing that claims, tables and figures see.
+        summarize: what the numbers of all cells say, the only thing that claims, tables and figures see; "seeds" in it
+            says how many there were.
         tabulate: the table of a summary.
         draw: the figure of a summary.
     """

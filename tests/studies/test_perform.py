@@ -23,6 +23,7 @@ from jbn.studies import gallery
 from jbn.studies.figures import LOOKS, blank, draw_intervals, put_legend_beside
 from jbn.studies.intervals import decide, interval
 from jbn.studies.perform import perform
+from jbn.studies.results import tally
 from jbn.studies.study import Cell, Claim, Outcome, Sheet, Study
 
 SIZES = {"quick": 2, "default": 3, "full": 4}
@@ -285,12 +286,59 @@ def test_studies_are_listed():
         assert f"{study.name}: {study.question}\n" in listed.output
 
 
-def test_all_are_carried_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(gallery, "STUDIES", {name: study_of(name=name) for name in ("one", "two")})
-    done = jbn("study", "all", "--size", "quick", "--out", tmp_path)
+def test_all_are_carried_out_and_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    works = {"one": Work(), "two": Work(stop=1), "three": Work()}
+    monkeypatch.setattr(gallery, "STUDIES", {name: study_of(work, name) for name, work in works.items()})
+    command = ["study", "all", "--size", "quick", "--out", tmp_path]
+    assert jbn(*command).exit_code == 130
+    works["two"].stop = None
+    done = jbn(*command)
     assert done.exit_code == 0, done.output
-    assert all((tmp_path / name / "results.json").exists() for name in ("one", "two"))
-    assert set(gallery.run("one", size="quick", out=tmp_path)) == {"question", "claims", "summary"}
+    assert {name: work.done for name, work in works.items()} == {name: [0, 1, 2] for name in works}
+    found = {name: gallery.run(name, size="quick", out=tmp_path) for name in works}
+    assert set(found["one"]) == {"question", "claims", "summary"}
+    lines = [f"{name}: {tally(claim['verdict'] for claim in each['claims'])}" for name, each in found.items()]
+    last = "Note: the size quick shows that a study runs; it decides nothing."
+    assert done.output.splitlines()[-5:] == [*lines, last, f"One page of all: jbn report --out {tmp_path}"]
+
+
+def test_a_study_that_fails_does_not_keep_the_others_waiting(tmp_path, monkeypatch):
+    def fail(settings):
+        raise ZeroDivisionError("in a cell")
+
+    works = {"one": Work(), "two": fail, "three": Work(), "four": Work()}
+    monkeypatch.setattr(gallery, "STUDIES", {name: study_of(work, name) for name, work in works.items()})
+    perform(gallery.STUDIES["four"], "quick", tmp_path / "four", console())
+    with claim(tmp_path / "four"):
+        done = jbn("study", "all", "--size", "quick", "--out", tmp_path)
+    assert done.exit_code == 1
+    assert works["three"].done == [0, 1, 2]
+    assert "Traceback" in done.stderr
+    said = " ".join(done.output.split())
+    assert re.search(r"one: 1 \S+.* two: failed: ZeroDivisionError\('in a cell'\) three: 1 ", said)
+    assert f"four: not carried out: process {os.getpid()} on " in said
+    assert "One page of all: jbn report" in said
+    assert "jbn: 2 of 4 studies have no results. Go on with:" in done.stderr
+
+
+def test_a_study_that_was_begun_otherwise_is_refused_before_the_others_are_measured(tmp_path, monkeypatch):
+    works = {"one": Work(), "two": Work()}
+    monkeypatch.setattr(gallery, "STUDIES", {name: study_of(work, name) for name, work in works.items()})
+    perform(gallery.STUDIES["two"], "quick", tmp_path / "two", console())
+    done = jbn("study", "all", "--size", "full", "--out", tmp_path)
+    assert (done.exit_code, works["one"].done) == (2, [])
+    assert "was begun with quick" in " ".join(done.output.split())
+
+
+def test_a_full_disk_ends_all_at_once(tmp_path, monkeypatch):
+    def fill(settings):
+        raise FileError("cannot write 'x' (no space)")
+
+    works = {"one": fill, "two": Work()}
+    monkeypatch.setattr(gallery, "STUDIES", {name: study_of(work, name) for name, work in works.items()})
+    done = jbn("study", "all", "--size", "quick", "--out", tmp_path)
+    assert (done.exit_code, works["two"].done) == (1, [])
+    assert "what was measured before is kept. Go on with:" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(
@@ -298,7 +346,7 @@ def test_all_are_carried_out(tmp_path, monkeypatch):
     [
         (["batch-sise"], "there is no study 'batch-sise'; did you mean batch-size?"),
         (["al"], "did you mean all?"),
-        (["x"], "there is no study 'x'; expected batch-size, all"),
+        (["x"], f"there is no study 'x'; expected {', '.join(gallery.STUDIES)}, all"),
         (["batch-size", "--size", "small"], "got 'small', expected quick, default or full"),
         (["batch-size", "--sise", "quick"], "--sise (Possible options: --size)"),
         (["batch-size", "more"], "unexpected extra argument"),
