@@ -16,6 +16,11 @@ from jbn.core.choice import NormalizeBy
 Activation: TypeAlias = Callable[[Array], Array]
 
 
+def keep(y: Array) -> Array:
+    """Return y: the activation of what has none."""
+    return y
+
+
 class Network(Protocol):
     """What is trained."""
 
@@ -45,12 +50,14 @@ class BatchNorm:
         group_size: rows that are a batch of their own, in training.
         tie: what x is normalized by at a step of training, such as a ``renorm``.
         activation: what follows.
+        epsilon: added to the variance.
     """
 
     momentum: float
     group_size: int | None = None
     tie: Callable[[Array], NormalizeBy] | None = None
     activation: Activation = jax.nn.relu
+    epsilon: float = 1e-5
 
     def init(self, features: int, rng: np.random.Generator) -> tuple[Any, Any]:
         """Return parameters and state of a layer."""
@@ -61,6 +68,7 @@ class BatchNorm:
         tie = None if self.tie is None or not train else self.tie(step)
         group = self.group_size if train else None
         more: dict[str, Any] = {"group_size": group, "normalize_by": tie, "activation": self.activation}
+        more["epsilon"] = self.epsilon
         return bn_forward(params, state, x, train, momentum=self.momentum, **more)
 
 

@@ -1,6 +1,6 @@
 """One compiled program that trains a network with many seeds and learning rates at once, on digits or on MNIST."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
@@ -80,8 +80,20 @@ class Accuracies(NamedTuple):
     diverged: Array  # bool: a parameter or a logit is not finite
 
 
+class Step(NamedTuple):
+    """A step of training that is about to be made."""
+
+    params: Any
+    states: Any
+    batch: Rows
+    rate: Array
+    number: Array  # of the steps that are done
+
+
 # What is seen of a network at a look: of parameters, states and the data of a seed, arrays.
 Look: TypeAlias = Callable[[Any, Any, Parts], Any]
+# What is seen of a step, and of the data of a seed.
+Probe: TypeAlias = Callable[[Step, Parts], Any]
 # The state to evaluate with, of parameters, states and training rows: what training has left, or another one.
 Readout: TypeAlias = Callable[[Any, Any, Array], Any]
 
@@ -91,7 +103,13 @@ def keep_state(params: Any, states: Any, x: Array) -> Any:
     return states
 
 
-def sweep(network: Network, plan: Plan, looks: dict[str, Look]) -> dict[str, Any]:
+def sweep(
+    network: Network,
+    plan: Plan,
+    looks: dict[str, Look],
+    probes: dict[str, Probe] | None = None,
+    starts: Sequence[Network] | None = None,
+) -> dict[str, Any]:
     """Train with each seed and each rate, by stochastic gradient descent.
 
     A seed decides how the data are split, the order in which they come and the first parameters, whatever the network
@@ -101,28 +119,39 @@ def sweep(network: Network, plan: Plan, looks: dict[str, Look]) -> dict[str, Any
         network: what is trained.
         plan: how.
         looks: what is seen of it.
+        probes: what is seen of the first step, and of the step after each look but the last.
+        starts: networks that differ from this one in their first parameters alone; each of them is trained, and all
+            arrays have an axis of them after that of the seeds.
 
     Returns:
-        For each look its arrays, with axes (seeds, rates, looks) before their own, and under "loss" the mean loss of
-        the steps since the look before.
+        For each look and probe its arrays, with axes (seeds, rates, looks) before their own, and under "loss" the mean
+        loss of the steps since the look before.
     """
-    given = [(parts_of(seed, plan), network.init(seed), _order(seed, plan)) for seed in range(plan.seeds)]
-    data, begin, order = jax.tree.map(lambda *arrays: np.stack(arrays), *given)
+    given = [(parts_of(seed, plan), _init(network, starts, seed), _order(seed, plan)) for seed in range(plan.seeds)]
+    data, begin, order = _stack(given)
 
     def run(data: Parts, begin: Any, order: Array, rate: Array) -> dict[str, Any]:
-        descent = optax.sgd(optax.linear_schedule(rate, 0.0, plan.steps) if plan.decay else rate)
+        rate_of = optax.linear_schedule(rate, 0.0, plan.steps) if plan.decay else optax.constant_schedule(rate)
+        descent = optax.sgd(rate_of)
         step = partial(_step, network, descent, data.training)
 
         def stretch(carry: Any, order: Array) -> tuple[Any, dict[str, Any]]:
+            params, states, _, done = carry
+            chosen = Rows(data.training.x[order[0]], data.training.labels[order[0]])
+            first = Step(params, states, chosen, jnp.asarray(rate_of(done)), done)
+            found = {name: probe(first, data) for name, probe in (probes or {}).items()}
             carry, losses = jax.lax.scan(step, carry, order)
             params, states, *_ = carry
-            return carry, {name: look(params, states, data) for name, look in looks.items()} | {"loss": losses.mean()}
+            found |= {name: look(params, states, data) for name, look in looks.items()}
+            return carry, found | {"loss": losses.mean()}
 
         params, states = begin
         first: Any = (params, states, descent.init(params), jnp.int32(0))
         return jax.lax.scan(stretch, first, order.reshape(plan.looks, -1, plan.batch_size))[1]
 
-    of_all = jax.vmap(jax.vmap(run, (None, None, None, 0)), (0, 0, 0, None))
+    of_rates = jax.vmap(run, (None, None, None, 0))
+    of_starts = of_rates if starts is None else jax.vmap(of_rates, (None, 0, None, None))
+    of_all = jax.vmap(of_starts, (0, 0, 0, None))
     return jax.device_get(  # type: ignore[no-any-return]
         jax.jit(of_all)(data, begin, order, np.asarray(plan.rates, np.float32))
     )
@@ -166,6 +195,14 @@ def parts_of(seed: int, plan: Plan) -> Parts:
     noisy = rng.permutation(len(labels))[: round(plan.label_noise * len(labels))]
     labels[noisy] = rng.integers(0, CLASSES, len(noisy))
     return Parts(Rows(x, labels), validation, test)
+
+
+def _init(network: Network, starts: Sequence[Network] | None, seed: int) -> Any:
+    return network.init(seed) if starts is None else _stack([each.init(seed) for each in starts])
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *trees)
 
 
 def _step(network: Network, descent: Any, rows: Rows, carry: Any, chosen: Array) -> tuple[Any, Array]:

@@ -1,5 +1,7 @@
 """What trains the networks of studies: nothing here asserts how accurate a network becomes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,8 @@ def test_training_is_gradient_descent_and_looks_see_it_on_the_way(decay):
     plan = Plan((0.5, 0.1), 2, 2, 8, rows=20, looks=2, decay=decay)
     assert (plan.steps, plan.look_steps) == (4, [2, 4])
     network = Dense((64, 5, 10), Bias())
-    found = sweep(network, plan, {"params": lambda params, states, data: params})
+    probes = {"step": lambda step, data: (step.params, step.batch.labels, step.rate, step.number)}
+    found = sweep(network, plan, {"params": lambda params, states, data: params}, probes)
     data, order, (params, states) = parts_of(1, plan), order_of(1, plan).reshape(4, 2), network.init(1)
     losses = []
     for step, chosen in enumerate(order):
@@ -68,6 +71,10 @@ def test_training_is_gradient_descent_and_looks_see_it_on_the_way(decay):
             lambda params, rows=rows: loss_of(network, params, states, rows, 0), has_aux=True
         )(params)
         rate = 0.1 * (1 - step / 4 if decay else 1)
+        if step % 2 == 0:
+            expected = (params, rows.labels, np.float32(rate), step)
+            seen = jax.tree.map(lambda array, look=step // 2: array[1, 1, look], found["step"])
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), seen, expected)
         params = jax.tree.map(lambda value, grad, rate=rate: value - rate * grad, params, grads)
         losses.append(float(loss))
         if step + 1 in plan.look_steps:

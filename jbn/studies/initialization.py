@@ -1,0 +1,310 @@
+"""``initialization``: how much the scale of the first kernels matters, and what a depth of layers does to gradients."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from jbn.studies.deep import Deep, measure_growth, measure_scale
+from jbn.studies.figures import draw_heat, panels
+from jbn.studies.intervals import Interval, choose_rate, decide, interval
+from jbn.studies.networks import BatchNorm, Bias, Norm
+from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
+from jbn.studies.training import CHANCE, Plan, accuracies, sweep
+
+Judge: TypeAlias = Callable[[Summary], Outcome]
+
+WIDTH = 32
+BATCH = 64
+EPSILON, NEGLIGIBLE = 1e-5, 1e-20  # what jbn adds to a variance unless told otherwise; what changes no float32 here
+SCALED: dict[str, Any] = {"rows": 256, "steps": 5, "rate": 0.1}  # of the networks whose kernels are scaled
+# In float32 a sum of some hundred products is off by some 1e-6 of its size, and what is trained on it by some more.
+ROUNDING = 1e-4
+NOTICED = 0.01  # a share that would be seen
+SKIPPED = 5  # layers at each end of a deep network whose gradients have not come to grow evenly
+YANG = math.sqrt(math.pi / (math.pi - 1))  # 1.21
+NEAR = 0.03  # from it, and still the same: the limit is one of width and of batch
+
+# By their names in the table.
+ARMS: dict[str, Norm] = {"none": Bias(), "batch": BatchNorm(0.9)}
+LABELS = {"none": "no norm", "batch": "batch norm"}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured at a size: depths, gains, seeds, learning rates, steps; the network whose gradients grow."""
+
+    depths: tuple[int, ...]
+    gains: tuple[float, ...]
+    seeds: int
+    rates: tuple[float, ...]
+    steps: int
+    growth: dict[str, int]
+
+
+GAINS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+EXTENTS: dict[str, Extent] = {
+    "quick": Extent((3, 5), (0.01, 1.0), 2, (0.05, 0.5), 4, {"layers": 14, "width": 32, "rows": 64}),
+    "default": Extent(
+        (3, 6, 10, 20),
+        GAINS,
+        10,
+        (0.003, 0.02, 0.13, 0.9, 6.0),
+        100,
+        {"layers": 30, "width": 256, "rows": 1000},
+    ),
+    "full": Extent(
+        (3, 5, 7, 10, 14, 20),
+        GAINS,
+        20,
+        (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+        300,
+        {"layers": 50, "width": 512, "rows": 1000},
+    ),
+}
+
+
+def cells(size: Size) -> list[Cell]:
+    """Return a cell for each depth of each arm, and one for each of what is measured before training."""
+    extent = EXTENTS[size]
+    trained = {"gains": list(extent.gains), "seeds": extent.seeds, "rates": list(extent.rates), "steps": extent.steps}
+    return [
+        *(
+            Cell(f"{arm}-{depth}", {"kind": "trained", "arm": arm, "depth": depth} | trained, work=depth)
+            for arm in ARMS
+            for depth in extent.depths
+        ),
+        Cell("scale", {"kind": "scale", "gains": list(extent.gains), "seeds": extent.seeds}),
+        *(
+            Cell(f"growth-{arm}", {"kind": "growth", "arm": arm, "seeds": extent.seeds} | extent.growth, work=2)
+            for arm in ARMS
+        ),
+    ]
+
+
+def measure(settings: Settings) -> Numbers:
+    """Return the numbers of a cell, with an axis of seeds first."""
+    given = {name: value for name, value in settings.items() if name not in ("kind", "arm")}
+    if settings["kind"] == "growth":
+        return {"gradients": measure_growth(norm=ARMS[settings["arm"]], **given)}
+    if settings["kind"] == "scale":
+        given["gains"] = tuple(given["gains"])
+        found = {name: measure_scale(epsilon=each, **given, **SCALED) for name, each in _EPSILONS.items()}
+        return {f"{name} {epsilon}": values for epsilon, each in found.items() for name, values in each.items()}
+    norm = ARMS[settings["arm"]]
+    starts = [Deep(settings["depth"], WIDTH, norm, gain) for gain in settings["gains"]]
+    plan = Plan(tuple(settings["rates"]), settings["seeds"], BATCH, BATCH * settings["steps"])
+    found = sweep(starts[0], plan, {"seen": accuracies(starts[0])}, starts=starts)["seen"]
+    return {name: found._asdict()[name][..., -1] for name in ("validation", "test", "diverged")}
+
+
+_EPSILONS = {"exact": NEGLIGIBLE, "usual": EPSILON}
+
+
+def summarize(measured: Sequence[Measured]) -> Summary:
+    """Return the accuracies of each pair of depth and gain at its own rate, and what was measured before training."""
+    trained = [each for each in measured if each.settings["kind"] == "trained"]
+    settings = trained[0].settings
+    (scale,) = (each for each in measured if each.settings["kind"] == "scale")
+    growth = {each.settings["arm"]: each for each in measured if each.settings["kind"] == "growth"}
+    return {
+        "gains": settings["gains"],
+        "depths": sorted({each.settings["depth"] for each in trained}),
+        "seeds": settings["seeds"],
+        "rates": len(settings["rates"]),
+        "steps": settings["steps"],
+        "cells": [row for each in trained for row in _summarize(each.settings, each.numbers)],
+        "scale": {name: _round(values) for name, values in scale.numbers.items()},
+        "growth": {arm: _round(_growth(each.numbers["gradients"])) for arm, each in growth.items()},
+        "deep": {name: growth["batch"].settings[name] for name in ("layers", "width", "rows")},
+    }
+
+
+def _summarize(settings: Settings, numbers: Numbers) -> list[dict[str, Any]]:
+    rows = []
+    for index, gain in enumerate(settings["gains"]):
+        seen = {name: np.asarray(values, float)[:, index] for name, values in numbers.items()}
+        chosen = choose_rate(seen["validation"])
+        test = 100 * seen["test"][:, chosen.index]
+        rows.append(
+            {name: settings[name] for name in ("arm", "depth")}
+            | {
+                "gain": gain,
+                "rate": settings["rates"][chosen.index],
+                "edge": chosen.edge,
+                "diverged": int(seen["diverged"][:, chosen.index].sum()),
+                "test": _round(test),
+                "interval": asdict(interval(test)),
+            }
+        )
+    return rows
+
+
+def _growth(gradients: Any) -> np.ndarray:
+    """Return by how much the gradient grows from a layer to the one before, in the middle of the network."""
+    logs = np.log(np.asarray(gradients, float))[:, SKIPPED : -SKIPPED or None]
+    return np.exp((logs[:, 0] - logs[:, -1]) / (logs.shape[1] - 1))  # type: ignore[no-any-return]
+
+
+def _round(values: Any) -> Any:
+    return np.vectorize(lambda value: float(f"{value:.9g}"))(np.asarray(values, float)).tolist()
+
+
+def _grid(summary: Summary, arm: str) -> np.ndarray:
+    """Return accuracies on test rows (seeds, depths, gains), percent."""
+    found = {(row["depth"], row["gain"]): row["test"] for row in summary["cells"] if row["arm"] == arm}
+    rows = [[found[depth, gain] for gain in summary["gains"]] for depth in summary["depths"]]
+    return np.moveaxis(np.asarray(rows, float), 2, 0)
+
+
+def _tell(found: Interval, form: str = ".1f") -> str:
+    return f"{found.mean:{form}} ({found.low:{form}} to {found.high:{form}})"
+
+
+def _depends_less(summary: Summary) -> Outcome:
+    spreads = {arm: np.ptp(_grid(summary, arm), axis=2).mean(1) for arm in ARMS}
+    by = interval(spreads["batch"] - spreads["none"])
+    told = {arm: _tell(interval(each)) for arm, each in spreads.items()}
+    sentence = (
+        f"Between the best and the worst gain of a depth lie {told['batch']} points with batch norm, {told['none']} "
+        f"without: {_tell(by)} more, on average over the depths."
+    )
+    return Outcome(sentence, decide(by, most=0))
+
+
+def _stays(name: str, epsilon: str, what: str, most: float) -> Judge:
+    """Return the judgement whether the scale changes something by no more than a share, at whatever gain."""
+
+    def judge(summary: Summary) -> Outcome:
+        values = np.asarray(summary["scale"][f"{name} {epsilon}"], float)
+        off = np.abs(values - 1) if name == "product" else values
+        by_gain = off.mean(0)
+        worst = int(by_gain.argmax())
+        by = interval(off.max(1))
+        sentence = f"{what} by {_tell(by, '.1e')} at most, with ε = {_EPSILONS[epsilon]:g}"
+        others = [f"{each:.1e} at {gain:g}" for gain, each in zip(summary["gains"], by_gain, strict=True)]
+        return Outcome(f"{sentence}, at gain {summary['gains'][worst]:g}; {', '.join(others)}.", decide(by, most=most))
+
+    return judge
+
+
+def _grows(*, least: float, most: float = math.inf) -> Judge:
+    def judge(summary: Summary) -> Outcome:
+        by, other = (interval(summary["growth"][arm]) for arm in ("batch", "none"))
+        deep = summary["deep"]
+        sentence = (
+            f"From a layer to the one before it the gradient of the kernel is {_tell(by, '.3f')} times as large, "
+            f"without batch norm {_tell(other, '.3f')}; {deep['layers']} layers of {deep['width']}, "
+            f"{deep['rows']} rows."
+        )
+        return Outcome(sentence, decide(by, least=least, most=most))
+
+    return judge
+
+
+CLAIMS = (
+    Claim(
+        "Batch norm makes training depend less on the scale of the first parameters",
+        "Ioffe and Szegedy 2015, sections 1 and 3.3",
+        _depends_less,
+    ),
+    Claim(
+        "BN((aW)x) = BN(Wx) for any a",
+        "Ioffe and Szegedy 2015, section 3.3",
+        _stays("logits", "exact", "The logits differ", ROUNDING),
+    ),
+    Claim(
+        "Larger weights have gradients smaller by as much: |∇||W| stays",
+        "Ioffe and Szegedy 2015, section 3.3",
+        _stays("product", "exact", "It differs", ROUNDING),
+    ),
+    Claim(
+        "What a learning rate does depends on its ratio to |W|²: at a times the scale, a² times the rate does the same",
+        "van Laarhoven 2017, section 2; Hoffer et al. 2018, section 3",
+        _stays("trained", "exact", f"After {SCALED['steps']} steps the logits differ", ROUNDING),
+    ),
+    Claim(
+        "ε changes nothing of this: it is there for numerical stability",
+        "Ioffe and Szegedy 2015, algorithm 1",
+        _stays("logits", "usual", "The logits differ", NOTICED),
+    ),
+    Claim(
+        "With batch norm gradients explode with depth before training",
+        "Yang et al. 2019, abstract",
+        _grows(least=1),
+    ),
+    Claim(
+        f"With ReLU they grow by {YANG:.2f} a layer, √(π/(π - 1)), in the limit of width and batch (within {NEAR:g})",
+        "Yang et al. 2019, section 4",
+        _grows(least=YANG - NEAR, most=YANG + NEAR),
+    ),
+)
+
+
+def tabulate(summary: Summary) -> Sheet:
+    """Return accuracies on test rows, a row per depth of each arm, a column per gain."""
+    rows = []
+    for arm in ARMS:
+        found = {(row["depth"], row["gain"]): row["interval"] for row in summary["cells"] if row["arm"] == arm}
+        for depth in summary["depths"]:
+            texts = (Interval(**found[depth, gain]) for gain in summary["gains"])
+            rows.append((f"{arm} {depth}", *(f"{each.mean:.0f} ±{each.half:.0f}" for each in texts)))
+    notes = [
+        f"Test accuracy (%) with its 95 % interval over {summary['seeds']} seeds (Student's t), by hidden layers "
+        "(none: with a bias; batch: with batch norm) and by the gain of all kernels, 1 as He et al. 2015 draw them. "
+        f"digits, layers of {WIDTH}, {summary['steps']} steps of {BATCH} rows; each cell at its own best of "
+        f"{summary['rates']} rates, by validation rows. Chance is {CHANCE:.0%}.",
+    ]
+    for edge in ("lowest", "highest"):
+        where = [f"{row['arm']} {row['depth']} at {row['gain']:g}" for row in summary["cells"] if row["edge"] == edge]
+        if where:
+            notes.append(
+                f"The best rate is the {edge} of the grid, and a better one may lie outside: {', '.join(where)}."
+            )
+    diverged = [
+        f"{row['diverged']} of {row['arm']} {row['depth']} at {row['gain']:g}"
+        for row in summary["cells"]
+        if row["diverged"]
+    ]
+    if diverged:
+        notes.append(f"Seeds that diverged, and count as chance: {', '.join(diverged)}.")
+    return Sheet(("layers", *(f"{gain:g}" for gain in summary["gains"])), tuple(rows), tuple(notes))
+
+
+def draw(summary: Summary) -> Figure:
+    """Draw accuracies on test rows by gain and depth, a panel per arm."""
+    means = {arm: _grid(summary, arm).mean(0) for arm in ARMS}
+    spans = {arm: f"{each.min():.0f} to {each.max():.0f} %" for arm, each in means.items()}
+    gains, depths = summary["gains"], summary["depths"]
+    title = (
+        f"From gain {gains[0]:g} to {gains[-1]:g} and from {depths[0]} to {depths[-1]} layers, networks with batch "
+        f"norm come to {spans['batch']} of the test rows, those without to {spans['none']}"
+    )
+    note = (
+        f"Accuracy on test rows of digits (%), means of {summary['seeds']} seeds, each cell at its own best of "
+        f"{summary['rates']} learning rates; {summary['steps']} steps of {BATCH} rows. Gain: of all kernels, 1 as He "
+        "et al. 2015 draw them for ReLU."
+    )
+    figure, grid = panels(title, note, [LABELS[arm] for arm in ARMS], height=4.2, sharey=True)
+    for axes, values in zip(grid, means.values(), strict=True):
+        draw_heat(axes, values, ".0f", (100 * CHANCE, 100))
+        axes.set_xticks(range(len(gains)), [f"{gain:g}" for gain in gains])
+        axes.set_yticks(range(len(depths)), [str(depth) for depth in depths])
+        axes.set_xlabel("gain of the first kernels")
+    grid[0].set_ylabel("hidden layers")
+    return figure
+
+
+INITIALIZATION = Study(
+    "initialization",
+    "How much does the scale of the first parameters matter with batch norm, and what does depth do to gradients?",
+    CLAIMS,
+    cells,
+    measure,
+    summarize,
+    tabulate,
+    draw,
+)
