@@ -8,12 +8,13 @@ from rich.console import Console
 
 from jbn.lab.errors import OptionError
 from jbn.studies.batch_size import BATCH_SIZE
+from jbn.studies.inference import INFERENCE
 from jbn.studies.perform import perform
 from jbn.studies.regularization import REGULARIZATION
 from jbn.studies.study import Size, Study
 
 ALL = "all"
-STUDIES = {study.name: study for study in (BATCH_SIZE, REGULARIZATION)}
+STUDIES = {study.name: study for study in (BATCH_SIZE, REGULARIZATION, INFERENCE)}
 
 
 def run(
