@@ -98,8 +98,9 @@ def test_the_title_of_the_figure_says_what_came_out():
     figure = study.draw(study.summarize(measured(**better)))
     title = " ".join(figure.get_suptitle().split())
     assert title == (
-        "Batches of 40, in the first 2 steps: errors 29.7 % by running statistics of momentum 0.9, 39.7 % by 0.99, "
-        "19.7 % by all training rows; at the end 19.7, 19.7 and 19.7 %. Momentum 0.1, batches of 4: 49.7 % at the end"
+        "Batches of 40, in the first 2 steps: by momentum 0.99 errors are 39.7 %, by 0.9 29.7 %, by all training rows "
+        "19.7 %; at the end they are 19.7, 19.7 and 19.7 %. Batches of 4: 0.1, which is what PyTorch calls 0.9, ends "
+        "with 49.7 %, 0.9 with 19.7 %"
     )
     assert len(figure.axes) == 2
     assert len(figure.legends[0].get_texts()) == len(study.DRAWN)
@@ -123,30 +124,34 @@ def test_recorded_statistics_are_those_of_a_norm_that_trains_with_them():
 
 
 def test_readouts_are_what_they_are_called():
-    """In float64 NumPy, layer by layer: of all training rows, of batches of test rows, and of all test rows."""
+    """Where the labels are what float64 NumPy answers by the statistics that a readout names, it makes no error."""
     network, data = Dense(study.WIDTHS, study.Recorded()), parts_of(0, Plan((0.1,), 1, 1, 1))
+    # A few rows of training, and darker: their statistics are not those of the test rows.
+    data = data._replace(training=data.training._replace(x=data.training.x[:50] ** 3))
     params, states = network.init(0)
-    found = study.evaluate(study.SMALL)(params, states, data)
-    # With kernels as they are drawn few rows lie near two classes: float32 may count one of them otherwise.
-    slack = 1.5 / len(data.test.labels)
-    groups = len(data.test.labels) // study.SMALL
-    assert abs(float(found[study.POPULATION]) - score(params, data.test, data.training.x)) < slack
-    assert abs(float(found[study.TEST]) - score(params, data.test, data.test.x)) < slack
-    parts = [type(data.test)(*(np.split(array, groups)[number] for array in data.test)) for number in range(groups)]
-    expected = np.mean([score(params, part, part.x) for part in parts])
-    assert abs(float(found[study.BATCHES]) - expected) < slack
-    fresh = np.float64(data.test.x)
-    for kernel in params["kernels"][:-1]:
-        fresh = np.maximum(fresh @ kernel / np.sqrt(1 + 1e-5), 0)
-    expected = ((fresh @ params["kernels"][-1]).argmax(1) == data.test.labels).mean()
-    assert abs(float(found["0.9"]) - expected) < slack
+    look, x = study.evaluate(study.SMALL), np.float64(data.test.x)
+    expected = {
+        study.POPULATION: answer(params, x, [np.float64(data.training.x)]),
+        study.TEST: answer(params, x, [x]),
+        study.BATCHES: answer(params, x, np.split(x, len(x) // study.SMALL)),
+        "0.9": answer(params, x, None),
+    }
+    for name, labels in expected.items():
+        found = look(params, states, data._replace(test=data.test._replace(labels=labels)))
+        # One row may lie so near two classes that float32 answers the other.
+        assert float(found[name]) > 1 - 1.5 / len(x), name
 
 
-def score(params, part, seen):
-    """Return the accuracy on the rows of a part, normalized by the statistics of the rows that are seen."""
-    x, seen = np.float64(part.x), np.float64(seen)
+def answer(params, x, batches):
+    """Return the classes of x, of which as many rows are normalized by each batch; by mean 0, variance 1 for None."""
     for kernel in params["kernels"][:-1]:
-        x, seen = x @ kernel, seen @ kernel
-        mean, deviation = seen.mean(0), np.sqrt(seen.var(0) + 1e-5)
-        x, seen = (np.maximum((each - mean) / deviation, 0) for each in (x, seen))
-    return ((x @ params["kernels"][-1]).argmax(1) == part.labels).mean()
+        x, batches = x @ kernel, batches and [batch @ kernel for batch in batches]
+        seen = [(batch.mean(0), batch.var(0)) for batch in batches] if batches else [(0, 1)]
+        x = np.concatenate([hidden(*pair) for pair in zip(np.split(x, len(seen)), seen, strict=True)])
+        batches = batches and [hidden(*pair) for pair in zip(batches, seen, strict=True)]
+    return (x @ params["kernels"][-1]).argmax(1)
+
+
+def hidden(x, seen):
+    mean, var = seen
+    return np.maximum((x - mean) / np.sqrt(var + 1e-5), 0)
