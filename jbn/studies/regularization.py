@@ -54,16 +54,14 @@ class Extent:
     dropouts: tuple[float, ...]
     noises: tuple[float, ...]
     seeds: int
-    rates: tuple[float, ...]
+    rates: int
     steps: int
 
 
 EXTENTS: dict[str, Extent] = {
-    "quick": Extent((USUAL, ROWS), (0.5,), (0.4,), 2, (0.1, 1.0), 4),
-    "default": Extent((2, 4, 8, 20, USUAL, ROWS), (0.2, 0.5), (0.0, 0.4), 10, (0.05, 0.2, 0.8, 3.2), 150),
-    "full": Extent(
-        (2, 4, 8, 20, USUAL, 100, ROWS), (0.1, 0.2, 0.5), (0.0, 0.2, 0.4), 20, (0.0125, 0.05, 0.2, 0.8, 3.2), 600
-    ),
+    "quick": Extent((USUAL, ROWS), (0.5,), (0.4,), 2, 2, 4),
+    "default": Extent((2, 4, 8, 20, USUAL, ROWS), (0.2, 0.5), (0.0, 0.4), 10, 4, 150),
+    "full": Extent((2, 4, 8, 20, USUAL, 100, ROWS), (0.1, 0.2, 0.5), (0.0, 0.2, 0.4), 20, 7, 600),
 }
 
 
@@ -100,13 +98,20 @@ def arms_of(extent: Extent) -> list[Arm]:
     return alone + [Arm(group, dropout) for group in (0, USUAL) for dropout in extent.dropouts]
 
 
+def rates_of(extent: Extent, noise: float) -> list[float]:
+    """Return the grid of a share of noise, for every arm: where labels are noise, less learning is better."""
+    lowest, highest = (0.2, 12.8) if noise == 0 else (0.0125, 0.8)
+    return [round(rate, 6) for rate in np.geomspace(lowest, highest, extent.rates).tolist()]
+
+
 def cells(size: Size) -> list[Cell]:
     """Return a cell for each arm and share of noise."""
     extent = EXTENTS[size]
     return [
         Cell(
             f"{arm.name.replace(' ', '')}-{noise}",
-            asdict(arm) | {"noise": noise, "rates": list(extent.rates), "seeds": extent.seeds, "steps": extent.steps},
+            asdict(arm)
+            | {"noise": noise, "rates": rates_of(extent, noise), "seeds": extent.seeds, "steps": extent.steps},
         )
         for noise in extent.noises
         for arm in arms_of(extent)
@@ -262,37 +267,22 @@ def _together_are_worse(noise: Callable[[Summary], float]) -> Callable[[Summary]
     return judge
 
 
+LUO = "Luo et al. 2019, section 2"
+HOFFER = "Hoffer et al. 2017, algorithm 1 and table 1"
+IOFFE = "Ioffe and Szegedy 2015, section 3.4"
 CLAIMS = (
     Claim(
         "The noise of batch statistics regularizes, and less the larger the batch: training and test come apart",
-        "Luo et al. 2019, section 2",
+        LUO,
         _gap_falls(CLEAN),
     ),
+    Claim("The same, where labels are noise that can be learned by heart", LUO, _gap_falls(NOISY)),
     Claim(
-        "The same, where labels are noise that can be learned by heart",
-        "Luo et al. 2019, section 2",
-        _gap_falls(NOISY),
+        "Statistics of small groups generalize better than those of the whole batch", HOFFER, _small_groups_help(CLEAN)
     ),
-    Claim(
-        "Statistics of small groups generalize better than those of the whole batch",
-        "Hoffer et al. 2017, algorithm 1 and table 1",
-        _small_groups_help(CLEAN),
-    ),
-    Claim(
-        "The same, where labels are noise",
-        "Hoffer et al. 2017, algorithm 1 and table 1",
-        _small_groups_help(NOISY),
-    ),
-    Claim(
-        "With batch norm dropout can be removed",
-        "Ioffe and Szegedy 2015, section 3.4",
-        _dropout_can_go(CLEAN),
-    ),
-    Claim(
-        "The same, where labels are noise",
-        "Ioffe and Szegedy 2015, section 3.4",
-        _dropout_can_go(NOISY),
-    ),
+    Claim("The same, where labels are noise", HOFFER, _small_groups_help(NOISY)),
+    Claim("With batch norm dropout can be removed", IOFFE, _dropout_can_go(CLEAN)),
+    Claim("The same, where labels are noise", IOFFE, _dropout_can_go(NOISY)),
     Claim(
         "Dropout before batch norm does worse than batch norm alone: it shifts the variance in training",
         "Li et al. 2019, sections 1 and 3, with half of the features dropped",
@@ -316,7 +306,7 @@ def tabulate(summary: Summary) -> Sheet:
         f"{ROWS} training labels that are drawn anew.",
         f"bn: batch norm by the statistics of so many rows of the whole batch of {ROWS}; drop: dropout of this share "
         f"after each activation; none: a bias alone. Each at its own best of {summary['rates']} rates, by validation "
-        f"rows; {summary['steps']} steps.",
+        f"rows, {summary['steps']} steps. Where labels are noise a low rate regularizes too, and any arm may have it.",
     ]
     at = {id(row): f"{row['arm']} at {row['noise']:.0%}" for row in summary["arms"]}
     if edges := [f"{at[id(row)]} ({row['edge']})" for row in summary["arms"] if row["edge"]]:
@@ -334,14 +324,13 @@ def _cell(values: Sequence[float]) -> str:
 def draw(summary: Summary) -> Figure:
     """Draw errors and gaps against the group, a column of panels per share of noise."""
     noises = [CLEAN(summary), *([NOISY(summary)] if len(summary["noises"]) > 1 else [])]
-    parts = [_title(summary, noise) for noise in noises]
     note = (
         f"{ROWS} of the digits to train with, all in one batch, two hidden layers of 128, {summary['steps']} steps; "
         f"mean and 95 % interval of {summary['seeds']} seeds, each arm at its best learning rate; the share dropped is "
         f"the best on validation rows"
     )
     names = [f"{what}, {_labels(noise)}" for what in ("errors", "gap") for noise in noises]
-    figure, grid = panels("\n".join(parts), note, names, columns=len(noises), height=6.6, sharex=True)
+    figure, grid = panels(_title(summary, noises), note, names, columns=len(noises), height=6.6, sharex=True)
     for number, axes in enumerate(grid):
         what, noise = ("test", "gap")[number // len(noises)], noises[number % len(noises)]
         groups = _groups(summary, noise)
@@ -362,22 +351,29 @@ def draw(summary: Summary) -> Figure:
         if number >= len(noises):
             axes.set_xlabel("rows of a group")
         if number % len(noises) == 0:
-            axes.set_ylabel("errors on test rows (%)" if what == "test" else "training less test accuracy (points)")
+            axes.set_ylabel("errors on test rows (%)" if what == "test" else "training less test (points)")
     put_legend_beside(figure, *grid)
     return figure
 
 
 def _labels(noise: float) -> str:
-    return f"{noise:.0%} of the labels noise" if noise else "labels as they are"
+    return f"{100 * noise:.0f} % of the labels noise" if noise else "labels as they are"
 
 
-def _title(summary: Summary, noise: float) -> str:
-    best, whole = _best_group(summary, noise), _find(summary, noise, ROWS)
-    errors = [f"{100 - float(_mean(row)):.1f} %" for row in (best, whole)]
-    return (
-        f"{_labels(noise).capitalize()}: normalized by groups of {best['group']} it errs in {errors[0]}, by the whole "
-        f"batch in {errors[1]}"
+def _errors(row: dict[str, Any]) -> str:
+    return f"{_points(1 - float(np.mean(row['test'])))} %"
+
+
+def _title(summary: Summary, noises: Sequence[float]) -> str:
+    lines = []
+    for noise in noises:
+        best, whole = _best_group(summary, noise), _find(summary, noise, ROWS)
+        errors = f"groups of {best['group']} err in {_errors(best)}, the whole batch of {ROWS} in {_errors(whole)}"
+        lines.append(f"{_labels(noise).capitalize()}: {errors}")
+    both, alone = (
+        " and ".join(_errors(_best_dropout(summary, noise, group)) for noise in noises) for group in (USUAL, 0)
     )
+    return "\n".join([*lines, f"Groups of {USUAL} and dropout: {both}; dropout without batch norm: {alone}"])
 
 
 def _percent(row: dict[str, Any], what: str) -> Interval:
