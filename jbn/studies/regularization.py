@@ -285,7 +285,7 @@ CLAIMS = (
     Claim("The same, where labels are noise", IOFFE, _dropout_can_go(NOISY)),
     Claim(
         "Dropout before batch norm does worse than batch norm alone: it shifts the variance in training",
-        "Li et al. 2019, sections 1 and 3, with half of the features dropped",
+        "Li et al. 2019, abstract, here with half of the features dropped",
         _together_are_worse(CLEAN),
     ),
 )
