@@ -1,0 +1,134 @@
+"""The study of regularization: nothing here asserts how accurate a network becomes."""
+
+import io
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jbn.studies import regularization as study
+from jbn.studies.gallery import run
+from jbn.studies.networks import Bias, Dense
+from jbn.studies.study import Measured
+from jbn.studies.terminal import show_sheet
+
+VERDICTS = {"holds", "does not hold", "not decided within the intervals"}
+UNDECIDED = "not decided within the intervals"
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return run("regularization", size="quick", out=tmp_path_factory.mktemp("studies"))
+
+
+def test_each_arm_has_its_numbers(quick):
+    extent, summary = study.EXTENTS["quick"], quick["summary"]
+    assert [row["arm"] for row in summary["arms"]] == [arm.name for arm in study.arms_of(extent)]
+    for row in summary["arms"]:
+        assert row["rate"] in study.rates_of(extent, row["noise"])
+        gaps = np.subtract(row["training"], row["test"])
+        np.testing.assert_allclose(row["gap"], gaps, atol=1e-5)
+        assert len(gaps) == extent.seeds
+    assert {claim["verdict"] for claim in quick["claims"]} <= VERDICTS
+
+
+def measured(gap=0.1, noises=(0.0, 0.4), seeds=4, **better):
+    """Return cells of equal accuracies, but ``arm_noise``, such as ``bn2_40``, are better on unseen rows by so much."""
+    cells = []
+    for noise in noises:
+        for arm in study.arms_of(study.EXTENTS["default"]):
+            name = f"{re.sub('[^a-z0-9]', '', arm.name)}_{noise:.0%}".strip("%")
+            test = 0.8 + better.get(name, 0) + 0.002 * np.arange(seeds)
+            unseen = np.stack([test - 0.1, test, test - 0.2], 1)
+            numbers = {
+                "training": np.full((seeds, 3), 0.8 + gap) + 0.001 * np.cos(np.arange(seeds) * arm.group)[:, None],
+                "validation": unseen,
+                "test": unseen,
+                "diverged": np.zeros((seeds, 3), bool),
+            }
+            settings = vars(arm) | {"noise": noise, "rates": [0.1, 0.2, 0.4], "seeds": seeds, "steps": 8}
+            cells.append(Measured(settings, numbers))
+    return cells
+
+
+def verdicts(cells):
+    summary = study.summarize(cells)
+    return [claim.judge(summary).verdict for claim in study.CLAIMS]
+
+
+def test_claims_can_be_refuted_and_hold():
+    assert verdicts(measured()) == [UNDECIDED] * 4 + ["holds"] * 2 + [UNDECIDED]
+    small = {f"bn{group}_{noise}": 0.05 / group**0.5 for group in (2, 4, 8, 20) for noise in (0, 40)}
+    assert verdicts(measured(**small, bn40drop05_0=-0.1, bn40drop02_0=-0.1)) == ["holds"] * 7
+    worse = {f"bn{group}_{noise}": -0.05 / group**0.5 for group in (2, 4, 8, 20, 40) for noise in (0, 40)}
+    assert verdicts(measured(**worse, bn40drop05_0=0.05, bn40drop05_40=0.05)) == ["does not hold"] * 7
+
+
+def test_the_best_group_and_share_are_those_of_validation_rows():
+    cells = measured(noises=(0.0,), bn2_0=0.01, drop02_0=0.02)
+    for cell in cells:
+        cell.numbers["test"] = 1 - cell.numbers["test"]
+    summary = study.summarize(cells)
+    assert study._best_group(summary, 0.0)["group"] == 2
+    assert study._best_dropout(summary, 0.0, 0)["dropout"] == 0.2
+    assert summary["arms"][0]["test"][0] == pytest.approx(0.19)
+
+
+def test_what_is_at_an_edge_and_what_diverged_is_said():
+    cells = measured()
+    cells[0].numbers["validation"] = cells[0].numbers["validation"][:, [1, 0, 2]]
+    cells[0].numbers["diverged"][0, 0] = True
+    notes = " ".join(study.tabulate(study.summarize(cells)).notes)
+    assert "a better one may lie outside: bn 2 at 0% (lowest)." in notes
+    assert "Seeds that diverged, and count as chance (10%): 1 of bn 2 at 0%." in notes
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_table_fits_its_terminal(width):
+    console = Console(file=io.StringIO(), width=width)
+    sheet = study.tabulate(study.summarize(measured()))
+    show_sheet(console, type(sheet)(sheet.heading, sheet.rows))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum("80.3 ±0.4" in line for line in lines) == len(sheet.rows)
+
+
+def test_the_title_of_the_figure_says_what_came_out():
+    figure = study.draw(study.summarize(measured(bn2_0=0.05, bn200_40=-0.1)))
+    title = " ".join(figure.get_suptitle().split())
+    assert title == (
+        "Labels as they are: groups of 2 err in 14.7 %, the whole batch of 200 in 19.7 % "
+        "40 % of the labels noise: groups of 2 err in 19.7 %, the whole batch of 200 in 29.7 % "
+        "Groups of 40 and dropout: 19.7 % and 19.7 %; dropout without batch norm: 19.7 % and 19.7 %"
+    )
+    assert len(figure.axes) == 4
+    assert len(figure.legends[0].get_texts()) == 4
+
+
+def test_dropout_keeps_the_mean_and_drops_others_at_each_step():
+    norm = study.Dropout(Bias(), 0.25)
+    params, state = norm.init(50, np.random.default_rng(0))
+    x = jnp.ones((200, 50))
+    first, kept = norm(params, state, x, True, jnp.int32(0))
+    second, _ = norm(params, kept, x, True, jnp.int32(1))
+    np.testing.assert_allclose(np.unique(first), [0, 4 / 3], rtol=1e-6)
+    # Of 10 000 numbers; five standard deviations of their share.
+    assert abs((np.asarray(first) == 0).mean() - 0.25) < 5 * (0.25 * 0.75 / 10000) ** 0.5
+    assert (first != second).any()
+    np.testing.assert_array_equal(norm(params, state, x, False, jnp.int32(0))[0], x)
+
+
+def test_layers_and_seeds_drop_different_features():
+    states = [Dense(study.WIDTHS, study.norm_of(study.Arm(0, 0.5))).init(seed)[1] for seed in (0, 1)]
+    keys = {tuple(key.tolist()) for of_seed in states for _, key in of_seed}
+    assert len(keys) == 4
+
+
+def test_arms_begin_alike():
+    kernels = [
+        Dense(study.WIDTHS, study.norm_of(arm)).init(3)[0]["kernels"] for arm in (study.Arm(2, 0), study.Arm(0, 0.5))
+    ]
+    for one, other in zip(*kernels, strict=True):
+        np.testing.assert_array_equal(one, other)
