@@ -27,15 +27,29 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.crossq import interval
-from jbn.studies.sequences import Effort, Norms, Reader, Sequences, Trained, split, steps_to, train
+from jbn.studies.sequences import (
+    Effort,
+    Norms,
+    Reader,
+    Sequences,
+    Trained,
+    begin,
+    loss,
+    no_push,
+    norms_of,
+    split,
+    steps_to,
+    train,
+)
 
 RESULTS = Path(__file__).parent / "results" / "sequences.json"
 PACKAGES = ("jax", "flax", "optax", "scikit-learn")
+# The norms, and the scale that they begin with.
 ARMS = {
-    "plain": Norms("none"),
-    "batch, γ = 0.1": Norms("batch", 0.1),
-    "batch, γ = 1": Norms("batch"),
-    "layer": Norms("layer"),
+    "plain": (Norms("none"), 1.0),
+    "batch, γ = 0.1": (Norms("batch"), 0.1),
+    "batch, γ = 1": (Norms("batch"), 1.0),
+    "layer": (Norms("layer"), 1.0),
 }
 OURS = "batch, γ = 0.1"
 LEVELS = {"digits": 0.85, "vowels": 0.9}  # the accuracy on validation rows to which steps are counted
@@ -90,14 +104,15 @@ def gradient_inputs(data: Sequences, name: str, batch: int) -> dict[str, tuple[n
 
 def gradients(arm: str, features: int, x: np.ndarray, labels: np.ndarray, seeds: int) -> list[float]:
     """Return ‖∂loss/∂hₜ‖ of the first step to that of the last, at initialization, the geometric mean over seeds."""
-    rows = Sequences(x, jnp.full(len(x), x.shape[1]), labels)
-    model = Reader(ARMS[arm], features, int(labels.max()) + 1, train=True)
+    rows, (norms, scale) = Sequences(x, jnp.full(len(x), x.shape[1]), labels), ARMS[arm]
+    model = Reader(norms, features, int(labels.max()) + 1, train=True)
 
-    def norms(seed: Array) -> Array:
-        variables = model.init(jax.random.key(seed), rows.x, rows.lengths)
-        return model.gradients(variables["params"], variables.get("batch_stats", {}), rows)
+    def of_seed(seed: Array) -> Array:
+        params, stats = begin(model, seed, jnp.float32(scale), rows)
+        grads, _ = jax.grad(partial(loss, model), 1, has_aux=True)(params, no_push(rows, features), stats, rows)
+        return norms_of(grads)
 
-    found = np.asarray(jax.jit(jax.vmap(norms))(jnp.arange(seeds)), np.float64).mean(0)
+    found = np.asarray(jax.jit(jax.vmap(of_seed))(jnp.arange(seeds)), np.float64).mean(0)
     return [float(value) for value in 10 ** (found - found[-1])]
 
 
@@ -164,8 +179,9 @@ def main(
     with Progress() as progress:
         for arm in ARMS:
             task = progress.add_task(arm, total=-(-steps // effort.look))
-            reader = Reader(ARMS[arm], features, classes)
-            found[arm] = train(reader, effort, parts, advance=partial(progress.advance, task))
+            norms, scale = ARMS[arm]
+            reader = Reader(norms, features, classes)
+            found[arm] = train(reader, effort, parts, scale, partial(progress.advance, task))
             loads.append(os.getloadavg()[0])
     result = {
         "versions": {name: version(name) for name in PACKAGES},

@@ -38,13 +38,20 @@ LOOKS = (
 
 def blank(title: str, note: str) -> tuple[Figure, Axes]:
     """Return a figure with a title, which says what is seen, and a note below it on what was done."""
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
-    axes = figure.subplots()
-    figure.suptitle(title, fontsize=12.5, x=0.01, ha="left")
-    axes.set_title(note, fontsize="small", loc="left", color="0.3")
-    axes.grid(color="0.4", alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, (axes,) = panels(title, (note,))
     return figure, axes
+
+
+def panels(title: str, notes: Sequence[str], *, columns: int = 1, height: float = 5.4) -> tuple[Figure, list[Axes]]:
+    """Return a figure of several panels, each with a note above it; row by row, ``height`` in inches in all."""
+    figure = Figure(figsize=(9, height), layout="constrained")
+    listed = figure.subplots(len(notes) // columns, columns, squeeze=False).ravel().tolist()
+    figure.suptitle(title, fontsize=12.5, x=0.01, ha="left")
+    for axes, note in zip(listed, notes, strict=True):
+        axes.set_title(note, fontsize="small", loc="left", color="0.3")
+        axes.grid(color="0.4", alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, listed
 
 
 def draw_intervals(axes: Axes, places: Sequence[float], found: Sequence[Interval], look: Look, label: str) -> None:
@@ -53,6 +60,15 @@ def draw_intervals(axes: Axes, places: Sequence[float], found: Sequence[Interval
     ends = [[each.mean - each.low for each in found], [each.high - each.mean for each in found]]
     style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
     axes.errorbar(places, means, ends, label=label, capsize=2.5, linewidth=1.4, markersize=6, elinewidth=1, **style)
+
+
+def draw_bands(axes: Axes, places: Sequence[float], found: Sequence[Interval], look: Look, label: str) -> None:
+    """Draw means as a line, with a marker here and there, and their intervals as a band: where bars would be dense."""
+    style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
+    every = max(1, len(places) // 8)
+    axes.plot(places, [each.mean for each in found], label=label, linewidth=1.4, markevery=every, **style)
+    low, high = ([getattr(each, end) for each in found] for end in ("low", "high"))
+    axes.fill_between(places, low, high, color=look.colour, alpha=0.15, linewidth=0)
 
 
 def put_legend_beside(figure: Figure, axes: Axes) -> None:

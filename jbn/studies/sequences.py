@@ -1,8 +1,8 @@
-"""Recurrent networks that read sequences of any lengths, with norms at each step, and what trains many of them at once."""
+"""Recurrent networks with norms at each step, for sequences of any lengths, and what trains many of them at once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from jbn import batch_norm
 from jbn.linen import BatchNorm
 
 REST = 0.1  # later steps than this share of the training rows has use the statistics of the last that it has
@@ -44,12 +45,10 @@ class Norms:
 
     Attributes:
         kind: of all of them.
-        scale: what γ begins with.
         recurrent: whether what comes from the hidden state, and the cell, are normalized too, and not the input alone.
     """
 
     kind: Literal["none", "batch", "layer"]
-    scale: float = 1.0
     recurrent: bool = True
 
 
@@ -77,8 +76,7 @@ class Cell(nn.Module):
         norms = self.norms
         if norms.kind == "none" or not (norms.recurrent or name == "input"):
             return z
-        options: dict[str, Any] = {"scale_init": nn.initializers.constant(norms.scale), "name": f"norm_{name}"}
-        options |= {"use_bias": name == "cell"}  # the gates have one for both
+        options: dict[str, Any] = {"name": f"norm_{name}", "use_bias": name == "cell"}  # the gates have one for both
         if norms.kind == "batch":
             return BatchNorm(not self.train, momentum=0.9, **options)(z, mask=valid)
         return nn.LayerNorm(**options)(z)
@@ -105,21 +103,81 @@ class Reader(nn.Module):
         (_, h), _ = layer((start, start), (x.swapaxes(0, 1), valid, push))
         return nn.Dense(self.classes)(h)
 
-    def gradients(self, params: Any, stats: Any, rows: Sequences) -> Array:
-        """Return log₁₀ ‖∂loss/∂hₜ‖ (T,) of a batch in training."""
 
-        def loss(push: Array) -> Array:
-            held = {"params": params, "batch_stats": stats}
-            logits, _ = self.clone(train=True).apply(held, rows.x, rows.lengths, push, mutable=["batch_stats"])
-            return cross_entropy(logits, rows.labels)
+def begin(reader: Reader, seed: Array, scale: Array, rows: Sequences) -> tuple[Any, Any]:
+    """Return the first parameters and statistics of a network, all of whose γ begin at ``scale``."""
+    variables = reader.init(jax.random.key(seed), rows.x[:2], rows.lengths[:2])
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * scale if path[-1].key == "scale" else leaf, variables["params"]
+    )
+    return params, variables.get("batch_stats", {})
 
-        return norms_through_time(loss, rows, self.features)
+
+def loss(reader: Reader, params: Any, push: Array, stats: Any, rows: Sequences) -> tuple[Array, Any]:
+    """Return the loss of a batch, and new statistics."""
+    held = {"params": params, "batch_stats": stats}
+    logits, new = reader.apply(held, rows.x, rows.lengths, push, mutable=["batch_stats"])
+    return cross_entropy(logits, rows.labels), new.get("batch_stats", {})
 
 
-def norms_through_time(loss: Callable[[Array], Array], rows: Sequences, features: int) -> Array:
-    """Return log₁₀ ‖∂loss/∂hₜ‖ (T,), of a loss as a function of what is added to the hidden states (T, N, features)."""
-    grads = jax.grad(loss)(jnp.zeros((rows.x.shape[1], len(rows.x), features)))
-    return jnp.log10(jnp.sqrt((grads**2).sum((1, 2))))
+@dataclass(frozen=True)
+class Tanh:
+    """A recurrent network of tanh units that begin with noise, as it is before training; sequences are of one length.
+
+    Attributes:
+        kind: of the norms.
+        apart: whether what comes from the hidden state and the input have a norm each, as in ``Cell``, or one of both.
+        identity: whether the recurrent kernel is the identity, as in Cooijmans et al. 2017, or any orthogonal matrix.
+        saturates: whether the derivative of tanh is its own, or is taken for 1.
+        features: hidden units.
+        noise: the standard deviation of the first hidden states.
+    """
+
+    kind: Literal["none", "batch", "layer"]
+    apart: bool = False
+    identity: bool = True
+    saturates: bool = True
+    features: int = 100
+    noise: float = 0.1
+
+    def gradients(self, seed: Array, scale: Array, rows: Sequences, classes: int) -> Array:
+        """Return log₁₀ ‖∂loss/∂hₜ‖ (T,) of a batch, where γ is ``scale``."""
+        keys, orthogonal = jax.random.split(jax.random.key(seed), 4), nn.initializers.orthogonal()
+        shape = (self.features, self.features)
+        recurrent = jnp.eye(self.features) if self.identity else orthogonal(keys[0], shape)
+        of_input = orthogonal(keys[1], (rows.x.shape[-1], self.features))
+        last = orthogonal(keys[2], (self.features, classes))
+        first = self.noise * jax.random.normal(keys[3], (len(rows.x), self.features))
+
+        def of_push(push: Array) -> Array:
+            def step(h: Array, inputs: Any) -> tuple[Array, None]:
+                x, push = inputs
+                parts = [h @ recurrent, x @ of_input]
+                z = sum(self._normalize(part, scale) for part in (parts if self.apart else [parts[0] + parts[1]]))
+                y = jnp.tanh(z)
+                return (y if self.saturates else z + jax.lax.stop_gradient(y - z)) + push, None
+
+            h, _ = jax.lax.scan(step, first, (rows.x.swapaxes(0, 1), push))
+            return cross_entropy(h @ last, rows.labels)
+
+        return norms_of(jax.grad(of_push)(no_push(rows, self.features)))
+
+    def _normalize(self, z: Array, scale: Array) -> Array:
+        if self.kind == "none":
+            return z
+        if self.kind == "layer":
+            return scale * (z - z.mean(-1, keepdims=True)) / jnp.sqrt(z.var(-1, keepdims=True) + 1e-6)
+        return batch_norm(z, jnp.full(self.features, scale))[0]
+
+
+def no_push(rows: Sequences, features: int) -> Array:
+    """Return the nothing (T, N, features) that is added to hidden states."""
+    return jnp.zeros((rows.x.shape[1], len(rows.x), features))
+
+
+def norms_of(grads: Array) -> Array:
+    """Return log₁₀ ‖∂loss/∂hₜ‖ (T,) of ∂loss/∂h (T, N, features)."""
+    return jnp.log10(jnp.maximum(jnp.sqrt((grads**2).sum((1, 2))), jnp.finfo(jnp.float32).tiny))
 
 
 def cross_entropy(logits: Any, labels: Array) -> Array:
@@ -172,11 +230,6 @@ def split(data: Sequences, effort: Effort) -> Parts:
     return Parts(training, validation, test, np.stack(batches))
 
 
-# The statistics to evaluate with, of those that training has left, with a leading axis of steps, and of the lengths of
-# training.
-Readout = Callable[[Any, Array], Any]
-
-
 def reuse_last(stats: Any, lengths: Array) -> Any:
     """Return statistics in which the steps that too few rows reach are those of the last step that enough did."""
     steps = jnp.arange(jax.tree.leaves(stats)[0].shape[0]) if jax.tree.leaves(stats) else jnp.arange(0)
@@ -184,17 +237,27 @@ def reuse_last(stats: Any, lengths: Array) -> Any:
     return jax.tree.map(lambda s: s[jnp.minimum(steps, last)], stats)
 
 
+def pool(stats: Any) -> Any:
+    """Return at every step the statistics of all steps together, of sequences of one length; steps are axis -2."""
+    if not isinstance(stats, dict) or "mean" not in stats:
+        return {name: pool(inner) for name, inner in stats.items()}
+    means, variances = np.asarray(stats["mean"]), np.asarray(stats["var"])
+    mean = means.mean(-2, keepdims=True)
+    var = (variances + (means - mean) ** 2).mean(-2, keepdims=True)
+    return {"mean": np.broadcast_to(mean, means.shape), "var": np.broadcast_to(var, means.shape)}
+
+
 class Trained(NamedTuple):
-    """What training has left."""
+    """What came of training."""
 
     validation: np.ndarray  # accuracies (looks, rates, seeds)
     test: np.ndarray  # likewise
-    begin: Any  # parameters and statistics, with an axis of seeds
-    end: Any  # likewise, with axes of rates and seeds
+    pooled: np.ndarray  # on test rows at the end by pooled statistics, (rates, seeds)
+    gradients: np.ndarray  # log₁₀ ‖∂loss/∂hₜ‖ at the first and at the last step of training, (2, rates, seeds, T)
 
 
 def train(
-    reader: Reader, effort: Effort, parts: Parts, readout: Readout = reuse_last, advance: Callable[[], Any] = int
+    reader: Reader, effort: Effort, parts: Parts, scale: float = 1.0, advance: Callable[[], Any] = int
 ) -> Trained:
     """Train a network at all rates with all seeds at once, by Adam with clipped gradients.
 
@@ -202,55 +265,64 @@ def train(
         reader: the network.
         effort: how long.
         parts: of ``split``.
-        readout: by what statistics it is evaluated.
+        scale: what every γ begins with.
         advance: is called after each look.
     """
+    start, learn, judge = _programs(reader)
+    rates, rows = np.asarray(effort.rates, np.float32), parts.training
+    seen: Sequences = jax.tree.map(lambda *both: np.concatenate(both, 1), parts.validation, parts.test)
+
+    def accuracies(params: Any, stats: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return those on validation and on test rows, (rates, seeds)."""
+        right = np.asarray(judge(params, stats, rows.lengths, seen))
+        at = parts.validation.labels.shape[1]
+        return right[..., :at].mean(-1), right[..., at:].mean(-1)
+
+    first = start(np.arange(effort.seeds), np.float32(scale), rows)
+    carry = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(rates), *leaf.shape)), first)
+    curves, norms = [], []
+    for done in range(0, effort.steps, effort.look):
+        carry, of_steps = learn(rates, rows, parts.batches[:, done : done + effort.look], carry)
+        norms.append(of_steps)
+        curves.append(accuracies(*carry[:2]))
+        advance()
+    validation, test = (np.stack(curve) for curve in zip(*curves, strict=True))
+    gradients = np.stack([np.asarray(norms[end])[:, :, end] for end in (0, -1)])
+    return Trained(validation, test, accuracies(carry[0], pool(carry[1]))[1], gradients)
+
+
+@lru_cache(8)
+def _programs(reader: Reader) -> tuple[Any, Any, Any]:
+    """Return what starts, trains and evaluates networks of all seeds and rates: one program whatever γ begins with."""
     learner = reader.clone(train=True)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 
-    def start(seed: Array, rows: Sequences) -> Any:
-        variables = learner.init(jax.random.key(seed), rows.x[:2], rows.lengths[:2])
-        return variables["params"], variables.get("batch_stats", {}), tx.init(variables["params"])
+    def start(seed: Array, scale: Array, rows: Sequences) -> Any:
+        params, stats = begin(learner, seed, scale, rows)
+        return params, stats, tx.init(params)
 
-    def step(rate: Array, rows: Sequences, carry: Any, batch: Array) -> Any:
-        params, stats, moving = carry
-        some = rows[batch]
+    def learn(rate: Array, rows: Sequences, batches: Array, carry: Any) -> Any:
+        def step(carry: Any, batch: Array) -> Any:
+            params, stats, moving = carry
+            some = rows[batch]
+            differentiate = jax.grad(partial(loss, learner), (0, 1), has_aux=True)
+            (grads, of_hidden), stats = differentiate(params, no_push(some, reader.features), stats, some)
+            updates, moving = tx.update(grads, moving, params)
+            params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+            return (params, stats, moving), norms_of(of_hidden)
 
-        def loss_fn(params: Any) -> Any:
-            held = {"params": params, "batch_stats": stats}
-            logits, new = learner.apply(held, some.x, some.lengths, mutable=["batch_stats"])
-            return cross_entropy(logits, some.labels), new.get("batch_stats", {})
+        return jax.lax.scan(step, carry, batches)
 
-        grads, stats = jax.grad(loss_fn, has_aux=True)(params)
-        updates, moving = tx.update(grads, moving, params)
-        return (jax.tree.map(lambda p, u: p - rate * u, params, updates), stats, moving), None
+    def judge(params: Any, stats: Any, known: Array, rows: Sequences) -> Array:
+        held = {"params": params, "batch_stats": reuse_last(stats, known)}
+        logits: Any = reader.apply(held, rows.x, rows.lengths)
+        return logits.argmax(-1) == rows.labels
 
-    def advance_to_look(rate: Array, rows: Sequences, batches: Array, carry: Any) -> Any:
-        return jax.lax.scan(partial(step, rate, rows), carry, batches)[0]
-
-    def of_all(function: Any, *seeds_of: int) -> Any:
-        """Map a function over seeds, and that over rates: of the arguments with a 1 here only over seeds."""
-        seeds = jax.vmap(function, in_axes=[None if kind == 2 else 0 for kind in seeds_of])
-        return jax.jit(jax.vmap(seeds, in_axes=[None if kind == 1 else 0 for kind in seeds_of]))
-
-    rates, rows = jnp.asarray(effort.rates), parts.training
-    begin = jax.jit(jax.vmap(start))(jnp.arange(effort.seeds), rows)
-    carry = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(rates), *a.shape)), begin)
-    learn, judge = of_all(advance_to_look, 2, 1, 1, 0), of_all(partial(accuracy, reader, readout), 1, 1, 0)
-    seen: list[list[np.ndarray]] = [[], []]
-    for first in range(0, effort.steps, effort.look):
-        carry = learn(rates, rows, parts.batches[:, first : first + effort.look], carry)
-        for curve, part in zip(seen, (parts.validation, parts.test), strict=True):
-            curve.append(np.asarray(judge(part, rows.lengths, carry[:2])))
-        advance()
-    return Trained(np.stack(seen[0]), np.stack(seen[1]), begin[:2], carry[:2])
-
-
-def accuracy(reader: Reader, readout: Readout, rows: Sequences, known: Array, learnt: Any) -> Array:
-    """Return the share of rows that are right, of parameters and statistics after training on the lengths ``known``."""
-    params, stats = learnt
-    logits: Any = reader.apply({"params": params, "batch_stats": readout(stats, known)}, rows.x, rows.lengths)
-    return (logits.argmax(-1) == rows.labels).mean()
+    return (
+        jax.jit(jax.vmap(start, (0, None, 0))),
+        jax.jit(jax.vmap(jax.vmap(learn, (None, 0, 0, 0)), (0, None, None, 0))),
+        jax.jit(jax.vmap(jax.vmap(judge), (0, 0, None, None))),
+    )
 
 
 def steps_to(level: float, curve: np.ndarray, look: int) -> list[int | None]:

@@ -20,7 +20,7 @@ def test_an_arm_is_told_at_the_rate_that_is_best_on_validation_rows():
     def curves(best, test):
         valid = np.zeros((1, 2, 3))
         valid[0, best] = 0.9
-        return Trained(valid, np.array([test]), None, None)
+        return Trained(valid, np.array([test]), np.array(test), np.zeros((2, 2, 3, 8)))
 
     found = {arm: curves(0, [[0.8, 0.8, 0.8], [1.0, 1.0, 1.0]]) for arm in sequences.ARMS}
     found[sequences.OURS] = curves(1, [[1.0, 1.0, 1.0], [0.7, 0.8, 0.6]])

@@ -1,13 +1,29 @@
 """The sequences that LSTMs are trained on, the cell, its gradient through time, and what is counted of its training."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jbn.studies.sequences import Effort, Norms, Reader, Sequences, reuse_last, split, steps_to, train
+from jbn.studies.sequences import (
+    Effort,
+    Norms,
+    Reader,
+    Sequences,
+    Tanh,
+    begin,
+    loss,
+    no_push,
+    norms_of,
+    pool,
+    reuse_last,
+    split,
+    steps_to,
+    train,
+)
 
 
 def test_seeds_have_splits_and_batches_of_their_own_and_no_row_twice():
@@ -24,7 +40,7 @@ def test_seeds_have_splits_and_batches_of_their_own_and_no_row_twice():
     assert (batches[0] != batches[1]).any()
 
 
-@pytest.mark.parametrize("norms", [Norms("none"), Norms("batch", 0.1), Norms("batch", recurrent=False), Norms("layer")])
+@pytest.mark.parametrize("norms", [Norms("none"), Norms("batch"), Norms("batch", recurrent=False), Norms("layer")])
 def test_what_pads_changes_nothing(norms):
     rng = np.random.default_rng(0)
     x, lengths = rng.standard_normal((6, 3, 2)).astype(np.float32), jnp.array([1, 2, 3, 3, 2, 3])
@@ -71,46 +87,78 @@ def test_steps_are_counted_to_the_first_look_that_reaches_the_level():
 
 def test_gradients_through_time_are_those_of_each_hidden_state():
     rng = np.random.default_rng(0)
-    x, labels = rng.standard_normal((6, 4, 2)).astype(np.float32), rng.integers(0, 2, 6)
-    rows = Sequences(x, np.full(6, 4), labels)
-    model = Reader(Norms("batch"), 3, 2)
-    variables = model.init(jax.random.key(0), rows.x, rows.lengths)
-    found = model.gradients(variables["params"], variables["batch_stats"], rows)
-
-    def loss(push):
-        held = model.clone(train=True)
-        logits, _ = held.apply(variables, x, rows.lengths, push, mutable=["batch_stats"])
-        return float(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean())
-
+    rows = Sequences(rng.standard_normal((6, 4, 2)).astype(np.float32), np.full(6, 4), rng.integers(0, 2, 6))
+    model = Reader(Norms("batch"), 3, 2, train=True)
+    params, stats = begin(model, 0, 0.5, rows)
+    assert {
+        float(leaf) for name in ("input", "recurrent", "cell") for leaf in params["ScanCell_0"][f"norm_{name}"]["scale"]
+    } == {0.5}
+    of_push = partial(loss, model, params, stats=stats, rows=rows)
+    found = 10 ** norms_of(jax.grad(of_push, has_aux=True)(no_push(rows, 3))[0])
+    value = jax.jit(of_push)
     for t in range(4):
         square = 0.0
         for place in np.ndindex(6, 3):
             push = np.zeros((4, 6, 3), np.float32)
             push[t, *place] = 0.01
-            square += ((loss(push) - loss(-push)) / 0.02) ** 2
-        np.testing.assert_allclose(10 ** float(found[t]), square**0.5, rtol=0.01)
+            square += ((float(value(push)[0]) - float(value(-push)[0])) / 0.02) ** 2
+        np.testing.assert_allclose(float(found[t]), square**0.5, rtol=0.01)
 
 
-def test_training_lowers_what_is_lost_at_every_rate_and_keeps_seeds_apart():
+def test_training_is_told_of_every_rate_and_seed():
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 80)
-    data = Sequences(
-        (labels[:, None, None] + 0.1 * rng.standard_normal((80, 3, 2))).astype(np.float32), labels * 0 + 3, labels
-    )
-    effort = Effort(2, 20, 4, 16, 10, (0.03, 0.1))
-    reader, parts, looks = Reader(Norms("batch"), 4, 2), split(data, effort), []
-    found = train(reader, effort, parts, advance=lambda: looks.append(0))
+    labels, noise = rng.integers(0, 2, 80), 0.1 * rng.standard_normal((80, 3, 2))
+    data = Sequences((labels[:, None, None] + noise).astype(np.float32), labels * 0 + 3, labels)
+    effort, looks = Effort(2, 20, 4, 16, 10, (1e-7, 0.1)), []
+    found = train(Reader(Norms("batch"), 4, 2), effort, split(data, effort), 0.1, lambda: looks.append(0))
     assert found.validation.shape == found.test.shape == (2, 2, 2)
+    assert found.pooled.shape == (2, 2)
     assert len(looks) == 2
-    for seed in range(2):
-        rows = jax.tree.map(lambda leaf, seed=seed: leaf[seed], parts.training)
+    at_first, at_last = found.gradients
+    assert at_first.shape == (2, 2, 3)
+    np.testing.assert_array_equal(at_first[0], at_first[1])  # nothing has moved
+    np.testing.assert_array_equal(found.test[0, 0], found.test[1, 0])  # nor does it at this rate
+    assert (at_last[1] != at_first[1]).all()
+    assert (at_first[0, 0] != at_first[0, 1]).all()
 
-        def loss(learnt):
-            params, stats = learnt
-            logits = reader.apply({"params": params, "batch_stats": stats}, rows.x, rows.lengths)
-            return float(optax.softmax_cross_entropy_with_integer_labels(logits, rows.labels).mean())
 
-        before = loss(jax.tree.map(lambda leaf, seed=seed: leaf[seed], found.begin))
-        for rate in range(2):
-            assert loss(jax.tree.map(lambda leaf, at=(rate, seed): leaf[at], found.end)) < before
-    assert all((leaf[:, 0] != leaf[:, 1]).any() for leaf in jax.tree.leaves(found.end))
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("saturates", [False, True])
+def test_the_gradient_of_a_tanh_network_is_the_product_of_its_steps(apart, saturates):
+    rng = np.random.default_rng(0)
+    rows = Sequences(rng.standard_normal((5, 3, 2)).astype(np.float32), np.full(5, 3), rng.integers(0, 2, 5))
+    network = Tanh("batch", apart, identity=True, saturates=saturates, features=3)
+    found = 10 ** np.asarray(network.gradients(jnp.int32(4), jnp.float32(0.7), rows, 2))
+    keys, orthogonal = jax.random.split(jax.random.key(4), 4), nn.initializers.orthogonal()
+    h = 0.1 * np.asarray(jax.random.normal(keys[3], (5, 3)), float)
+    of_input, last = np.asarray(orthogonal(keys[1], (2, 3)), float), np.asarray(orthogonal(keys[2], (3, 2)), float)
+
+    def norm(z):
+        return 0.7 * (z - z.mean(0)) / np.sqrt(z.var(0) + 1e-5)
+
+    kept = []
+    for t in range(3):
+        moving, given = h, rows.x[:, t].astype(float) @ of_input
+        through = moving if apart else moving + given
+        z = norm(moving) + norm(given) if apart else norm(through)
+        kept.append((through, 1 - np.tanh(z) ** 2 if saturates else np.ones_like(z)))
+        h = np.tanh(z)
+    logits = h @ last
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    g = (shares - np.eye(2)[rows.labels]) / 5 @ last.T
+    for t in reversed(range(3)):
+        np.testing.assert_allclose(found[t], np.linalg.norm(g), rtol=1e-3)
+        through, slope = kept[t]
+        g, deviation = g * slope, np.sqrt(through.var(0) + 1e-5)
+        normal = (through - through.mean(0)) / deviation
+        g = 0.7 * (g - g.mean(0) - normal * (g * normal).mean(0)) / deviation
+
+
+def test_pooled_statistics_are_those_of_all_steps():
+    x = np.random.default_rng(0).standard_normal((40, 3, 2)) * [[[1.0], [2.0], [3.0]]] + [[[0.0], [5.0], [1.0]]]
+    stats = {"cell": {"norm": {"mean": jnp.asarray(x.mean(0)), "var": jnp.asarray(x.var(0))}}}
+    found = pool(stats)["cell"]["norm"]
+    rows = x.reshape(-1, 2)
+    np.testing.assert_allclose(found["mean"], np.broadcast_to(rows.mean(0), (3, 2)), rtol=1e-5)
+    np.testing.assert_allclose(found["var"], np.broadcast_to(rows.var(0), (3, 2)), rtol=1e-5)
+    assert pool({}) == {}
