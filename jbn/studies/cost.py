@@ -308,7 +308,8 @@ def tabulate(summary: Summary) -> Sheet:
         "MB: kept from the forward to the backward pass, by what is differentiated; temp: temporaries of the whole "
         "step; moved: read and written, both by the compiler of this machine.",
         "remat: jax.checkpoint with jbn.remat_policy(), which computes what norms return again. Losses and gradients "
-        f"agree to {AGREE:g} before anything is timed; without norms they are others.",
+        f"agree to {AGREE:g} before anything is timed; without norms they are others. What the compilers of "
+        "TPUs and GPUs make of such steps: python -m benchmarks.passes chains, in a checkout.",
     )
     return Sheet(("step", "ms", "share", "kept", "temp", "moved"), tuple(rows), notes)
 

@@ -45,7 +45,7 @@ class Extent:
 
 
 EXTENTS: dict[str, Extent] = {
-    "quick": Extent(Effort(2, 20, 4, 16, 10, (0.01, 0.03)), ("none", SMALL, LARGE), 8, ("",)),
+    "quick": Extent(Effort(2, 20, 4, 16, 10, (0.01, 0.03)), (SMALL, LARGE), 8, ("",)),
     "default": Extent(Effort(10, 300, 32, 64, 10, (0.003, 0.01, 0.03, 0.1)), tuple(ARMS), 100, tuple(TANH)),
     "full": Extent(Effort(20, 800, 32, 64, 10, (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)), tuple(ARMS), 100, tuple(TANH)),
 }
