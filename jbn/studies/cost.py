@@ -255,8 +255,8 @@ def _saves(summary: Summary) -> Outcome:
     saved = 1 - kept[LEANER] / kept[OURS]
     shown = ", ".join(f"{arm} {_size(value)}" for arm, value in kept.items())
     sentence = (
-        f"Kept of a step of the {last}: {shown}. Of what jbn keeps otherwise, {_percent(saved)} % are saved; as much as "
-        f"50 % is {_percent(HALF)} % or more."
+        f"Kept of a step of the {last}: {shown}. Of what jbn keeps otherwise, {_percent(saved)} % are saved; as much "
+        f"as 50 % is {_percent(HALF)} % or more."
     )
     return Outcome(sentence, decide(Interval(saved, saved, saved), least=HALF))
 
