@@ -29,6 +29,7 @@ from benchmarks import readme
 from benchmarks.compilers import Program, compile, mesh, missing
 from benchmarks.layers import Layer, Torch
 from benchmarks.peers import Peer, installed
+from jbn.studies.cost import kept_bytes
 
 RESULTS = Path(__file__).parent / "results" / "costs.json"
 IMAGES = jax.ShapeDtypeStruct((256, 56, 56, 256), jnp.bfloat16)
@@ -60,12 +61,10 @@ def kept(peer: Peer, x: jax.ShapeDtypeStruct) -> float:
     """Return the bytes that `jax.vjp` keeps for the backward pass, in bytes of x."""
     layer, x = peer.layer(x.shape[-1], x.dtype, activation=jax.nn.relu), peer.images(x)
 
-    def residuals(params: Any, state: Any, x: Any) -> Any:
-        _, pull, _ = jax.vjp(lambda params, x: layer.apply(params, state, x, True), params, x, has_aux=True)
-        return jax.tree.leaves(pull)
+    def forward(varied: Any, state: Any) -> Any:
+        return layer.apply(varied[0], state, varied[1], True)
 
-    arrays = {id(v): v.aval for v in jax.make_jaxpr(residuals)(layer.params, layer.state, x).jaxpr.outvars}
-    return sum(a.size * a.dtype.itemsize for a in arrays.values()) / (x.size * x.dtype.itemsize)
+    return kept_bytes(forward, (layer.params, x), layer.state) / (x.size * x.dtype.itemsize)
 
 
 def kept_by_torch(x: jax.ShapeDtypeStruct) -> float:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 import jbn.linen
-from benchmarks.timing import Call, interleaved, quartiles
+from benchmarks.timing import quartiles
+from jbn.studies.timing import Call, interleaved
 
 
 def calls(layer: type[nn.Module]) -> dict[str, Call]:

@@ -23,7 +23,8 @@ import optax
 import jbn.linen
 from benchmarks.passes import Chain
 from benchmarks.resnet50 import ResNet50, Sizes
-from benchmarks.timing import interleaved, quartiles
+from benchmarks.timing import quartiles
+from jbn.studies.timing import interleaved
 
 CHAIN = (32, 28, 28, 64)
 IMAGES = (8, 128, 128, 3)

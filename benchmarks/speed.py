@@ -24,7 +24,8 @@ import numpy as np
 from benchmarks.layers import EPSILON, Torch
 from benchmarks.peers import Peer
 from benchmarks.specs import BATCH, Spec, batch_of
-from benchmarks.timing import Call, copying, interleaved, quartiles
+from benchmarks.timing import copying, quartiles
+from jbn.studies.timing import Call, interleaved
 
 FLOORS = {"forward": 3, "forward and backward": 8, "evaluation": 2}
 NATIVE = ("jbn", "Flax Linen", "Flax NNX")

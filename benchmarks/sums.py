@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array, lax
 
 from benchmarks.specs import BATCH, RESNET50
-from benchmarks.timing import copying, interleaved, quartiles
+from benchmarks.timing import copying, quartiles
+from jbn.studies.timing import interleaved
 
 SHAPES = tuple(spec for spec in RESNET50 if spec.example in ((56, 56, 64), (14, 14, 256)))
 

@@ -26,6 +26,7 @@ class Textbook(nn.Module):
         dense: the features of each.
         classes: how many logits there are.
         dtype: of the arithmetic, that of the images for None.
+        norm: makes the BN.
     """
 
     batch_norm: bool
@@ -33,6 +34,7 @@ class Textbook(nn.Module):
     dense: tuple[int, ...] = ()
     classes: int = CLASSES
     dtype: DTypeLike | None = None
+    norm: Callable[..., Any] = BatchNorm
 
     @nn.compact
     def __call__(
@@ -48,7 +50,7 @@ class Textbook(nn.Module):
             activation = None if preactivations and number == len(layers) else nn.relu
             if self.batch_norm:
                 mask = None if valid is None else valid.reshape(-1, *[1] * (x.ndim - 1))
-                x = BatchNorm(use_running_average=not train, momentum=MOMENTUM, activation=activation)(x, mask=mask)
+                x = self.norm(use_running_average=not train, momentum=MOMENTUM, activation=activation)(x, mask=mask)
             elif activation is not None:
                 x = activation(x)
         return x if preactivations else nn.Dense(self.classes, dtype=self.dtype)(x.reshape(len(x), -1))
@@ -63,11 +65,12 @@ class ResNet(nn.Module):
     classes: int = CLASSES
     dtype: DTypeLike | None = None
     momentum: float = MOMENTUM
+    norm: Callable[..., Any] = BatchNorm
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, valid: jax.Array | None = None) -> jax.Array:
         """Map images (n, h, w, c) to logits (n, classes)."""
-        norm = partial(BatchNorm, use_running_average=not train, momentum=self.momentum)
+        norm = partial(self.norm, use_running_average=not train, momentum=self.momentum)
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
         mask = None if valid is None else valid[:, None, None, None]
         x = norm(activation=nn.relu)(conv(16, (3, 3))(images), mask=mask)

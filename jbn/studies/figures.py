@@ -101,6 +101,15 @@ def draw_intervals(axes: Axes, places: Sequence[float], found: Sequence[Interval
     axes.errorbar(places, means, ends, label=label, capsize=2.5, linewidth=1.4, markersize=6, elinewidth=1, **style)
 
 
+def draw_bands(axes: Axes, places: Sequence[float], found: Sequence[Interval], look: Look, label: str) -> None:
+    """Draw means as a line, with a marker here and there, and their intervals as a band: where bars would be dense."""
+    style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
+    every = max(1, len(places) // 8)
+    axes.plot(places, [each.mean for each in found], label=label, linewidth=1.4, markevery=every, **style)
+    low, high = ([getattr(each, end) for each in found] for end in ("low", "high"))
+    axes.fill_between(places, low, high, color=look.colour, alpha=0.15, linewidth=0)
+
+
 def draw_heat(axes: Axes, values: Sequence[Sequence[float]] | np.ndarray, form: str, span: tuple[float, float]) -> None:
     """Draw a matrix as cells that are lighter the larger their value is, each with its number; NaN is an empty cell.
 

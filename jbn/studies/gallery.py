@@ -8,15 +8,19 @@ from rich.console import Console
 
 from jbn.lab.errors import OptionError
 from jbn.studies.batch_size import BATCH_SIZE
+from jbn.studies.cost import COST
 from jbn.studies.inference import INFERENCE
 from jbn.studies.initialization import INITIALIZATION
 from jbn.studies.perform import perform
+from jbn.studies.recurrent import RECURRENT
 from jbn.studies.regularization import REGULARIZATION
 from jbn.studies.shift import SHIFT
 from jbn.studies.study import Size, Study
 
 ALL = "all"
-STUDIES = {study.name: study for study in (INITIALIZATION, REGULARIZATION, SHIFT, INFERENCE, BATCH_SIZE)}
+STUDIES = {
+    study.name: study for study in (INITIALIZATION, REGULARIZATION, SHIFT, INFERENCE, BATCH_SIZE, COST, RECURRENT)
+}
 
 
 def run(

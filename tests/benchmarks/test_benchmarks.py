@@ -20,7 +20,8 @@ from benchmarks.layers import Layer
 from benchmarks.peers import PEERS, Peer
 from benchmarks.resnet50 import ResNet50, Sizes
 from benchmarks.specs import OTHERS, RESNET50, Spec, batch_of
-from benchmarks.timing import WARM, interleaved, quartiles
+from benchmarks.timing import quartiles
+from jbn.studies.timing import WARM, interleaved
 
 SMALL = Spec("Small", (4, 4, 8))
 JBN, FLAX = PEERS[:2]

@@ -1,0 +1,359 @@
+"""``cost``: what batch normalization adds to the time and the memory of a training step."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax import Array
+from matplotlib.figure import Figure
+
+from jbn import remat_policy
+from jbn.lab.models import NETWORKS
+from jbn.linen import BatchNorm
+from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
+from jbn.studies.intervals import Interval, decide, interval
+from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
+from jbn.studies.timing import interleaved
+
+# Of the loss and of the norm of its gradient: float32 in another order through all layers.
+AGREE = 1e-3
+SIGNIFICANT = 0.1  # share of the step
+HALF = 0.4  # of what is kept: about 50 %
+MINOR = 0.02  # of the time
+
+
+class OfFlax(nn.Module):
+    """Flax's batch norm, then addition and activation, called as jbn's is."""
+
+    use_running_average: bool
+    momentum: float
+    activation: Callable[[Array], Array] | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
+        """Return y."""
+        y = nn.BatchNorm(self.use_running_average, momentum=self.momentum, name="norm")(x, mask=mask)
+        y = y if residual is None else y + residual
+        return y if self.activation is None else self.activation(y)
+
+
+class Bias(nn.Module):
+    """No norm: a bias, then addition and activation, called as jbn's batch norm is."""
+
+    use_running_average: bool
+    momentum: float
+    activation: Callable[[Array], Array] | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
+        """Return y."""
+        y = x + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
+        y = y if residual is None else y + residual
+        return y if self.activation is None else self.activation(y)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A step: its name in the figure, what stands in the places of batch norm, and whether y is made twice."""
+
+    label: str
+    norm: Callable[..., Any]
+    again: bool = False
+
+
+# By their names in the table.
+ARMS = {
+    "none": Arm("no norm, a bias", Bias),
+    "Flax": Arm("batch norm of Flax", OfFlax),
+    "jbn": Arm("batch norm of jbn", BatchNorm),
+    "jbn, remat": Arm("jbn, outputs of norms computed again (remat_policy)", BatchNorm, again=True),
+}
+OURS, LEANER = "jbn", "jbn, remat"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured at a size: shapes of images by network, repeats, and rounds of each."""
+
+    shapes: dict[str, tuple[int, int, int, int]]
+    repeats: int
+    rounds: int
+
+
+EXTENTS: dict[str, Extent] = {
+    "quick": Extent({"conv": (8, 8, 8, 1)}, 2, 2),
+    "default": Extent({"dense": (128, 28, 28, 1), "conv": (32, 64, 64, 3), "resnet": (32, 32, 32, 3)}, 10, 7),
+    "full": Extent({"dense": (128, 28, 28, 1), "conv": (64, 64, 64, 3), "resnet": (128, 32, 32, 3)}, 20, 15),
+}
+
+
+def cells(size: Size) -> list[Cell]:
+    """Return a cell for each repeat of each network."""
+    extent = EXTENTS[size]
+    return [
+        Cell(
+            f"{network}-{repeat}", {"network": network, "shape": list(shape), "repeat": repeat, "rounds": extent.rounds}
+        )
+        for network, shape in extent.shapes.items()
+        for repeat in range(extent.repeats)
+    ]
+
+
+class Step(NamedTuple):
+    """A training step that is compiled."""
+
+    call: Callable[[], Any]
+    kept: int  # bytes between forward and backward
+    temporaries: int  # bytes beside arguments and outputs, at the peak
+    traffic: float  # bytes read and written, by the compiler of this machine
+    flops: float
+
+
+def kept_bytes(function: Callable[..., Any], varied: Any, *others: Any) -> int:
+    """Return the bytes that ``jax.vjp`` holds for the backward pass, each array counted once.
+
+    Args:
+        function: of ``varied`` and ``others``; returns what is differentiated, and more.
+        varied: what it is differentiated by.
+        others: more of its arguments.
+    """
+
+    def residuals(varied: Any, *others: Any) -> Any:
+        return jax.tree.leaves(jax.vjp(lambda varied: function(varied, *others), varied, has_aux=True)[1])
+
+    arrays = {id(variable): variable.aval for variable in jax.make_jaxpr(residuals)(varied, *others).jaxpr.outvars}
+    return sum(array.size * array.dtype.itemsize for array in arrays.values())  # type: ignore[attr-defined]
+
+
+@lru_cache(4)
+def prepare(network: str, shape: tuple[int, int, int, int]) -> dict[str, Step]:
+    """Return the step of each arm, compiled, after it was seen that all but the first compute the same."""
+    rng = np.random.default_rng(0)
+    images, labels = jnp.asarray(rng.standard_normal(shape, np.float32)), jnp.arange(shape[0]) % 10
+    steps = {name: _compile(network, arm, images, labels) for name, arm in ARMS.items()}
+    found = {name: [float(value) for value in step.call()[0]] for name, step in steps.items()}
+    for name in list(ARMS)[1:]:
+        if not np.allclose(found[name], found[OURS], rtol=AGREE, atol=0):
+            raise ArithmeticError(f"{network}: loss and gradient of {name} are {found[name]}, of {OURS} {found[OURS]}")
+    return steps
+
+
+def _compile(network: str, arm: Arm, images: Array, labels: Array) -> Step:
+    model, tx = NETWORKS[network](batch_norm=True, norm=arm.norm), optax.sgd(0.1, momentum=0.9)
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images[:2])
+    params, stats = variables["params"], variables.get("batch_stats", {})
+
+    def loss(params: Any, stats: Any, images: Array, labels: Array) -> tuple[Array, Any]:
+        logits, new = model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+
+    of_params = jax.checkpoint(loss, policy=remat_policy()) if arm.again else loss
+
+    def step(params: Any, moving: Any, stats: Any, images: Array, labels: Array) -> Any:
+        (value, new), grads = jax.value_and_grad(of_params, has_aux=True)(params, stats, images, labels)
+        updates, moving = tx.update(grads, moving)
+        return (value, optax.tree.norm(grads)), optax.apply_updates(params, updates), moving, new
+
+    args = (params, tx.init(params), stats, images, labels)
+    program = jax.jit(step).lower(*args).compile()
+    memory, told = program.memory_analysis(), program.cost_analysis() or {}
+    return Step(
+        lambda: program(*args),
+        kept_bytes(of_params, params, stats, images, labels),
+        memory.temp_size_in_bytes if memory else 0,
+        told.get("bytes accessed", math.nan),
+        told.get("flops", math.nan),
+    )
+
+
+def measure(settings: Settings) -> Numbers:
+    """Return the seconds of every round by arms, and what the programs need."""
+    steps = prepare(settings["network"], tuple(settings["shape"]))
+    seconds = interleaved({name: step.call for name, step in steps.items()}, settings["rounds"])
+    needs = {
+        name: {key: value for key, value in step._asdict().items() if key != "call"} for name, step in steps.items()
+    }
+    return {"seconds": seconds, "needs": needs}
+
+
+def summarize(measured: Sequence[Measured]) -> Summary:
+    """Return for each network and arm the ratios of times by repeats, medians of rounds, and what the programs need."""
+    networks = list(dict.fromkeys(each.settings["network"] for each in measured))
+    rows = []
+    for network in networks:
+        of_network = [each for each in measured if each.settings["network"] == network]
+        seconds = [{arm: np.asarray(each.numbers["seconds"][arm], float) for arm in ARMS} for each in of_network]
+        for arm in ARMS:
+            row = {"network": network, "arm": arm, "shape": of_network[0].settings["shape"]}
+            row["milliseconds"] = [round(1e3 * float(np.median(times[arm])), 4) for times in seconds]
+            for other in ("none", OURS):
+                row[f"by {other}"] = [round(float(np.median(times[arm] / times[other])), 5) for times in seconds]
+            rows.append(row | of_network[0].numbers["needs"][arm])
+    first = measured[0].settings
+    repeats = len(measured) // len(networks)
+    return {"networks": networks, "repeats": repeats, "rounds": first["rounds"], "device": _device(), "rows": rows}
+
+
+def _device() -> str:
+    return jax.devices()[0].device_kind
+
+
+def find(summary: Summary, network: str, arm: str) -> dict[str, Any]:
+    """Return what was found of a network with an arm."""
+    return next(row for row in summary["rows"] if (row["network"], row["arm"]) == (network, arm))  # type: ignore[no-any-return]
+
+
+def share(row: dict[str, Any]) -> Interval:
+    """Return which share of the step a norm takes: what the same step without any does not."""
+    return interval(1 - 1 / np.asarray(row["by none"]))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}"
+
+
+def _span(found: Interval) -> str:
+    return f"{_percent(found.mean)} ({_percent(found.low)} to {_percent(found.high)}) %"
+
+
+def _is_significant(summary: Summary) -> Outcome:
+    last = summary["networks"][-1]
+    shares = {arm: share(find(summary, last, arm)) for arm in ("Flax", OURS)}
+    others = [f"{name} {_percent(share(find(summary, name, OURS)).mean)} %" for name in summary["networks"][:-1]]
+    sentence = (
+        f"Of a step of the {last}, {_span(shares['Flax'])} with Flax's batch norm, {_span(shares[OURS])} with jbn's; "
+        f"significant is {_percent(SIGNIFICANT)} %."
+    )
+    if others:
+        sentence += f" jbn's in other networks: {', '.join(others)}."
+    return Outcome(sentence, decide(shares[OURS], least=SIGNIFICANT))
+
+
+def _is_bound(summary: Summary) -> Outcome:
+    last = summary["networks"][-1]
+    none, ours = find(summary, last, "none"), find(summary, last, OURS)
+    rest = none["flops"] / none["traffic"]
+    added = (ours["flops"] - none["flops"]) / (ours["traffic"] - none["traffic"])
+    sentence = (
+        f"Of the {last}, by the compiler of this machine, a step without norms computes {rest:.2f} operations for each "
+        f"byte that it reads or writes, and what batch norm adds {added:.2f}: bound by memory where the rest is not, "
+        "that is less than half."
+    )
+    return Outcome(sentence, decide(Interval(added / rest, added / rest, added / rest), most=0.5))
+
+
+def _saves(summary: Summary) -> Outcome:
+    last = summary["networks"][-1]
+    kept = {arm: find(summary, last, arm)["kept"] for arm in ARMS}
+    saved = 1 - kept[LEANER] / kept[OURS]
+    shown = ", ".join(f"{arm} {_size(value)}" for arm, value in kept.items())
+    sentence = (
+        f"Kept of a step of the {last}: {shown}. Of what jbn keeps otherwise, {_percent(saved)} % are saved; as much "
+        f"as 50 % is {_percent(HALF)} % or more."
+    )
+    return Outcome(sentence, decide(Interval(saved, saved, saved), least=HALF))
+
+
+def _is_minor(summary: Summary) -> Outcome:
+    last = summary["networks"][-1]
+    more = interval(np.asarray(find(summary, last, LEANER)["by jbn"]) - 1)
+    sentence = (
+        f"A step of the {last} takes {100 * more.mean:.1f} ({100 * more.low:.1f} to {100 * more.high:.1f}) % more."
+    )
+    return Outcome(sentence, decide(more, most=MINOR))
+
+
+IN_PLACE = "Bulò et al. 2018, abstract, of in-place activated batch norm; here jbn.remat_policy"
+CLAIMS = (
+    Claim(
+        "Batch norm accounts for a significant fraction of the time of training",
+        "Gitman and Ginsburg 2017, abstract, of ResNet-50 on a GPU",
+        _is_significant,
+    ),
+    Claim(
+        "It is bound by the bandwidth of memory",
+        "Gitman and Ginsburg 2017, abstract",
+        _is_bound,
+    ),
+    Claim(
+        "Up to 50 % of the memory is saved where what norms return is not kept but found again",
+        IN_PLACE,
+        _saves,
+    ),
+    Claim("That takes only 0.8 to 2 % more time", IN_PLACE, _is_minor),
+)
+
+
+def _size(value: float) -> str:
+    return f"{value / 1e6:.3g} MB"
+
+
+def tabulate(summary: Summary) -> Sheet:
+    """Return a row for each network and arm."""
+    rows = []
+    for row in summary["rows"]:
+        taken = share(row)
+        of_step = "-" if row["arm"] == "none" else f"{_percent(taken.mean)} ±{_percent(taken.half)}"
+        needs = (f"{row[name] / 1e6:.3g}" for name in ("kept", "temporaries", "traffic"))
+        rows.append((f"{row['network']}: {row['arm']}", f"{np.median(row['milliseconds']):.3g}", of_step, *needs))
+    shapes = [f"{name} {'×'.join(map(str, find(summary, name, OURS)['shape']))}" for name in summary["networks"]]
+    notes = (
+        f"A training step (SGD with momentum, float32) on {summary['device']}, images {', '.join(shapes)}. ms: median. "
+        f"Share: percent of the step that is gone without norms, with a 95 % interval over {summary['repeats']} "
+        f"repeats (Student's t); in each the steps take turns {summary['rounds']} times, and a ratio is of one turn.",
+        "MB: kept from the forward to the backward pass, by what is differentiated; temp: temporaries of the whole "
+        "step; moved: read and written, both by the compiler of this machine.",
+        "remat: jax.checkpoint with jbn.remat_policy(), which computes what norms return again. Losses and gradients "
+        f"agree to {AGREE:g} before anything is timed; without norms they are others. What the compilers of "
+        "TPUs and GPUs make of such steps: python -m benchmarks.passes chains, in a checkout.",
+    )
+    return Sheet(("step", "ms", "share", "kept", "temp", "moved"), tuple(rows), notes)
+
+
+def draw(summary: Summary) -> Figure:
+    """Draw the share of the step, and what is kept for the backward pass, by networks and arms."""
+    last = summary["networks"][-1]
+    ours, theirs = (share(find(summary, last, arm)) for arm in (OURS, "Flax"))
+    title = (
+        f"Batch norm takes {_percent(ours.mean)} % of a training step of the {last} with jbn, "
+        f"{_percent(theirs.mean)} % with Flax"
+    )
+    note = f"{summary['device']}; shares of the step with 95 % intervals of {summary['repeats']} repeats"
+    names = ("share of the step", "kept for the backward pass")
+    figure, (time, memory) = panels(title, note, names, height=4.6)
+    places = np.arange(len(summary["networks"]))
+    for number, ((name, arm), look) in enumerate(zip(ARMS.items(), LOOKS, strict=False)):
+        rows = [find(summary, network, name) for network in summary["networks"]]
+        at = (places + 0.15 * (number - 1.5)).tolist()
+        relative = [row["kept"] / find(summary, row["network"], "none")["kept"] for row in rows]
+        memory.plot(at, relative, look.marker, color=look.colour, markersize=7, label=arm.label)
+        if name != "none":
+            scaled = [Interval(*(100 * value for value in asdict(share(row)).values())) for row in rows]
+            draw_intervals(time, at, scaled, replace(look, line="none"), arm.label)
+    time.axhline(0, color="0.4", linewidth=0.8)
+    time.set(ylabel="share of the step (%)")
+    memory.set(ylabel="bytes, without norms = 1", ylim=(0, None))
+    for axes in (time, memory):
+        axes.set_xticks(places, summary["networks"])
+        axes.set_xlim(-0.5, len(places) - 0.5)
+    put_legend_beside(figure, memory)
+    return figure
+
+
+COST = Study(
+    "cost",
+    "What does batch normalization add to the time and the memory of a training step?",
+    CLAIMS,
+    cells,
+    measure,
+    summarize,
+    tabulate,
+    draw,
+)

@@ -1,0 +1,232 @@
+"""What is said about batch normalization in recurrent networks: which networks decide it, and how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jbn.studies.intervals import Interval, decide, interval
+from jbn.studies.sequences import Norms, Tanh
+from jbn.studies.study import Claim, Outcome, Summary, Verdict
+
+SCALES = (0.1, 0.3, 1.0)
+LEVEL = 0.85  # the accuracy on test rows to which steps of training are counted
+VANISHED = -1.0  # log₁₀ of what is left of a gradient that is said to vanish
+CONSTANT = 0.5  # log₁₀ of the factor within which a gradient is nearly constant
+SEVERE = 0.05  # loss of accuracy
+SUBSTANTIAL = 0.1  # share of the steps that are saved
+UNDECIDED: Verdict = "not decided within the intervals"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An LSTM that is trained: its name in the figure, its norms, and what γ begins with."""
+
+    label: str
+    norms: Norms
+    scale: float = 1.0
+
+
+# By their names in the table.
+ARMS = {
+    "none": Arm("none", Norms("none")),
+    "BN of input": Arm("batch norm of the input's part, γ = 1", Norms("batch", recurrent=False)),
+    "BN, γ = 0.1": Arm("batch norm, γ = 0.1", Norms("batch"), 0.1),
+    "BN, γ = 1": Arm("batch norm, γ = 1", Norms("batch")),
+    "layer norm": Arm("layer norm, γ = 1", Norms("layer")),
+}
+SMALL, LARGE = "BN, γ = 0.1", "BN, γ = 1"
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """A tanh network: its name in the table, and what it is."""
+
+    label: str
+    network: Tanh
+
+
+TANH = {
+    "": Untrained("", Tanh("batch")),
+    "tanh' taken for 1": Untrained("tanh'=1", Tanh("batch", saturates=False)),
+    "orthogonal": Untrained("orthogonal", Tanh("batch", identity=False)),
+    "two norms": Untrained("two norms", Tanh("batch", apart=True)),
+    "two norms, orthogonal": Untrained("two, orth.", Tanh("batch", apart=True, identity=False)),
+    "no norm": Untrained("no norm", Tanh("none")),
+    "layer norm": Untrained("layer norm", Tanh("layer")),
+}
+
+
+class NotMeasured(LookupError):
+    """A network that a size leaves out."""
+
+
+def find_tanh(summary: Summary, scale: float, network: str = "") -> dict[str, Any]:
+    """Return what was found of a tanh network at a γ."""
+    for row in summary["tanh"]:
+        if (row["network"], row["scale"]) == (network, scale):
+            return row  # type: ignore[no-any-return]
+    raise NotMeasured(f"tanh, {network}")
+
+
+def find_lstm(summary: Summary, arm: str) -> dict[str, Any]:
+    """Return what was found of an LSTM."""
+    for row in summary["lstm"]:
+        if row["arm"] == arm:
+            return row  # type: ignore[no-any-return]
+    raise NotMeasured(arm)
+
+
+def _if_measured(judge: Callable[[Summary], Outcome]) -> Callable[[Summary], Outcome]:
+    """Return a judgement that decides nothing where a size leaves out what it compares."""
+
+    def judge_or_not(summary: Summary) -> Outcome:
+        try:
+            return judge(summary)
+        except NotMeasured as missing:
+            return Outcome(f"Not measured at this size: {missing}.", UNDECIDED)
+
+    return judge_or_not
+
+
+def factor(power: float) -> str:
+    """Return 10 to a power in two digits."""
+    return f"{10**power:.2g}"
+
+
+def _left(row: dict[str, Any]) -> str:
+    found = interval(row["first"])
+    return f"{factor(found.mean)} ({factor(found.low)} to {factor(found.high)})"
+
+
+def _vanishes(summary: Summary) -> Outcome:
+    large = find_tanh(summary, 1.0)
+    sentence = (
+        f"At γ = 1 the norm at the first of {len(large['path'])} steps is {_left(large)} times that of the last, with "
+        f"one norm and the identity for a recurrent kernel; less than {factor(VANISHED)} would be to vanish. In other "
+        "tanh networks it is, "
+    )
+    others = [
+        f"{network}: {factor(interval(find_tanh(summary, 1.0, network)['first']).mean)}"
+        for network in ("orthogonal", "two norms", "two norms, orthogonal")
+    ]
+    return Outcome(f"{sentence}{'; '.join(others)}.", decide(interval(large["first"]), most=VANISHED))
+
+
+def _stays(summary: Summary) -> Outcome:
+    small = find_tanh(summary, 0.1)
+    sentence = (
+        f"At γ = 0.1 the norm at the first of {len(small['path'])} steps is {_left(small)} times that of the last; "
+        f"nearly constant is within a factor of {factor(CONSTANT)}."
+    )
+    return Outcome(sentence, decide(interval(small["first"]), least=-CONSTANT, most=CONSTANT))
+
+
+def _saturates(summary: Summary) -> Outcome:
+    large, without = find_tanh(summary, 1.0), find_tanh(summary, 1.0, "tanh' taken for 1")
+    mean = dict(zip(summary["derivative"]["deviation"], summary["derivative"]["mean"], strict=True))
+    sentence = (
+        f"tanh' is {mean[1.0]:.2f} in the mean for inputs of a standard deviation of 1, {mean[0.1]:.2f} for "
+        f"0.1. At γ = 1, with the derivative taken for 1, the first norm is {_left(without)} times the last. Saturated "
+        f"as much, but with an orthogonal kernel, it is {_left(find_tanh(summary, 1.0, 'orthogonal'))}."
+    )
+    if decide(interval(large["first"]), most=VANISHED) != "holds":
+        return Outcome(f"{sentence} It does not vanish for certain: no cause to be found.", UNDECIDED)
+    return Outcome(sentence, decide(interval(without["first"]), least=VANISHED))
+
+
+def points(value: float) -> str:
+    """Return a share in percent."""
+    return f"{100 * value:.1f}"
+
+
+def _by(summary: Summary, better: str, worse: str) -> tuple[str, Interval]:
+    """Return in words, and as an interval, by how much more accurate an LSTM is, seed by seed."""
+    one, other = (find_lstm(summary, arm)["accuracy"] for arm in (better, worse))
+    by = interval(np.subtract(one, other))
+    shown = ", ".join(f"{arm}: {points(np.mean(each))} %" for arm, each in ((better, one), (worse, other)))
+    return f"{shown}; difference {points(by.mean)} ({points(by.low)} to {points(by.high)}) points.", by
+
+
+def _sooner(summary: Summary, better: str, worse: str) -> tuple[str, Interval]:
+    """Return in words, and as an interval, how many steps of training an LSTM saves, seed by seed."""
+    one, other = (find_lstm(summary, arm)["to_level"] for arm in (better, worse))
+    by = interval(np.subtract(other, one))
+    shown = ", ".join(f"{arm}: {np.mean(each):.0f}" for arm, each in ((better, one), (worse, other)))
+    return f"Steps to {LEVEL:.0%}, {shown}; fewer by {by.mean:.0f} ({by.low:.0f} to {by.high:.0f}).", by
+
+
+def _is_better(better: str, worse: str) -> Callable[[Summary], Outcome]:
+    def judge(summary: Summary) -> Outcome:
+        sentence, by = _by(summary, better, worse)
+        return Outcome(sentence, decide(by, least=0))
+
+    return judge
+
+
+def _is_sooner(summary: Summary) -> Outcome:
+    sentence, by = _sooner(summary, SMALL, "none")
+    return Outcome(sentence, decide(by, least=0))
+
+
+def _does_not_help(summary: Summary) -> Outcome:
+    sentence, by = _sooner(summary, LARGE, "BN of input")
+    return Outcome(f"{sentence} To help is to save {summary['look']} steps.", decide(by, most=summary["look"]))
+
+
+def _is_substantially_sooner(summary: Summary) -> Outcome:
+    sentence, by = _sooner(summary, "layer norm", SMALL)
+    whole = float(np.mean(find_lstm(summary, SMALL)["to_level"]))
+    return Outcome(f"{sentence} Substantial is {SUBSTANTIAL:.0%}.", decide(by, least=SUBSTANTIAL * whole))
+
+
+def _degrades(summary: Summary) -> Outcome:
+    row = find_lstm(summary, SMALL)
+    by = interval(np.subtract(row["accuracy"], row["pooled"]))
+    sentence = (
+        f"{SMALL}, the same networks by the statistics of their step: {points(np.mean(row['accuracy']))} %, of all "
+        f"steps: {points(np.mean(row['pooled']))} %; difference {points(by.mean)} ({points(by.low)} to "
+        f"{points(by.high)}) points. Severe is {points(SEVERE)}."
+    )
+    return Outcome(sentence, decide(by, least=SEVERE))
+
+
+COOIJMANS = "Cooijmans et al. 2017"
+CLAIMS = (
+    Claim(
+        "For large γ the gradient of a tanh network quickly goes to zero as it goes back in time",
+        f"{COOIJMANS}, section 4 and figure 1a",
+        _if_measured(_vanishes),
+    ),
+    Claim("For small γ its norm is nearly constant", f"{COOIJMANS}, section 4 and figure 1a", _if_measured(_stays)),
+    Claim(
+        "It vanishes because tanh saturates",
+        f"{COOIJMANS}, section 4 and figure 1b, a conjecture",
+        _if_measured(_saturates),
+    ),
+    Claim(
+        "γ should begin small: an LSTM with γ = 0.1 does better than with γ = 1",
+        f"{COOIJMANS}, section 4: earlier difficulties are largely due to γ",
+        _if_measured(_is_better(SMALL, LARGE)),
+    ),
+    Claim("Batch norm makes an LSTM converge faster", f"{COOIJMANS}, abstract", _if_measured(_is_sooner)),
+    Claim(
+        "Batch norm makes an LSTM generalize better", f"{COOIJMANS}, abstract", _if_measured(_is_better(SMALL, "none"))
+    ),
+    Claim(
+        "Averaging the statistics over time severely degrades performance",
+        f"{COOIJMANS}, section 3",
+        _if_measured(_degrades),
+    ),
+    Claim(
+        "Batch norm of what comes from the hidden state does not help the training",
+        "Laurent et al. 2016, abstract; γ = 1, beside batch norm of the input's part alone",
+        _if_measured(_does_not_help),
+    ),
+    Claim(
+        "Layer norm substantially reduces the training time compared with what was published before",
+        f"Ba et al. 2016, abstract; here beside {SMALL}",
+        _if_measured(_is_substantially_sooner),
+    ),
+)

@@ -1,0 +1,151 @@
+"""The study of recurrent networks: nothing here asserts how accurate a network becomes."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jbn.studies import recurrent as study
+from jbn.studies.gallery import run
+from jbn.studies.recurrent_claims import ARMS, CLAIMS, SCALES, TANH, find_tanh
+from jbn.studies.study import Measured
+from jbn.studies.terminal import show_sheet
+
+VERDICTS = {"holds", "does not hold", "not decided within the intervals"}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("studies")
+    said = Console(file=io.StringIO(), width=80)
+    return run("recurrent", size="quick", out=out, console=said), out / "recurrent", said.file.getvalue()
+
+
+def test_it_runs_and_says_what_it_leaves_out(quick):
+    found, out, text = quick
+    summary = found["summary"]
+    assert [row["arm"] for row in summary["lstm"]] == list(study.EXTENTS["quick"].arms)
+    assert [row["scale"] for row in summary["tanh"]] == list(SCALES)
+    for row in summary["lstm"]:
+        assert len(row["accuracy"]) == len(row["pooled"]) == len(row["to_level"]) == summary["seeds"]
+        assert row["rate"] in summary["rates"]
+        assert len(row["begin"]["path"]) == len(row["end"]["path"]) == 8
+        assert row["begin"]["path"][-1] == {"mean": 0, "low": 0, "high": 0}
+    assert all(len(row["path"]) == 64 for row in summary["tanh"])
+    assert {claim["verdict"] for claim in found["claims"]} <= VERDICTS
+    assert found["claims"][-1]["sentence"] == "Not measured at this size: layer norm."
+    kept = json.loads((out / "results.json").read_text())
+    assert {name: kept[name] for name in found} == found
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert max(map(len, text[: text.index("Correct: test")].splitlines())) <= 80
+
+
+def measured(seeds=4, accuracy=0.9, pooled=0.9, steps=10, first=0.0, left=None, level=None, better=None):
+    """Return cells: of LSTMs with these accuracies, and the rate 0.2 best; of tanh networks with these gradients."""
+    better, level, left, noise = better or {}, level or {}, left or {}, 0.002 * np.arange(seeds)
+    cells = []
+    for name in TANH:
+        at_first = np.stack([left.get((name, scale), first) + noise for scale in SCALES])
+        paths = np.stack([at_first, 0.5 * at_first, 0 * at_first], -1) - 3
+        cells.append(Measured({"tanh": name, "seeds": seeds, "units": 8}, {"gradients": paths}))
+    for arm in ARMS:
+        at_end = accuracy + better.get(arm, 0) + noise
+        looks = np.arange(1, 41)[:, None, None]
+        reached = looks >= level.get(arm, 20)
+        curve = np.where(reached, at_end[None, None], 0.1) * np.array([0.5, 1.0, 0.5])[:, None]
+        gradients = np.zeros((2, 3, seeds, 8)) - np.arange(8)
+        numbers = {
+            "validation": curve,
+            "test": curve,
+            "pooled": np.tile(pooled + noise, (3, 1)),
+            "gradients": gradients,
+        }
+        settings = {"arm": arm, "seeds": seeds, "steps": 400, "look": steps, "rates": [0.1, 0.2, 0.4]}
+        cells.append(Measured(settings, numbers))
+    return cells
+
+
+def verdicts(cells):
+    summary = study.summarize(cells)
+    return [claim.judge(summary).verdict for claim in CLAIMS]
+
+
+def test_claims_can_be_refuted_and_hold():
+    undecided = "not decided within the intervals"
+    alike = ["does not hold", "holds", *[undecided] * 4, "does not hold", "holds", "does not hold"]
+    assert verdicts(measured()) == alike
+    gone = {("", 1.0): -5.0, ("", 0.1): -0.2, ("tanh' taken for 1", 1.0): 7.0}
+    for_them = measured(
+        pooled=0.5,
+        left=gone,
+        better={"BN, γ = 0.1": 0.05, "BN, γ = 1": 0.02},
+        level={"none": 30, "BN, γ = 1": 25, "layer norm": 10},
+    )
+    assert verdicts(for_them) == ["holds"] * 9
+    against = measured(
+        left={("", 1.0): -5.0, ("", 0.1): -2.0, ("tanh' taken for 1", 1.0): -3.0},
+        better={"BN, γ = 1": 0.02, "none": 0.03},
+        level={"none": 10, "BN, γ = 1": 15, "layer norm": 21},
+    )
+    assert verdicts(against) == ["holds"] + ["does not hold"] * 8
+
+
+def test_the_rates_are_those_of_validation_rows():
+    cells = measured()
+    numbers = cells[-1].numbers
+    numbers["validation"] = numbers["validation"][:, [1, 0, 2]]
+    row = study.summarize(cells)["lstm"][-1]
+    assert (row["rate"], row["edge"], row["soonest_rate"], row["soonest_edge"]) == (0.1, "lowest", 0.1, "lowest")
+    np.testing.assert_allclose(row["accuracy"], numbers["test"][-1, 0])
+    assert row["to_level"] == [410] * 4
+    assert row["never"] == 4
+    notes = " ".join(study.tabulate(study.summarize(cells)).notes)
+    assert "a better one may lie outside: layer norm (lowest)." in notes
+    assert "Seeds that never came to 85%, and count as 410 steps: 4 of layer norm." in notes
+
+
+def test_the_gradient_is_that_of_the_first_step_beside_the_last():
+    summary = study.summarize(measured(left={("", 1.0): -5.0}))
+    row = find_tanh(summary, 1.0)
+    np.testing.assert_allclose(row["first"], -5 + 0.002 * np.arange(4))
+    assert [round(step["mean"], 4) for step in row["path"]] == [-4.997, -2.4985, 0.0]
+    assert summary["lstm"][0]["end"]["first"] == [7.0] * 4
+
+
+def test_the_derivative_of_tanh_has_the_moments_of_many_numbers():
+    found = study._saturate(np.array([0.1, 1.0]))
+    x = np.random.default_rng(0).standard_normal(400_000)
+    for at, deviation in enumerate((0.1, 1.0)):
+        slopes = 1 - np.tanh(deviation * x) ** 2
+        expected = [slopes.mean(), *np.percentile(slopes, [25, 75])]
+        np.testing.assert_allclose([found[name][at] for name in ("mean", "low", "high")], expected, atol=5e-3)
+
+
+@pytest.mark.parametrize(("width", "encoding"), [(80, "utf-8"), (60, "utf-8"), (60, "ascii")])
+def test_the_table_fits_its_terminal(width, encoding):
+    with io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace") as file:
+        sheet = study.tabulate(study.summarize(measured()))
+        show_sheet(Console(file=file, width=width), type(sheet)(sheet.heading, sheet.rows))
+        file.flush()
+        lines = file.buffer.getvalue().decode(encoding).splitlines()
+    assert max(map(len, lines)) <= width
+    words = [word for line in lines for word in re.findall(r"[^\s|]+", line)]
+    assert words.count("90.3") == 8
+
+
+def test_the_figure_says_what_came_out():
+    left = {("", 1.0): -5.0, ("", 0.1): -0.2}
+    figure = study.draw(study.summarize(measured(left=left)))
+    title = " ".join(figure.get_suptitle().split())
+    expected = "a tanh network is multiplied by 1e-05 at γ = 1, by 0.64 at γ = 0.1; that of an LSTM by 1e+07 at γ = 1"
+    assert expected in title
+    _, begun, before, after = figure.axes
+    assert [text.get_text() for text in begun.get_legend().get_texts()] == list(study.SHOWN)
+    assert [text.get_text() for text in after.get_legend().get_texts()] == [arm.label for arm in ARMS.values()]
+    assert len(before.lines) == len(ARMS)
+    for axes in (begun, before, after):
+        for look in ("get_marker", "get_color", "get_linestyle"):
+            assert len({str(getattr(line, look)()) for line in axes.lines}) >= (1 if look == "get_linestyle" else 5)
