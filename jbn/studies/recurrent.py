@@ -221,8 +221,8 @@ def draw(summary: Summary) -> Figure:
         f"by {by[0.1]} at γ = 0.1; that of an LSTM by {of_lstm[0]} at γ = 1, by {of_lstm[1]} at γ = 0.1"
     )
     note = (
-        f"{summary['seeds']} seeds: means and 95 % intervals as bands; in the first panel quartiles. Tanh networks read digits "
-        f"pixel by pixel, LSTMs row by row; training is {summary['steps']} steps"
+        f"{summary['seeds']} seeds: means, 95 % intervals as bands, in the first panel quartiles. Tanh networks read "
+        f"digits pixel by pixel, LSTMs row by row; training is {summary['steps']} steps"
     )
     names = (
         "tanh' of normal numbers",
