@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from jbn.studies.intervals import Interval
+
+WIDTH = 9  # inches of a figure
+TITLE, NOTE = 12.5, 8.5  # points of letters
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,54 @@ LOOKS = (
 
 
 def blank(title: str, note: str) -> tuple[Figure, Axes]:
-    """Return a figure with a title, which says what is seen, and a note below it on what was done."""
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
-    axes = figure.subplots()
-    figure.suptitle(title, fontsize=12.5, x=0.01, ha="left")
-    axes.set_title(note, fontsize="small", loc="left", color="0.3")
-    axes.grid(color="0.4", alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
+    """Return a figure of one panel."""
+    figure, (axes,) = panels(title, note, [""])
     return figure, axes
+
+
+def panels(
+    title: str,
+    note: str,
+    names: Sequence[str],
+    *,
+    columns: int | None = None,
+    height: float = 5.4,
+    sharex: bool = False,
+    sharey: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels side by side.
+
+    Args:
+        title: what is seen; it is broken between words where it is long.
+        note: what was done, in smaller letters below the panels.
+        names: what stands above each panel, "" for nothing.
+        columns: how many panels a row has, all of them for None.
+        height: inches; the width is 9, and 990 pixels in the file.
+        sharex: whether all panels have the same axis of x.
+        sharey: the same of y.
+
+    Returns:
+        The figure and its panels as they are read, row by row.
+    """
+    columns = columns or len(names)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    rows = -(-len(names) // columns)
+    grid = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False).flatten()
+    figure.suptitle(_wrap(title, TITLE), fontsize=TITLE, x=0.01, ha="left")
+    figure.supxlabel(_wrap(note, NOTE), fontsize=NOTE, x=0.01, ha="left", color="0.3")
+    for axes, name in zip(grid, names, strict=False):
+        axes.set_title(name, fontsize="medium", loc="left")
+        axes.grid(color="0.4", alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(names) :]:
+        axes.remove()
+    return figure, [*grid[: len(names)]]
+
+
+def _wrap(text: str, size: float) -> str:
+    """Break lines that are longer than a figure is wide, in letters of this size."""
+    letters = int(72 * WIDTH / (0.56 * size))  # as wide as those of sentences are in the font of matplotlib
+    return "\n".join(fill(line, letters) for line in text.splitlines())
 
 
 def draw_intervals(axes: Axes, places: Sequence[float], found: Sequence[Interval], look: Look, label: str) -> None:
@@ -55,7 +101,37 @@ def draw_intervals(axes: Axes, places: Sequence[float], found: Sequence[Interval
     axes.errorbar(places, means, ends, label=label, capsize=2.5, linewidth=1.4, markersize=6, elinewidth=1, **style)
 
 
-def put_legend_beside(figure: Figure, axes: Axes) -> None:
-    """Put the names of lines to the right of the data."""
-    handles, labels = axes.get_legend_handles_labels()
+def draw_heat(axes: Axes, values: Sequence[Sequence[float]] | np.ndarray, form: str, span: tuple[float, float]) -> None:
+    """Draw a matrix as cells that are lighter the larger their value is, each with its number; NaN is an empty cell.
+
+    Args:
+        axes: where; its ticks are the numbers of rows, from the top, and columns: ``set_xticks(range(3), names)``.
+        values: (rows, columns).
+        form: of the numbers, such as ".0%".
+        span: the values of the darkest and of the lightest cell; those beyond look as these do.
+    """
+    numbers = np.asarray(values, float)
+    image = axes.imshow(numbers, cmap="cividis", vmin=span[0], vmax=span[1], aspect="auto")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    for (row, column), value in np.ndenumerate(numbers):
+        if not np.isnan(value):
+            dark = luminance(image.to_rgba(value)) < 0.18  # where black and white are as far from a colour
+            colour = "white" if dark else "black"
+            axes.text(column, row, format(value, form), ha="center", va="center", fontsize="small", color=colour)
+
+
+def luminance(colour: Any) -> float:
+    """Return how bright a colour is, from 0 to 1, as WCAG defines it."""
+    parts = np.asarray(to_rgb(colour))
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def put_legend_beside(figure: Figure, *axes: Axes) -> None:
+    """Put the names of lines to the right of the data, those of several panels once."""
+    found = [pair for each in axes for pair in zip(*each.get_legend_handles_labels(), strict=True)]
+    named = {label: handle for handle, label in reversed(found)}
+    labels = sorted(named, key=[label for _, label in found].index)
+    handles = [named[label] for label in labels]
     figure.legend(handles, labels, loc="outside right center", frameon=False, handlelength=4)
