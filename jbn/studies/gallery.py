@@ -11,10 +11,11 @@ from jbn.studies.batch_size import BATCH_SIZE
 from jbn.studies.convergence import CONVERGENCE
 from jbn.studies.learning_rate import LEARNING_RATE
 from jbn.studies.perform import perform
+from jbn.studies.placement import PLACEMENT
 from jbn.studies.study import Size, Study
 
 ALL = "all"
-STUDIES = {study.name: study for study in (CONVERGENCE, LEARNING_RATE, BATCH_SIZE)}
+STUDIES = {study.name: study for study in (CONVERGENCE, LEARNING_RATE, PLACEMENT, BATCH_SIZE)}
 
 
 def run(

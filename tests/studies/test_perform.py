@@ -298,7 +298,7 @@ def test_all_are_carried_out(tmp_path, monkeypatch):
     [
         (["batch-sise"], "there is no study 'batch-sise'; did you mean batch-size?"),
         (["al"], "did you mean all?"),
-        (["x"], "there is no study 'x'; expected batch-size, all"),
+        (["x"], "there is no study 'x'; expected " + ", ".join([*gallery.STUDIES, "all"])),
         (["batch-size", "--size", "small"], "got 'small', expected quick, default or full"),
         (["batch-size", "--sise", "quick"], "--sise (Possible options: --size)"),
         (["batch-size", "more"], "unexpected extra argument"),
