@@ -1,6 +1,7 @@
 """The study of learning rates: nothing here asserts how accurate a network becomes."""
 
 import io
+import json
 import re
 
 import numpy as np
@@ -73,9 +74,9 @@ def test_larger_rates_that_gain_nothing_refute_the_claim():
 
 def test_a_rate_at_which_half_of_the_seeds_end_trains():
     cells = measured()
-    test = np.array([[0.9, 0.9, 0.9, 0.1], [0.9, 0.9, 0.9, 0.1], [0.9, 0.9, 0.7, 0.1], [0.9, 0.9, 0.7, 0.9]])
+    test = np.array([[0.9, 0.9, 0.9, 0.1], [0.9, 0.9, 0.9, 0.1], [0.9, 0.9, 0.3, 0.1], [0.9, 0.9, 0.3, 0.9]])
     cells[0] = Measured(cells[0].settings, cells[0].numbers | {"test": test, "diverged": np.zeros((4, 4), bool)})
-    arm = study.summarize(cells)["arms"]["batch norm"]
+    arm = json.loads(json.dumps(study.summarize(cells)))["arms"]["batch norm"]
     assert (arm["largest"], arm["largest_of_seed"], arm["failed"]) == (2, [2, 2, 1, 3], [0, 0, 2, 3])
     diverged = np.zeros((4, 4), bool)
     diverged[0, 2] = True
@@ -94,12 +95,12 @@ def test_what_trains_everywhere_and_what_trains_nowhere_is_said():
 
 @pytest.mark.parametrize("width", [80, 60])
 def test_the_table_fits_its_terminal(width):
-    sheet = study.tabulate(study.summarize(measured(none=[0.85, 0.95, 0.5, 0.1])))
+    sheet = study.tabulate(study.summarize(measured(none=[0.85, 0.95, 0.4, 0.1])))
     with io.StringIO() as file:
         show_sheet(Console(file=file, width=width), type(sheet)(sheet.heading, sheet.rows))
         lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
-    assert any(re.fullmatch(r"1 +10\.2 \(4\) +10\.2 \(4\) +50\.2 \(4\)", line) for line in lines), lines
+    assert any(re.fullmatch(r"1 +10\.2 \(4\) +10\.2 \(4\) +40\.2 \(4\)", line) for line in lines), lines
 
 
 def test_the_title_of_the_figure_says_what_came_out():
