@@ -183,6 +183,26 @@ class Residual:
         return normalize(x).mean((1, 2)) @ params["last"] + params["bias"], moved
 
 
+@dataclass(frozen=True)
+class FromZero(Residual):
+    """A residual network each of whose branches is multiplied by a number that begins at 0.
+
+    This is SkipInit of De and Smith 2020. Their biases are in a norm that is a ``Bias``.
+    """
+
+    def init(self, seed: int) -> tuple[Any, Any]:
+        """Return parameters and states; NumPy draws, and compiles nothing."""
+        params, states = super().init(seed)
+        return params | {"branches": np.zeros(len(self.features) - 1, np.float32)}, states
+
+    def __call__(self, params: Any, states: Any, x: Array, train: bool, step: Array) -> tuple[Array, Any]:
+        """Return logits (n, classes) of x (n, side * side), and new states."""
+        kernels = list(params["kernels"])
+        for number in range(len(self.features) - 1):
+            kernels[2 * number + 2] = kernels[2 * number + 2] * params["branches"][number]
+        return super().__call__(params | {"kernels": kernels}, states, x, train, step)
+
+
 def draw_kernel(rng: np.random.Generator, inputs: int, outputs: int, variance: float) -> np.ndarray:
     """Return a kernel (inputs, outputs) of normal numbers; their variance times the inputs is ``variance``."""
     return (rng.standard_normal((inputs, outputs)) * (variance / inputs) ** 0.5).astype(np.float32)

@@ -182,6 +182,18 @@ def accuracies(network: Network, readout: Readout = keep_state) -> Look:
     return look
 
 
+def unseen(network: Network) -> Look:
+    """Return a look at the accuracies on validation and on test rows (2,), in one pass: faster than ``accuracies``."""
+
+    def look(params: Any, states: Any, data: Parts) -> Array:
+        x, labels = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *data[1:])
+        logits, _ = network(params, states, x, False, jnp.int32(0))
+        right = (logits.argmax(-1) == labels).reshape(2, -1).mean(-1)
+        return jnp.where(jnp.isfinite(logits).all(), right, CHANCE)
+
+    return look
+
+
 @lru_cache(128)
 def parts_of(seed: int, plan: Plan) -> Parts:
     """Return the data of a seed, rows flat, with the labels that training is given."""

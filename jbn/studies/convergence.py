@@ -1,0 +1,391 @@
+"""``convergence``: steps to an accuracy with and without batch normalization, and what a unit is given meanwhile."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
+from jbn.studies.intervals import Interval, choose_rate, decide, interval
+from jbn.studies.networks import Activation, BatchNorm, Bias, Dense, FromZero, Network, Norm, Residual
+from jbn.studies.percentiles import percentiles, travel
+from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
+from jbn.studies.training import CHANCE, CLASSES, PIXELS, Plan, sweep, unseen
+
+WIDTHS = (PIXELS["mnist"], 100, 100, 100, CLASSES)
+BLOCKS = (8, 8, 16)  # features of the first convolution and of each block
+MOMENTUM = 0.9
+UNIT = 0  # the one that is drawn, named before anything was trained
+SAME = 0.01  # how much lower an accuracy may be and still count as good
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and its data: its name, what it is, the rows of a step, and what is compared in it."""
+
+    label: str
+    what: str
+    data: str
+    batch_size: int
+    arms: tuple[str, ...] = ("batch norm", "none")
+
+
+CASES = {
+    "sigmoid": Case("sigmoid", "3×100 sigmoid (MNIST)", "mnist", 60),
+    "relu": Case("ReLU", "3×100 ReLU (MNIST)", "mnist", 60),
+    "residual": Case("residual", "2 residual blocks (digits)", "digits", 32, ("batch norm", "none", "from 0")),
+}
+ARMS = {"batch norm": "batch norm", "none": "none", "from 0": "none, from 0"}
+LEVEL = 0.9  # the accuracy to be reached
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured of a network: seeds, rates, steps, looks on the way; ``widths`` are its features."""
+
+    seeds: int
+    rates: tuple[float, ...]
+    steps: int
+    looks: int
+    widths: tuple[int, ...] = WIDTHS
+
+
+EXTENTS: dict[str, dict[str, Extent]] = {
+    "quick": {
+        "sigmoid": Extent(2, (0.3, 1.0), 4, 2),
+        "relu": Extent(2, (0.1, 0.3), 4, 2),
+        "residual": Extent(2, (0.1, 0.3), 2, 1, (2, 2)),
+    },
+    "default": {
+        "sigmoid": Extent(10, (1.0, 3.0, 10.0), 1200, 40),
+        "relu": Extent(10, (0.1, 0.3, 1.0), 360, 36),
+        "residual": Extent(10, (0.15, 0.3, 0.6), 240, 24, BLOCKS),
+    },
+    "full": {
+        "sigmoid": Extent(20, (0.1, 0.3, 1.0, 3.0, 10.0, 30.0), 20000, 100),
+        "relu": Extent(20, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 2000, 100),
+        "residual": Extent(20, (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), 1000, 100, BLOCKS),
+    },
+}
+
+
+def cells(size: Size) -> list[Cell]:
+    """Return a cell for each arm of each network."""
+    return [
+        Cell(
+            f"{name}-{arm.replace(' ', '-')}",
+            {"case": name, "arm": arm, **asdict(extent), "rates": list(extent.rates), "widths": list(extent.widths)},
+            work=5 + extent.seeds * len(extent.rates) * extent.steps * (0.003 if name == "residual" else 0.001),
+        )
+        for name, extent in EXTENTS[size].items()
+        for arm in CASES[name].arms
+    ]
+
+
+def network_of(name: str, arm: str, widths: tuple[int, ...]) -> Network:
+    """Return the network of a case with what an arm has in place of batch norm."""
+    activation: Activation = jax.nn.sigmoid if name == "sigmoid" else jax.nn.relu
+    norm: Norm = BatchNorm(MOMENTUM, activation=activation) if arm == "batch norm" else Bias(activation)
+    if name == "residual":
+        return (FromZero if arm == "from 0" else Residual)(8, norm, widths)
+    return Dense(widths, norm, variance=1.0 if name == "sigmoid" else 2.0)
+
+
+def measure(settings: Settings) -> Numbers:
+    """Return accuracies (seeds, rates, looks) of an arm and, of a dense network, how far what units are given moves."""
+    case = CASES[settings["case"]]
+    network = network_of(settings["case"], settings["arm"], tuple(settings["widths"]))
+    rates, seeds, examples = tuple(settings["rates"]), settings["seeds"], case.batch_size * settings["steps"]
+    plan = Plan(rates, seeds, case.batch_size, examples, case.data, looks=settings["looks"], decay=False)
+    looks = {"accuracy": unseen(network)}
+    if isinstance(network, Dense):
+        looks["percentiles"] = percentiles(network)
+    found = sweep(network, plan, looks)
+    seen = found["accuracy"]
+    numbers = {"validation": seen[..., 0], "test": seen[..., 1], "diverged": ~np.isfinite(found["loss"]).all(-1)}
+    if "percentiles" in found:
+        numbers |= {"travel": travel(found["percentiles"]), "unit": found["percentiles"][0, ..., UNIT]}
+    return numbers
+
+
+def steps_to(level: float, accuracy: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return after how many steps accuracies (..., looks) first reach a level, and whether they do.
+
+    Where they never do it is the number of steps that were made: at least so many are needed.
+    """
+    enough = np.asarray(accuracy, float) >= level
+    reached, looks = np.asarray(enough.any(-1)), enough.shape[-1]
+    return np.where(reached, (enough.argmax(-1) + 1) * steps // looks, steps), reached
+
+
+def summarize(measured: Sequence[Measured]) -> Summary:
+    """Return for each arm the rates that validation rows chose, and what test rows say of them."""
+    return {
+        "seeds": measured[0].settings["seeds"],
+        "arms": [_summarize(each.settings, each.numbers) for each in measured],
+    }
+
+
+def _summarize(settings: Settings, numbers: Numbers) -> dict[str, Any]:
+    validation, test = (np.asarray(numbers[name], float) for name in ("validation", "test"))
+    needed, reached = steps_to(LEVEL, validation, settings["steps"])
+    # Of two rates that need as many steps the one that ends higher: what never gets there needs a step more at least.
+    fast, end = choose_rate(validation[..., -1] / 2 - needed - ~reached), choose_rate(validation[..., -1])
+    needed, reached = steps_to(LEVEL, test[:, fast.index], settings["steps"])
+    row = {name: settings[name] for name in ("case", "arm", "steps", "looks")} | {
+        "rate": settings["rates"][fast.index],
+        "edge": fast.edge,
+        "needed": needed.tolist(),
+        "reached": reached.tolist(),
+        "curve": [asdict(interval(values)) for values in test[:, fast.index].T],
+        "end_rate": settings["rates"][end.index],
+        "end_edge": end.edge,
+        "test_accuracy": [round(value, 6) for value in test[:, end.index, -1].tolist()],
+        "interval": asdict(interval(test[:, end.index, -1])),
+        "diverged": int(np.asarray(numbers["diverged"])[:, [fast.index, end.index]].any(1).sum()),
+    }
+    if "travel" in numbers:
+        row |= {"travel": [each[fast.index] for each in numbers["travel"]], "unit": numbers["unit"][fast.index]}
+    return row
+
+
+def _find(summary: Summary, case: str, *arms: str) -> list[dict[str, Any]]:
+    found = {row["arm"]: row for row in summary["arms"] if row["case"] == case}
+    return [found[arm] for arm in arms]
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _steps(row: dict[str, Any]) -> Interval:
+    """Return the steps that an arm needs, a geometric mean."""
+    return _exp(interval(np.log(row["needed"])))
+
+
+def _exp(found: Interval) -> Interval:
+    return Interval(*np.exp([found.mean, found.low, found.high]).tolist())
+
+
+def _speed_up(summary: Summary, case: str) -> Interval:
+    """Return the logarithm of how many times as many steps are needed without batch norm, seed by seed."""
+    norm, none = _find(summary, case, "batch norm", "none")
+    return interval(np.log(none["needed"]) - np.log(norm["needed"]))
+
+
+def _is_faster(case: str) -> Callable[[Summary], Outcome]:
+    """Return the judgement whether batch norm needs fewer steps than none."""
+
+    def judge(summary: Summary) -> Outcome:
+        norm, none = _find(summary, case, "batch norm", "none")
+        by = _speed_up(summary, case)
+        verdict = decide(by, least=0)
+        # What never gets there counts as if it had at the end. That is in its favour and may not decide anything.
+        favoured = {"holds": norm, "does not hold": none}.get(verdict, norm)
+        if not all(favoured["reached"]):
+            verdict = "not decided within the intervals"
+        times, bound = _exp(by), "" if all(none["reached"] + norm["reached"]) else ", if late is at the end"
+        sentence = (
+            f"To {_points(LEVEL)} % of the test rows: {_say_steps(norm)}, {_say_steps(none)}; "
+            f"{times.mean:.1f} ({times.low:.1f} to {times.high:.1f}) times as many without it{bound}."
+        )
+        return Outcome(sentence, verdict)
+
+    return judge
+
+
+def _say_steps(row: dict[str, Any]) -> str:
+    late = row["reached"].count(False)
+    never = f" ({late} of {len(row['reached'])} seeds are late: not there after {row['steps']})" if late else ""
+    return f"{ARMS[row['arm']]} {'at least ' if late else ''}{_steps(row).mean:.0f} steps{never}"
+
+
+def _ends(case: str, one: str, other: str, least: float) -> Callable[[Summary], Outcome]:
+    """Return the judgement whether an arm ends better than another by ``least`` or more, which may be below 0."""
+
+    def judge(summary: Summary) -> Outcome:
+        rows = _find(summary, case, one, other)
+        by = interval(np.subtract(*(row["test_accuracy"] for row in rows)))
+        said = [
+            f"{ARMS[row['arm']]} {_points(row['interval']['mean'])} %"
+            for row in _find(summary, case, *CASES[case].arms)
+        ]
+        sentence = (
+            f"After {rows[0]['steps']} steps: {', '.join(said)}; {ARMS[one]} is {_points(by.mean)} "
+            f"({_points(by.low)} to {_points(by.high)}) points above {ARMS[other]}."
+        )
+        return Outcome(
+            sentence + (f" As well is at most {_points(-least)} lower." if least else ""), decide(by, least=least)
+        )
+
+    return judge
+
+
+def _is_stabler(summary: Summary) -> Outcome:
+    ways = [np.asarray(row["travel"], float) for row in _find(summary, "sigmoid", "batch norm", "none")]
+    by = interval(np.log(ways[1]) - np.log(ways[0]))
+    times = _exp(by)
+    sentence = (
+        f"The percentiles move {ways[0].mean():.2f} times their distance with batch norm, {ways[1].mean():.2f} times "
+        f"without: {times.mean:.1f} ({times.low:.1f} to {times.high:.1f}) times as far."
+    )
+    return Outcome(sentence, decide(by, least=0))
+
+
+CLAIMS = (
+    Claim(
+        "Batch norm reaches an accuracy in fewer steps",
+        "Ioffe and Szegedy 2015, section 4.1 and figure 1a: 3×100 sigmoid units on MNIST",
+        _is_faster("sigmoid"),
+    ),
+    Claim(
+        "It ends higher", "Ioffe and Szegedy 2015, section 4.1 and figure 1a", _ends("sigmoid", "batch norm", "none", 0)
+    ),
+    Claim(
+        "What a unit is given is more stable with it",
+        "Ioffe and Szegedy 2015, figure 1b and c: percentiles of a typical sigmoid's input",
+        _is_stabler,
+    ),
+    Claim(
+        "With ReLU, too, it takes fewer steps",
+        "Ioffe and Szegedy 2015, section 4.2: Inception on ImageNet takes less than half as many",
+        _is_faster("relu"),
+    ),
+    Claim(
+        "In a residual network, too, it takes fewer steps",
+        "Zhang et al. 2019, abstract: norms are widely believed to accelerate convergence",
+        _is_faster("residual"),
+    ),
+    Claim(
+        "A residual network whose branches begin at 0 trains as well without it",
+        "De and Smith 2020 (SkipInit), abstract; so too Zhang et al. 2019 (Fixup)",
+        _ends("residual", "from 0", "batch norm", -SAME),
+    ),
+)
+
+
+def tabulate(summary: Summary) -> Sheet:
+    """Return steps, accuracies and movement, a row for each arm of each network."""
+    rows = []
+    for row in summary["arms"]:
+        end, way = Interval(**row["interval"]), np.asarray(row.get("travel", np.nan), float).mean()
+        needed = f"{'' if all(row['reached']) else '≥'}{_steps(row).mean:.0f}"
+        texts = (f"{row['rate']:g}", needed, f"{_points(end.mean)} ±{_points(end.half)}", f"{way:.2f}")
+        rows.append((f"{CASES[row['case']].label}, {row['arm']}", *texts[:3], texts[3] if "travel" in row else "-"))
+    notes = [
+        f"steps: to {LEVEL:.0%} of the test rows, geometric mean over {summary['seeds']} seeds, at the rate that needs "
+        "fewest on validation rows. ≥: some seeds do not get there, and count as the steps that were made.",
+        "end: test accuracy (%) after all steps with its 95 % interval (Student's t), at the rate that ends highest on "
+        "validation rows.",
+        "moves: the way of the 15th, 50th and 85th percentile of what a unit is given for validation rows, from look "
+        "to look, over the mean distance of the outer two; median of the last hidden layer, mean over seeds. "
+        "Batch norm takes the statistics of these rows, as in training.",
+        f"{'; '.join(f'{case.label}: {case.what}, {case.batch_size} rows a step' for case in CASES.values())}. Plain "
+        "gradient descent at a rate that stays; from 0: no norm, each branch times a number that begins at 0.",
+    ]
+    for name, what in (("edge", "of fewest steps"), ("end_edge", "that ends highest")):
+        edges = [f"{row['case']}, {row['arm']} ({row[name]})" for row in summary["arms"] if row[name]]
+        if edges:
+            notes.append(
+                f"The rate {what} is at an edge of the grid, and a better one may lie outside: {'; '.join(edges)}."
+            )
+    diverged = [f"{row['diverged']} of {row['case']}, {row['arm']}" for row in summary["arms"] if row["diverged"]]
+    if diverged:
+        notes.append(f"Seeds that diverged, and count as chance ({CHANCE:.0%}): {'; '.join(diverged)}.")
+    return Sheet(("network, norm", "rate", "steps", "end", "moves"), tuple(rows), tuple(notes))
+
+
+def draw(summary: Summary) -> Figure:
+    """Draw accuracies over steps for each network, a unit's percentiles without and with batch norm, and steps."""
+    times = [_say_times(summary, case) for case in CASES]
+    title = (
+        f"To reach {LEVEL:.0%} without batch norm, sigmoid units need {times[0]} times as many steps, "
+        f"ReLU units {times[1]} times, a residual network {times[2]} times"
+    )
+    note = (
+        f"Above: mean and 95 % interval of {summary['seeds']} seeds on test rows, each arm at the rate of its fewest "
+        f"steps. Below: the 15th, 50th and 85th percentile of what unit {UNIT} of the last hidden layer of sigmoids is "
+        "given (seed 0); the steps, with ≥ where some seeds do not get there. From 0: branches begin at 0."
+    )
+    below = ["a sigmoid, none", "a sigmoid, batch norm", f"steps to {LEVEL:.0%}"]
+    figure, axes = panels(title, note, [*(case.what for case in CASES.values()), *below], columns=3, height=6.4)
+    for name, place in zip(CASES, axes, strict=False):
+        _draw_curves(place, [row for row in summary["arms"] if row["case"] == name])
+    units = _find(summary, "sigmoid", "none", "batch norm")
+    _draw_units(axes[3:5], units)
+    _draw_steps(axes[5], summary)
+    axes[0].set_ylabel("test accuracy (%)")
+    axes[3].set_ylabel(f"input of unit {UNIT}")
+    put_legend_beside(figure, *axes[:3])
+    return figure
+
+
+def _say_times(summary: Summary, case: str) -> str:
+    norm, none = _find(summary, case, "batch norm", "none")
+    late = "about " if not all(norm["reached"]) else "" if all(none["reached"]) else "at least "
+    return f"{late}{_exp(_speed_up(summary, case)).mean:.1f}"
+
+
+def _style(arm: str) -> dict[str, Any]:
+    look = LOOKS[list(ARMS).index(arm)]
+    return {"color": look.colour, "marker": look.marker, "linestyle": look.line}
+
+
+def _look_steps(row: dict[str, Any]) -> np.ndarray:
+    return np.arange(1, row["looks"] + 1) * row["steps"] // row["looks"]
+
+
+def _draw_curves(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw accuracies over steps, with bands."""
+    for row in rows:
+        mean, low, high = (100 * np.array([each[end] for each in row["curve"]]) for end in ("mean", "low", "high"))
+        style = _style(row["arm"])
+        axes.plot(_look_steps(row), mean, label=ARMS[row["arm"]], linewidth=1.4, markersize=5, markevery=0.2, **style)
+        axes.fill_between(_look_steps(row), low, high, color=style["color"], alpha=0.2, linewidth=0)
+    axes.axhline(100 * LEVEL, color="0.5", linewidth=0.8)
+    axes.set(xlabel="steps", ylim=(0, 100))
+
+
+def _draw_units(places: Sequence[Axes], rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the percentiles of a unit's input over steps, on one scale."""
+    seen = [np.asarray(row["unit"], float) for row in rows]
+    for axes, row, values in zip(places, rows, seen, strict=True):
+        colour = _style(row["arm"])["color"]
+        axes.fill_between(_look_steps(row), values[:, 0], values[:, 2], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(_look_steps(row), values, color=colour, linewidth=1.2)
+        axes.set(xlabel="steps", ylim=(np.nanmin(seen) - 0.2, np.nanmax(seen) + 0.2))
+
+
+def _draw_steps(axes: Axes, summary: Summary) -> None:
+    """Draw the steps that each arm needs."""
+    for number, arm in enumerate(ARMS):
+        rows = [row for row in summary["arms"] if row["arm"] == arm]
+        places = [list(CASES).index(row["case"]) + 0.2 * (number - 1) for row in rows]
+        draw_intervals(axes, places, [_steps(row) for row in rows], replace(LOOKS[number], line=""), ARMS[arm])
+        for place, row in zip(places, rows, strict=True):
+            if not all(row["reached"]):
+                axes.annotate(
+                    "≥", (place, _steps(row).mean), (-7, 0), textcoords="offset points", ha="right", va="center"
+                )
+    axes.set(yscale="log", xlim=(-0.5, len(CASES) - 0.5))
+    axes.set_xticks(range(len(CASES)), [case.label for case in CASES.values()])
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= tick <= high]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+
+
+CONVERGENCE = Study(
+    "convergence",
+    "Does batch normalization reach an accuracy in fewer steps, and what is a unit given meanwhile?",
+    CLAIMS,
+    cells,
+    measure,
+    summarize,
+    tabulate,
+    draw,
+)

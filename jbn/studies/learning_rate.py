@@ -1,0 +1,259 @@
+"""``learning-rate``: over four decades of rates, where training fails, and what the larger rates are good for."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from matplotlib.figure import Figure
+
+from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
+from jbn.studies.intervals import Interval, choose_rate, decide, interval
+from jbn.studies.networks import BatchNorm, Bias, Dense, Norm, OfFlax
+from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
+from jbn.studies.training import CHANCE, CLASSES, PIXELS, Plan, sweep, unseen
+
+WIDTHS = (PIXELS["digits"], 128, 128, 128, CLASSES)
+BATCH = 32
+TRAINS = 0.5  # the accuracy on test rows below which training has failed; small rates are slow, and end above it
+LITTLE = 0.01  # what a gain in accuracy is called
+# Norms by their names in the table.
+ARMS: dict[str, Norm] = {
+    "batch norm": BatchNorm(momentum=0.9),
+    "layer norm": OfFlax(nn.LayerNorm()),
+    "none": Bias(),
+}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: seeds, how many rates a decade has, and steps."""
+
+    seeds: int
+    a_decade: int
+    steps: int
+
+
+EXTENTS: dict[str, Extent] = {"quick": Extent(2, 1, 4), "default": Extent(10, 2, 500), "full": Extent(20, 4, 2000)}
+LOWEST, DECADES = 0.003, 4
+
+
+def rates_of(extent: Extent) -> list[float]:
+    """Return rates that are equally far apart in their logarithm, ascending."""
+    found = LOWEST * 10 ** (np.arange(DECADES * extent.a_decade + 1) / extent.a_decade)
+    return [float(f"{rate:.2g}") for rate in found]
+
+
+def cells(size: Size) -> list[Cell]:
+    """Return a cell for each arm."""
+    extent = EXTENTS[size]
+    settings = {"rates": rates_of(extent), "seeds": extent.seeds, "steps": extent.steps}
+    return [Cell(arm.replace(" ", "-"), {"arm": arm} | settings) for arm in ARMS]
+
+
+def measure(settings: Settings) -> Numbers:
+    """Return accuracies (seeds, rates) of an arm on validation and test rows, and where the loss is not finite."""
+    network, steps = Dense(WIDTHS, ARMS[settings["arm"]]), settings["steps"]
+    plan = Plan(tuple(settings["rates"]), settings["seeds"], BATCH, BATCH * steps)
+    found = sweep(network, plan, {"accuracy": unseen(network)})
+    seen = found["accuracy"][..., 0, :]
+    return {"validation": seen[..., 0], "test": seen[..., 1], "diverged": ~np.isfinite(found["loss"][..., 0])}
+
+
+def summarize(measured: Sequence[Measured]) -> Summary:
+    """Return for each arm its accuracies at each rate, the best one by validation rows, and the largest that trains."""
+    first = measured[0].settings
+    arms = {each.settings["arm"]: _summarize(first["rates"], each.numbers) for each in measured}
+    return {"rates": first["rates"], "seeds": first["seeds"], "steps": first["steps"], "arms": arms}
+
+
+def _summarize(rates: Sequence[float], numbers: Numbers) -> dict[str, Any]:
+    test, diverged = np.asarray(numbers["test"], float), np.asarray(numbers["diverged"])
+    trains = ~diverged & (test >= TRAINS)
+    chosen = choose_rate(np.asarray(numbers["validation"], float))
+    enough = np.flatnonzero(trains.mean(0) >= 0.5)
+    return {
+        "test_accuracy": np.round(test, 6).tolist(),
+        "quartiles": np.percentile(test, (25, 50, 75), axis=0).T.tolist(),
+        "best": chosen.index,
+        "edge": chosen.edge,
+        "interval": asdict(interval(test[:, chosen.index])),
+        "failed": (~trains).sum(0).tolist(),
+        "diverged": diverged.sum(0).tolist(),
+        "largest": int(enough[-1]) if enough.size else None,
+        # Of a seed that trains nowhere it is below the lowest one.
+        "largest_of_seed": [max(np.flatnonzero(each).tolist(), default=-1) for each in trains],
+    }
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _difference(by: Interval) -> str:
+    return f"{_points(by.mean)} ({_points(by.low)} to {_points(by.high)}) points"
+
+
+def _at(summary: Summary, arm: str, rate: int) -> np.ndarray:
+    """Return the accuracies of the seeds at a rate of the grid."""
+    return np.asarray(summary["arms"][arm]["test_accuracy"])[:, rate]
+
+
+def _largest(summary: Summary, arm: str) -> str:
+    """Return the largest rate that trains, in words."""
+    rates, index = summary["rates"], summary["arms"][arm]["largest"]
+    if index is None:
+        return f"below {rates[0]:g}"
+    return f"{'at least ' if index == len(rates) - 1 else ''}{rates[index]:g}"
+
+
+def _trains_at_larger(summary: Summary) -> Outcome:
+    norm, none = (np.array(summary["arms"][arm]["largest_of_seed"]) for arm in ("batch norm", "none"))
+    by = interval((norm - none) * np.log10(summary["rates"][1] / summary["rates"][0]))
+    times = 10 ** np.array([by.mean, by.low, by.high])
+    sentence = (
+        f"Half of the seeds or more end above {TRAINS:.0%} up to a rate of {_largest(summary, 'batch norm')}, without "
+        f"it up to {_largest(summary, 'none')}; seed by seed {times[0]:.1f} ({times[1]:.1f} to {times[2]:.1f}) times."
+    )
+    return Outcome(sentence, decide(by, least=0))
+
+
+def _fails_without(summary: Summary) -> Outcome:
+    norm, none = (summary["arms"][arm] for arm in ("batch norm", "none"))
+    if norm["largest"] is None:
+        return Outcome("Batch norm itself trains at no rate.", "not decided within the intervals")
+    index, seeds = norm["largest"], summary["seeds"]
+    by = interval(_at(summary, "none", index))
+    sentence = (
+        f"At {summary['rates'][index]:g}, the largest rate at which batch norm trains, {none['failed'][index]} of "
+        f"{seeds} seeds fail without it ({none['diverged'][index]} are not finite), {norm['failed'][index]} with it. "
+        f"Without it the accuracy is {_points(by.mean)} % ({_points(by.low)} to {_points(by.high)}); less than "
+        f"{TRAINS:.0%} is a failure."
+    )
+    return Outcome(sentence, decide(by, most=TRAINS))
+
+
+def _gain(summary: Summary, norm: int, none: int) -> Interval:
+    """Return by how much batch norm at one rate of the grid is above none at another, seed by seed."""
+    return interval(_at(summary, "batch norm", norm) - _at(summary, "none", none))
+
+
+def _best_rates(summary: Summary) -> tuple[int, int]:
+    """Return the best rate of batch norm and that of none, as numbers of the grid."""
+    return summary["arms"]["batch norm"]["best"], summary["arms"]["none"]["best"]
+
+
+def _best_is_better(summary: Summary) -> Outcome:
+    (norm, none), rates = _best_rates(summary), summary["rates"]
+    by = _gain(summary, norm, none)
+    return Outcome(
+        f"Batch norm at {rates[norm]:g} is {_difference(by)} above none at {rates[none]:g}, each at its best rate.",
+        decide(by, least=0),
+    )
+
+
+def _gains_little(summary: Summary) -> Outcome:
+    _, none = _best_rates(summary)
+    by = _gain(summary, none, none)
+    return Outcome(
+        f"At {summary['rates'][none]:g}, the best rate without it, batch norm is {_difference(by)} above none; "
+        f"little is at most {_points(LITTLE)}.",
+        decide(by, most=LITTLE),
+    )
+
+
+def _gains_by_larger(summary: Summary) -> Outcome:
+    (norm, none), rates = _best_rates(summary), summary["rates"]
+    by = interval(_at(summary, "batch norm", norm) - _at(summary, "batch norm", none))
+    return Outcome(
+        f"Batch norm at its best rate, {rates[norm]:g}, is {_difference(by)} above batch norm at the best one of none, "
+        f"{rates[none]:g}.",
+        decide(by, least=0),
+    )
+
+
+CLAIMS = (
+    Claim(
+        "Batch norm trains at larger rates",
+        "Ioffe and Szegedy 2015, section 3.3; Bjorck et al. 2018, section 3",
+        _trains_at_larger,
+    ),
+    Claim("Without it such rates fail", "Bjorck et al. 2018, section 3", _fails_without),
+    Claim("Each at its best rate, it generalizes better", "Bjorck et al. 2018, figure 1", _best_is_better),
+    Claim("At the same small rate it gains little", "Bjorck et al. 2018, section 2 and figure 1", _gains_little),
+    Claim(
+        "It is by the larger rates that it generalizes better",
+        "Bjorck et al. 2018, abstract and section 3",
+        _gains_by_larger,
+    ),
+)
+
+
+def tabulate(summary: Summary) -> Sheet:
+    """Return accuracies on test rows, a row per rate, a column per arm."""
+    seeds, arms = summary["seeds"], summary["arms"]
+    rows = []
+    for index, rate in enumerate(summary["rates"]):
+        texts = []
+        for found in arms.values():
+            failed = found["failed"][index]
+            texts.append(f"{_points(found['quartiles'][index][1])}{f' ({failed})' if failed else ''}")
+        rows.append((f"{rate:g}", *texts))
+    best = [
+        f"{arm}: {summary['rates'][found['best']]:g}, {_points(found['interval']['mean'])} "
+        f"±{_points(Interval(**found['interval']).half)} %"
+        for arm, found in arms.items()
+    ]
+    notes = [
+        f"Test accuracy (%), the median of {seeds} seeds, by the rate of the first step; in brackets how many fail, "
+        f"which end below {TRAINS:.0%} or not finite (which counts as chance, {CHANCE:.0%}).",
+        f"Best rates by the mean on validation rows, with means and 95 % intervals on test rows: {'; '.join(best)}.",
+        f"The largest rate at which half of the seeds do not fail: "
+        f"{'; '.join(f'{arm}: {_largest(summary, arm)}' for arm in arms)}.",
+        f"Digits, three hidden layers of 128 ReLU units, {summary['steps']} steps of {BATCH} rows, plain gradient "
+        "descent, a rate that falls linearly to 0.",
+    ]
+    edges = [f"{arm} ({found['edge']})" for arm, found in arms.items() if found["edge"]]
+    if edges:
+        notes.append(f"The best rate is at an edge of the grid, and a better one may lie outside: {', '.join(edges)}.")
+    return Sheet(("rate", *arms), tuple(rows), tuple(notes))
+
+
+def draw(summary: Summary) -> Figure:
+    """Draw accuracies on test rows and the share of seeds that fail, against the rate."""
+    norm, none = _best_rates(summary)
+    same, own = (_points(_gain(summary, at, none).mean) for at in (none, norm))
+    title = (
+        f"Batch norm trains up to a rate of {_largest(summary, 'batch norm')}, none up to {_largest(summary, 'none')}; "
+        f"it is {same} points above none at none's best rate, {own} each at its own"
+    )
+    note = (
+        f"digits, three hidden layers of 128, {summary['steps']} steps of {BATCH} rows; left: median and quartiles of "
+        f"{summary['seeds']} seeds; a seed fails that ends below {TRAINS:.0%} or not finite"
+    )
+    figure, (left, right) = panels(title, note, ["test accuracy (%)", "seeds that fail (%)"], height=4.6)
+    for number, ((arm, found), look) in enumerate(zip(summary["arms"].items(), LOOKS, strict=False)):
+        # Side by side, so that no line hides another.
+        places = [rate * 10 ** (0.03 * (number - 1)) for rate in summary["rates"]]
+        quartiles = [Interval(100 * middle, 100 * low, 100 * high) for low, middle, high in found["quartiles"]]
+        draw_intervals(left, places, quartiles, look, arm)
+        shares = [100 * failed / summary["seeds"] for failed in found["failed"]]
+        draw_intervals(right, places, [Interval(share, share, share) for share in shares], look, arm)
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="learning rate of the first step", ylim=(-4, 104))
+        axes.xaxis.set_major_formatter("{x:g}")
+    put_legend_beside(figure, left)
+    return figure
+
+
+LEARNING_RATE = Study(
+    "learning-rate",
+    "At which learning rates does training fail with and without batch normalization, and what do larger ones gain?",
+    CLAIMS,
+    cells,
+    measure,
+    summarize,
+    tabulate,
+    draw,
+)

@@ -1,0 +1,246 @@
+"""``placement``: batch normalization before or after the activation, and which parameters beside it are of use."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+
+from jbn import bn_forward, bn_init
+from jbn.studies.figures import LOOKS, blank, draw_intervals
+from jbn.studies.intervals import Interval, choose_rate, decide, interval
+from jbn.studies.networks import Dense
+from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
+from jbn.studies.training import CHANCE, CLASSES, PIXELS, Parts, Plan, sweep, unseen
+
+WIDTHS = (PIXELS["mnist"], 128, 64, CLASSES)
+BATCH = 60
+MOMENTUM = 0.9
+SAME = 0.01  # how far apart two accuracies may lie and still be called the same
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What follows a kernel: a bias or not, and around a ReLU batch norm or not.
+
+    Attributes:
+        what: this is, for the table.
+        place: of the norm: "before" or "after" the ReLU, or "" for none.
+        bias: whether one is added to what the kernel gives.
+        scale: whether the norm has one.
+    """
+
+    what: str
+    place: str = "before"
+    bias: bool = False
+    scale: bool = True
+
+    def init(self, features: int, rng: np.random.Generator) -> tuple[Any, Any]:
+        """Return parameters and state of a layer."""
+        norm, state = bn_init(features, use_scale=self.scale)
+        params = {"norm": norm} if self.place else {}
+        return params | ({"bias": np.zeros((1, features), np.float32)} if self.bias else {}), state
+
+    def __call__(self, params: Any, state: Any, x: Array, train: bool, step: Array) -> tuple[Array, Any]:
+        """Return y and the new state."""
+        x = x + params["bias"] if self.bias else x
+        if not self.place:
+            return jax.nn.relu(x), state
+        if self.place == "after":
+            return bn_forward(params["norm"], state, jax.nn.relu(x), train, momentum=MOMENTUM)
+        return bn_forward(params["norm"], state, x, train, momentum=MOMENTUM, activation=jax.nn.relu)
+
+
+ARMS = {
+    "before": Placed("kernel, norm, ReLU"),
+    "biased": Placed("kernel, bias, norm, ReLU", bias=True),
+    "unscaled": Placed("kernel, norm without scale, ReLU", scale=False),
+    "after": Placed("kernel, bias, ReLU, norm", "after", bias=True),
+    "none": Placed("kernel, bias, ReLU", "", bias=True),
+}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: seeds, rates, and steps."""
+
+    seeds: int
+    rates: tuple[float, ...]
+    steps: int
+
+
+EXTENTS: dict[str, Extent] = {
+    "quick": Extent(2, (0.1, 0.4), 4),
+    "default": Extent(10, (0.1, 0.3, 1.0, 3.0), 400),
+    "full": Extent(20, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), 4000),
+}
+
+
+def cells(size: Size) -> list[Cell]:
+    """Return a cell for each arm."""
+    extent = EXTENTS[size]
+    return [Cell(arm, {"arm": arm} | asdict(extent) | {"rates": list(extent.rates)}) for arm in ARMS]
+
+
+def largest_bias(params: Any, states: Any, data: Parts) -> Array:
+    """Return a look at how large the biases are that are added to what kernels give."""
+    return jnp.stack([jnp.abs(each.get("bias", jnp.zeros(1))).max() for each in params["norms"]]).max()
+
+
+def measure(settings: Settings) -> Numbers:
+    """Return accuracies (seeds, rates) of an arm on validation and test rows, and its largest bias."""
+    network, steps = Dense(WIDTHS, ARMS[settings["arm"]]), settings["steps"]
+    plan = Plan(tuple(settings["rates"]), settings["seeds"], BATCH, BATCH * steps, "mnist")
+    found = sweep(network, plan, {"accuracy": unseen(network), "bias": largest_bias})
+    seen = found["accuracy"][..., 0, :]
+    diverged = ~np.isfinite(found["loss"][..., 0])
+    return {"validation": seen[..., 0], "test": seen[..., 1], "diverged": diverged, "bias": found["bias"][..., 0]}
+
+
+def summarize(measured: Sequence[Measured]) -> Summary:
+    """Return for each arm the rate that validation rows chose, and what test rows say of it."""
+    first = measured[0].settings
+    arms = {each.settings["arm"]: _summarize(each.settings, each.numbers) for each in measured}
+    return {"seeds": first["seeds"], "steps": first["steps"], "rates": len(first["rates"]), "arms": arms}
+
+
+def _summarize(settings: Settings, numbers: Numbers) -> dict[str, Any]:
+    chosen = choose_rate(np.asarray(numbers["validation"], float))
+    test = np.asarray(numbers["test"], float)[:, chosen.index]
+    return {
+        "rate": settings["rates"][chosen.index],
+        "edge": chosen.edge,
+        "test_accuracy": [round(value, 6) for value in test.tolist()],
+        "interval": asdict(interval(test)),
+        "diverged": int(np.asarray(numbers["diverged"])[:, chosen.index].sum()),
+        "bias": float(np.nanmax(np.asarray(numbers["bias"], float)[:, chosen.index])),
+    }
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _better(summary: Summary, one: str, other: str) -> Interval:
+    """Return by how much an arm is better than another, seed by seed."""
+    return interval(np.subtract(*(summary["arms"][arm]["test_accuracy"] for arm in (one, other))))
+
+
+def _says(summary: Summary, one: str, other: str) -> str:
+    """Return in words how two arms did."""
+    by = _better(summary, one, other)
+    shown = [f"{arm}: {_points(summary['arms'][arm]['interval']['mean'])} %" for arm in (one, other)]
+    return f"{', '.join(shown)}; difference {_points(by.mean)} ({_points(by.low)} to {_points(by.high)}) points."
+
+
+def _is_better(one: str, other: str) -> Callable[[Summary], Outcome]:
+    """Return the judgement whether an arm beats another."""
+
+    def judge(summary: Summary) -> Outcome:
+        return Outcome(_says(summary, one, other), decide(_better(summary, one, other), least=0))
+
+    return judge
+
+
+def _is_of_no_use(arm: str) -> Callable[[Summary], Outcome]:
+    """Return the judgement whether an arm, with a parameter more or less, is as good as the plain one."""
+
+    def judge(summary: Summary) -> Outcome:
+        moved = summary["arms"][arm]["bias"]
+        bias = f" No bias is larger than {moved:.1g} after training." if ARMS[arm].bias else ""
+        sentence = f"{_says(summary, arm, 'before')} The same is within {_points(SAME)}.{bias}"
+        return Outcome(sentence, decide(_better(summary, arm, "before"), least=-SAME, most=SAME))
+
+    return judge
+
+
+CLAIMS = (
+    Claim(
+        "Before the activation is the better place",
+        "Ioffe and Szegedy 2015, section 3.2: there the distribution is likely more symmetric",
+        _is_better("before", "after"),
+    ),
+    Claim(
+        "After the activation is slightly better",
+        "Mishkin et al. 2016, section 3: on ImageNet",
+        _is_better("after", "before"),
+    ),
+    Claim(
+        "A bias before the norm is of no use",
+        "Ioffe and Szegedy 2015, section 3.2: the mean that is subtracted holds it",
+        _is_of_no_use("biased"),
+    ),
+    Claim(
+        "A scale is of no use where ReLU and a linear layer follow",
+        "documentation of BatchNormalization in Keras 2 (2017), scale: the next layer scales",
+        _is_of_no_use("unscaled"),
+    ),
+)
+
+
+def tabulate(summary: Summary) -> Sheet:
+    """Return accuracies on test rows, a row per arm, and by how much it is better than the norm before the ReLU."""
+    rows = []
+    for arm, found in summary["arms"].items():
+        end = Interval(**found["interval"])
+        by = _better(summary, arm, "before")
+        difference = "-" if arm == "before" else f"{100 * by.mean:+.1f} ±{_points(by.half)}"
+        rows.append((arm, f"{found['rate']:g}", f"{_points(end.mean)} ±{_points(end.half)}", difference))
+    notes = [
+        f"{'; '.join(f'{name}: {arm.what}' for name, arm in ARMS.items())}.",
+        f"Test accuracy (%) with its 95 % interval over {summary['seeds']} seeds (Student's t), and its difference "
+        f"from before, seed by seed. Each arm at its own best of {summary['rates']} rates, by validation rows.",
+        f"MNIST (3000 rows), 784, 128, 64, 10; {summary['steps']} steps of {BATCH} rows, plain gradient descent, a "
+        "rate that falls linearly to 0.",
+    ]
+    edges = [f"{arm} ({found['edge']})" for arm, found in summary["arms"].items() if found["edge"]]
+    if edges:
+        notes.append(f"The best rate is at an edge of the grid, and a better one may lie outside: {', '.join(edges)}.")
+    diverged = [f"{found['diverged']} of {arm}" for arm, found in summary["arms"].items() if found["diverged"]]
+    if diverged:
+        notes.append(f"Seeds that diverged, and count as chance ({CHANCE:.0%}): {', '.join(diverged)}.")
+    return Sheet(("arm", "rate", "accuracy", "better"), tuple(rows), tuple(notes))
+
+
+def draw(summary: Summary) -> Figure:
+    """Draw by how much each arm is better than the norm before the ReLU, with all seeds."""
+    by = _better(summary, "after", "before")
+    far = "no interval tells them apart" if by.low <= 0 <= by.high else "the interval excludes 0"
+    title = (
+        f"Batch norm after the ReLU is {100 * by.mean:+.1f} points ({by.low * 100:+.1f} to {by.high * 100:+.1f}) "
+        f"from before it: {far}"
+    )
+    note = (
+        f"MNIST (3000 rows), 784-128-64-10; difference of test accuracies from {ARMS['before'].what}, seed by seed; "
+        f"small dots: {summary['seeds']} seeds; large: mean and 95 % interval; each arm at its best rate; dotted: what "
+        "counts as the same"
+    )
+    figure, axes = blank(title, note)
+    others = [arm for arm in summary["arms"] if arm != "before"]
+    before = np.array(summary["arms"]["before"]["test_accuracy"])
+    for place, (arm, look) in enumerate(zip(others, LOOKS[1:], strict=False)):
+        seeds = 100 * (np.array(summary["arms"][arm]["test_accuracy"]) - before)
+        axes.plot(place + 0.12 + np.zeros(len(seeds)), seeds, ".", color="0.5", markersize=5)
+        draw_intervals(axes, [place], [interval(seeds)], look, arm)
+    axes.axhline(0, color="black", linewidth=1)
+    for edge in (-SAME, SAME):
+        axes.axhline(100 * edge, color="0.4", linewidth=0.8, linestyle=":")
+    axes.set(ylabel="points above kernel, norm, ReLU", xlim=(-0.5, len(others) - 0.4))
+    axes.set_xticks(range(len(others)), [ARMS[arm].what.replace(", ", ",\n") for arm in others])
+    return figure
+
+
+PLACEMENT = Study(
+    "placement",
+    "Does batch normalization belong before or after the activation, and which parameters beside it are of use?",
+    CLAIMS,
+    cells,
+    measure,
+    summarize,
+    tabulate,
+    draw,
+)

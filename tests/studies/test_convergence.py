@@ -1,0 +1,168 @@
+"""The study of convergence: nothing here asserts how accurate a network becomes."""
+
+import io
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jbn.studies import convergence as study
+from jbn.studies.gallery import run
+from jbn.studies.networks import BatchNorm, Bias, Dense, FromZero, Residual
+from jbn.studies.percentiles import inputs_of_last, travel
+from jbn.studies.study import Measured
+from jbn.studies.terminal import show_sheet
+from jbn.studies.training import Plan, accuracies, sweep, unseen
+
+UNDECIDED = "not decided within the intervals"
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("studies")
+    return run("convergence", size="quick", out=out), out / "convergence"
+
+
+def test_each_arm_of_each_network_is_measured(quick):
+    found, out = quick
+    rows = {(row["case"], row["arm"]): row for row in found["summary"]["arms"]}
+    assert set(rows) == {(name, arm) for name, case in study.CASES.items() for arm in case.arms}
+    for row in rows.values():
+        assert len(row["needed"]) == len(row["reached"]) == len(row["test_accuracy"]) == 2
+        assert len(row["curve"]) == row["looks"]
+        assert ("unit" in row) == (row["case"] != "residual")
+    assert {claim["verdict"] for claim in found["claims"]} <= {"holds", "does not hold", UNDECIDED}
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def measured(steps=None, ends=None, travels=None, seeds=4):
+    """Return cells of 100 steps in which arms reach the level after ``steps`` (None: never) and end at ``ends``."""
+    cells = []
+    for cell in study.cells("default"):
+        case, arm = cell.settings["case"], cell.settings["arm"]
+        settings = cell.settings | {"steps": 100, "looks": 10, "rates": [0.1, 0.2, 0.4], "seeds": seeds}
+        after, end = (steps or {}).get((case, arm), 50), (ends or {}).get((case, arm), 0.92)
+        curve = np.full((seeds, 3, 10), 0.2)
+        if after:
+            curve[:, 1, after // 10 - 1 :] = 0.91
+        curve[..., -1] = end + 0.001 * np.arange(seeds)[:, None] - [0.5, 0, 0.5]
+        far = (travels or {}).get(arm, 1.0) * np.linspace(0.9, 1.1, seeds)[:, None] * [9, 1, 9]
+        numbers = {"validation": curve, "test": curve, "diverged": np.zeros((seeds, 3), bool)}
+        if case != "residual":
+            numbers |= {"travel": far, "unit": np.broadcast_to([-1, 0, 1], (3, 10, 3))}
+        cells.append(Measured(settings, numbers))
+    return cells
+
+
+def outcomes(**numbers):
+    summary = study.summarize(measured(**numbers))
+    return [claim.judge(summary) for claim in study.CLAIMS]
+
+
+def everywhere(norm, none):
+    return {(name, arm): norm if arm == "batch norm" else none for name in study.CASES for arm in study.ARMS}
+
+
+def test_claims_can_be_refuted_and_hold():
+    def verdicts(**numbers):
+        return [outcome.verdict for outcome in outcomes(**numbers)]
+
+    assert verdicts() == [UNDECIDED] * 5 + ["holds"]
+    for_them = verdicts(steps=everywhere(20, 50), ends={("sigmoid", "none"): 0.9}, travels={"none": 3.0})
+    assert for_them == ["holds"] * 6
+    ends = {("sigmoid", "none"): 0.95, ("residual", "from 0"): 0.9}
+    assert verdicts(steps=everywhere(50, 20), ends=ends, travels={"none": 0.5}) == ["does not hold"] * 6
+
+
+def test_what_never_gets_there_decides_nothing_in_its_favour():
+    for norm, none, verdict in [(None, 50, "does not hold"), (20, None, "holds"), (None, None, UNDECIDED)]:
+        ends = {where: 0.5 for where, after in everywhere(norm, none).items() if after is None}
+        found = outcomes(steps=everywhere(norm, none), ends=ends)
+        assert [found[number].verdict for number in (0, 3, 4)] == [verdict] * 3
+        assert "4 of 4 seeds are late: not there after 100" in found[0].sentence
+    summary = study.summarize(measured(steps=everywhere(20, 50)))
+    for row in summary["arms"]:
+        row["reached"] = [row["arm"] != "batch norm"] * 4
+    assert study.CLAIMS[0].judge(summary).verdict == UNDECIDED
+
+
+def test_steps_are_those_of_the_first_look_at_the_level():
+    accuracy = [[0.1, 0.9, 0.8, 0.95], [0.1, 0.2, 0.3, 0.89]]
+    steps, reached = study.steps_to(0.9, np.array(accuracy), 80)
+    assert steps.tolist() == [40, 80]
+    assert reached.tolist() == [True, False]
+
+
+def test_the_rate_of_fewest_steps_and_that_of_the_best_end_differ():
+    (cell, *_) = measured()
+    curve = np.full((4, 3, 10), 0.2)
+    curve[:, 1, 2:] = 0.91
+    curve[:, 2, 5:] = 0.95
+    numbers = cell.numbers | {"validation": curve, "test": curve - 0.02}
+    (row,) = study.summarize([Measured(cell.settings, numbers)])["arms"]
+    assert (row["rate"], row["edge"], row["end_rate"], row["end_edge"]) == (0.2, "", 0.4, "highest")
+    assert row["needed"] == [100] * 4
+    assert not any(row["reached"])
+    np.testing.assert_allclose(row["test_accuracy"], 0.93)
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_table_fits_its_terminal(width):
+    sheet = study.tabulate(study.summarize(measured()))
+    with io.StringIO() as file:
+        show_sheet(Console(file=file, width=width), type(sheet)(sheet.heading, sheet.rows))
+        lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(bool(re.search(r"50 +92\.\d ±0\.\d", line)) for line in lines) == len(sheet.rows)
+
+
+def test_the_title_of_the_figure_says_what_came_out():
+    steps = everywhere(20, 50) | {("residual", "none"): None, ("relu", "none"): 40}
+    figure = study.draw(study.summarize(measured(steps=steps, ends={("residual", "none"): 0.5})))
+    title = " ".join(figure.get_suptitle().split())
+    assert title == (
+        "To reach 90% without batch norm, sigmoid units need 2.5 times as many steps, ReLU units 2.0 times, "
+        "a residual network at least 5.0 times"
+    )
+    assert len(figure.axes) == 6
+
+
+def test_travel_is_in_units_of_the_distance():
+    seen = np.zeros((4, 3, 1))
+    seen[:, :, 0] = np.array([[-1, 0, 1]]) + np.array([[0], [1], [0], [1]])
+    assert travel(seen) == pytest.approx(3 / 2)
+    assert travel(7 * seen) == pytest.approx(3 / 2)
+    assert travel(seen[:1]) == 0
+
+
+@pytest.mark.parametrize("norm", [BatchNorm(0.9), Bias()], ids=["batch norm", "bias"])
+def test_inputs_of_the_last_activations_are_those_of_training(norm):
+    network = Dense((64, 7, 5, 10), norm)
+    params, states = network.init(0)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((50, 64)), jnp.float32)
+    given = inputs_of_last(network, params, states, x)
+    logits, _ = network(params, states, x, True, 0)
+    np.testing.assert_allclose(np.maximum(given, 0) @ params["kernels"][-1], logits, rtol=1e-4, atol=1e-5)
+    assert (given < 0).any()
+
+
+def test_branches_that_begin_at_0_add_nothing_at_first():
+    network = FromZero(8, Bias(), (4, 4, 8))
+    params, states = network.init(0)
+    plain, _ = Residual(8, Bias(), (4, 4, 8)).init(0)
+    x = jnp.asarray(np.random.default_rng(1).random((3, 64)), jnp.float32)
+    others = plain | {"kernels": [plain["kernels"][0], *(0 * kernel for kernel in plain["kernels"][1:])]}
+    expected, _ = Residual(8, Bias(), (4, 4, 8))(others, states, x, True, 0)
+    np.testing.assert_allclose(network(params, states, x, True, 0)[0], expected, rtol=1e-5)
+    whole, _ = Residual(8, Bias(), (4, 4, 8))(plain, states, x, True, 0)
+    ones = params | {"branches": np.ones(2, np.float32)}
+    np.testing.assert_allclose(network(ones, states, x, True, 0)[0], whole, rtol=1e-5)
+
+
+def test_accuracies_in_one_pass_are_those_of_two():
+    network = Dense((64, 8, 10), Bias())
+    found = sweep(network, Plan((0.1, 1e30), 2, 32, 96), {"one": unseen(network), "two": accuracies(network)})
+    np.testing.assert_allclose(found["one"][..., 0], found["two"].validation)
+    np.testing.assert_allclose(found["one"][..., 1], found["two"].test)

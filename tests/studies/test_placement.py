@@ -1,0 +1,106 @@
+"""The study of places: nothing here asserts how accurate a network becomes."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jbn.studies import placement as study
+from jbn.studies.gallery import run
+from jbn.studies.networks import Dense
+from jbn.studies.study import Measured
+from jbn.studies.terminal import show_sheet
+from jbn.studies.training import Rows, loss_of
+
+UNDECIDED = "not decided within the intervals"
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("studies")
+    return run("placement", size="quick", out=out), out / "placement"
+
+
+def test_each_arm_is_measured(quick):
+    found, out = quick
+    arms = found["summary"]["arms"]
+    assert list(arms) == list(study.ARMS)
+    assert all(len(arm["test_accuracy"]) == 2 for arm in arms.values())
+    assert {arm for arm, found in arms.items() if found["bias"]} >= {"after", "none"}
+    assert {claim["verdict"] for claim in found["claims"]} <= {"holds", "does not hold", UNDECIDED}
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def measured(seeds=4, **better):
+    """Return cells with the same accuracies in all arms, and better ones by so much."""
+    cells = []
+    for arm in study.ARMS:
+        test = 0.9 + better.get(arm, 0) + 0.001 * np.arange(seeds)[:, None] - [0.2, 0, 0.1]
+        settings = {"arm": arm, "rates": [0.1, 0.2, 0.4], "seeds": seeds, "steps": 8}
+        numbers = {"validation": test, "test": test, "diverged": test < 0, "bias": 0 * test}
+        cells.append(Measured(settings, numbers))
+    return cells
+
+
+def verdicts(**better):
+    summary = study.summarize(measured(**better))
+    return [claim.judge(summary).verdict for claim in study.CLAIMS]
+
+
+def test_claims_can_be_refuted_and_hold():
+    assert verdicts() == [UNDECIDED, UNDECIDED, "holds", "holds"]
+    assert verdicts(after=-0.02, biased=-0.02, unscaled=0.02) == ["holds", *["does not hold"] * 3]
+    assert verdicts(after=0.02)[:2] == ["does not hold", "holds"]
+
+
+def test_a_bias_before_the_norm_is_given_no_gradient():
+    rng = np.random.default_rng(0)
+    rows = Rows(jnp.asarray(rng.standard_normal((20, 6)), jnp.float32), jnp.asarray(rng.integers(0, 10, 20)))
+    for arm, useless in (("biased", True), ("after", False)):
+        network = Dense((6, 8, 7, 10), study.ARMS[arm])
+        params, states = network.init(0)
+        grads = jax.grad(lambda params, network=network, states=states: loss_of(network, params, states, rows, 0)[0])(
+            params
+        )
+        sizes = [float(jnp.abs(norm["bias"]).max()) for norm in grads["norms"]]
+        assert all((size < 1e-6) == useless for size in sizes), (arm, sizes)
+
+
+@pytest.mark.parametrize("arm", study.ARMS)
+def test_an_arm_is_what_its_row_says(arm):
+    layer = study.ARMS[arm]
+    params, state = layer.init(3, np.random.default_rng(0))
+    if layer.bias:
+        params = params | {"bias": jnp.array([[0.5, -1.0, 2.0]])}
+    x = np.random.default_rng(1).standard_normal((40, 3)).astype(np.float32)
+    y, _ = layer(params, state, jnp.asarray(x), True, 0)
+    seen = np.float64(x)
+    for step in layer.what.split(", ")[1:]:
+        if step == "bias":
+            seen = seen + np.array([0.5, -1.0, 2.0])
+        elif step == "ReLU":
+            seen = np.maximum(seen, 0)
+        else:
+            seen = (seen - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-5)
+    np.testing.assert_allclose(y, seen, rtol=1e-4, atol=1e-5)
+    if layer.place:
+        assert (params["norm"].scale is None) == ("without scale" in layer.what)
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_table_fits_its_terminal(width):
+    sheet = study.tabulate(study.summarize(measured(after=0.02)))
+    with io.StringIO() as file:
+        show_sheet(Console(file=file, width=width), type(sheet)(sheet.heading, sheet.rows))
+        text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "+2.0 ±0.0" in text
+
+
+def test_the_title_of_the_figure_says_what_came_out():
+    for by, ending in ((0.02, "+2.0 points (+2.0 to +2.0) from before it: the interval excludes 0"), (0, "apart")):
+        figure = study.draw(study.summarize(measured(after=by)))
+        assert " ".join(figure.get_suptitle().split()).endswith(ending)
