@@ -67,10 +67,11 @@ def span(values: list[str]) -> str:
 def main() -> None:
     """Run a notebook with several seeds and print of each assertion how often it held, and what it compared."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("number", type=int, choices=range(1, len(NOTEBOOKS) + 1), help="of the notebook")
+    numbered = {int(path.name.split("_")[0]): path for path in NOTEBOOKS}
+    parser.add_argument("number", type=int, choices=sorted(numbered), help="of the notebook")
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     given = parser.parse_args()
-    path = NOTEBOOKS[given.number - 1]
+    path = numbered[given.number]
     runs = [measured(path, seed) for seed in range(given.seeds)]
     source = nbformat.read(path, as_version=4).cells[-1].source
     for (test, parts), found in zip(assertions(source), zip(*runs, strict=True), strict=True):
