@@ -66,9 +66,9 @@ def span(values: list[str]) -> str:
 
 def main() -> None:
     """Run a notebook with several seeds and print of each assertion how often it held, and what it compared."""
+    numbered = {int(path.name.partition("_")[0]): path for path in NOTEBOOKS}
     parser = argparse.ArgumentParser(description=__doc__)
-    numbered = {int(path.name.split("_")[0]): path for path in NOTEBOOKS}
-    parser.add_argument("number", type=int, choices=sorted(numbered), help="of the notebook")
+    parser.add_argument("number", type=int, choices=numbered, help="of the notebook")
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     given = parser.parse_args()
     path = numbered[given.number]

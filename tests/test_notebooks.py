@@ -3,7 +3,9 @@ import json
 import platform
 import re
 import shutil
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 
 import nbformat
 import numpy as np
@@ -21,6 +23,9 @@ ELSEWHERE = r"^libtpu .*\n|, (libtpu|jax-cuda12-pjrt) [\d.]+"
 NUMBER = r"[-+]?(\d[\d.]*(e[-+]?\d+)?|nan|inf)\b[.%]?"
 # A host with a plain name, or with none, would be found in any text.
 HOST = platform.node() if re.search(r"[-.\d]", platform.node()) else ""
+PROJECT = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# What installs the course and opens a lesson or the folder, in a virtual environment or in the one at hand.
+COMMAND = re.compile(r'pip install -e "\.\[(\w+)\]" && (?:\S*/)?jupyter lab ([\w./]+\w)')
 ABSOLUTE = r"(?<![\w./:])(/(home|root|work|tmp|usr|opt|var|mnt|srv|etc|content|Users)/|[A-Z]:\\)"
 
 
@@ -39,8 +44,7 @@ def texts(notebook):
 
 
 def test_badges_open_the_notebook_that_they_are_in():
-    project = tomllib.loads((NOTEBOOKS[0].parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    repository = project["urls"]["Repository"].removeprefix("https://github.com/")
+    repository = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
     badge = re.compile(r"\]\((https://colab[^)]+/github/[^)]+)\)")
     found = {path: badge.findall("\n".join(texts(read(path)))) for path in NOTEBOOKS}
     assert any(found.values())
@@ -65,6 +69,38 @@ def test_notebooks_are_numbered_without_gaps():
     numbers = [int(path.name.split("_")[0]) for path in NOTEBOOKS]
     assert numbers == list(range(1, len(NOTEBOOKS) + 1))
     assert NOTEBOOKS
+
+
+def test_the_readme_opens_a_lesson_with_one_command():
+    ((extra, name),) = COMMAND.findall((FOLDER.parent / "README.md").read_text(encoding="utf-8"))
+    assert extra in PROJECT["optional-dependencies"]
+    assert FOLDER.parent / name in NOTEBOOKS
+
+
+@each
+def test_a_lesson_opens_with_the_command_of_the_readme(path):
+    ((extra, name),) = COMMAND.findall(read(path).cells[0].source)
+    assert extra == "notebooks"
+    assert FOLDER.parent / name in (path, FOLDER)
+
+
+def packages(extra):
+    """Return the names of what an extra installs, of the extras that it names too, and of what jbn always needs."""
+    found = set()
+    for needed in PROJECT["optional-dependencies"][extra]:
+        name, extras = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", needed).groups()
+        found |= set().union(*map(packages, extras.split(","))) if extras else {name}
+    return found | {re.match(r"[\w-]+", needed)[0] for needed in PROJECT["dependencies"]}
+
+
+@each
+def test_the_extra_has_whatever_a_lesson_imports(path):
+    nodes = [node for cell in codes(read(path)) for node in ast.walk(ast.parse(cell.source))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    owners = packages_distributions()
+    for root in {name.partition(".")[0] for name in names} - {"jbn", *sys.stdlib_module_names}:
+        assert packages("notebooks") & set(owners[root]), root
 
 
 @each

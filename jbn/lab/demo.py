@@ -21,6 +21,7 @@ from jbn.lab.train import train
 from jbn.paths import count_of
 
 NUMBERS = ("parameters", "test_accuracy", "test_loss", "median_step_ms")  # of a network's results
+TITLES = {"digits": "Handwritten digits", "mnist": "5000 images of MNIST"}
 SAVE_EVERY = 50  # A checkpoint takes about 50 ms, and a step from 1 ms (dense) to 300 ms (conv64).
 
 
@@ -31,7 +32,10 @@ def run(options: DemoOptions, place: DemoPlace, console: Console) -> None:
         OptionError: an option, or what is in ``place.out``, does not fit.
         Stopped, FileError: as ``train`` does.
     """
-    mesh = mesh_of(place.devices)
+    mesh, most = mesh_of(place.devices), TRAINING[options.data]
+    if options.batch_size > most:
+        found = f"got {options.batch_size}, but {options.data} has {most} training images"
+        raise OptionError("--batch-size", f"{found}; expected a whole number from 2 to {most}")
     if place.resume:
         options = directory.resume(place, options)
         former = place.out / directory.CHECKPOINTS
@@ -49,12 +53,12 @@ def _train_all(options: DemoOptions, place: DemoPlace, console: Console, mesh: M
     """Train what is not trained yet, write results and figure, and print what they say."""
     plans = [plan_of(options, model, batch_norm) for model in options.model for batch_norm in (False, True)]
     networks = [_train(plan, place, console, mesh) for plan in plans]
-    images = {"training": TRAINING, "validation": PART, "test": PART}
+    images = {"training": TRAINING[options.data]} | dict.fromkeys(("validation", "test"), PART[options.data])
     directory.write_results(place.out, options, mesh, {"images": images, "networks": networks})
     how = f"stochastic gradient descent, batches of {options.batch_size}, seed {options.seed}"
     figure = place.out / directory.FIGURE
     with file_errors(figure):
-        replace_file(figure, lambda file: draw_demo(networks, f"Handwritten digits, {how}", file))
+        replace_file(figure, lambda file: draw_demo(networks, f"{TITLES[options.data]}, {how}", file))
     show(console, table_of(networks, name_devices(mesh)))
     for plain, normalized in zip(networks[::2], networks[1::2], strict=True):
         say(console, finding(plain, normalized))
@@ -66,6 +70,7 @@ def plan_of(options: DemoOptions, model: str, batch_norm: bool) -> TrainOptions:
     """Return what determines a network: plain gradient descent, recorded to its end whatever comes of it."""
     return TrainOptions(
         model=model,
+        data=options.data,
         batch_norm=batch_norm,
         steps=options.steps,
         batch_size=options.batch_size,

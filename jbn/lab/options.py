@@ -13,7 +13,10 @@ import typer
 
 # One step of gradient descent moves a logit by about learning_rate * |features|^2, and 64x64 positions
 # instead of 8x8 give 64 times as many features: at 0.1 the first steps of ``conv64`` are far too long.
-DEMO_RATES = {"dense": 0.1, "conv": 0.1, "conv64": 0.1 / 64}
+DEMO_RATES = {
+    "digits": {"dense": 0.1, "conv": 0.1, "conv64": 0.1 / 64},
+    "mnist": {"dense": 0.1, "conv": 0.1 * 8**2 / 28**2, "conv64": 0.1 / 64},
+}
 RATES = {"sgd": 0.05, "adamw": 1e-3}
 
 
@@ -124,23 +127,28 @@ class DemoOptions(Options):
 
     model: tuple[str, ...] = option(
         ("dense", "conv"),
-        "What to train; may be repeated. dense: two hidden layers. conv: one 3x3 convolution on 8x8 images. "
-        "conv64: the same on 64x64x3 images, which takes minutes.",
-        choice(*DEMO_RATES, "all"),
+        "What to train; may be repeated. dense: two hidden layers. conv: one 3x3 convolution. "
+        "conv64: the same on the images enlarged to 64x64x3, which takes minutes.",
+        choice(*DEMO_RATES["digits"], "all"),
     )
-    learning_rate: float | None = option(None, "Default: 0.1, and 0.1/64 for conv64.", POSITIVE)
+    data: str = option("digits", "digits: 1797 images of 8x8. mnist: 5000 of MNIST's, of 28x28.", choice(*DEMO_RATES))
+    learning_rate: float | None = option(
+        None, "Default: 0.1, of a convolution less where images are larger: 0.1/64 for conv64.", POSITIVE
+    )
     steps: int = option(400, "Steps per network.", whole_number(1, 100_000))
-    # One image has no batch statistics, and there are 1077 training images.
-    batch_size: int = option(128, "Images per step, 2 to 1077.", whole_number(2, 1077))
+    # One image has no batch statistics, and of MNIST there are 3000 training images.
+    batch_size: int = option(128, "Images per step, 2 to 1077, of mnist to 3000.", whole_number(2, 3000))
     seed: int = option(0, "Seed of the data split, the weights and the order of images.", SEED)
 
     def __post_init__(self) -> None:
         """Put the models into their order: it does not matter how they were typed."""
-        object.__setattr__(self, "model", tuple(name for name in DEMO_RATES if {name, "all"} & set(self.model)))
+        object.__setattr__(
+            self, "model", tuple(name for name in DEMO_RATES["digits"] if {name, "all"} & set(self.model))
+        )
 
     def rate(self, model: str) -> float:
         """Return the learning rate of a model."""
-        return self.learning_rate or DEMO_RATES[model]
+        return self.learning_rate or DEMO_RATES[self.data][model]
 
     def effect(self, name: str) -> str:
         """Return in words what an option stands for."""
@@ -179,13 +187,14 @@ class TrainOptions(Options):
         "resnet",
         "dense, conv: the networks of the demo; resnet: three residual blocks.",
         choice("dense", "conv", "resnet"),
-        kept=choice(*DEMO_RATES, "resnet"),
+        kept=choice(*DEMO_RATES["digits"], "resnet"),
     )
-    data: str | None = option(
-        None,
-        "Folder of .npz files with images (n, h, w) or (n, h, w, c), uint8 or float, and labels (n,). "
-        "Default: handwritten digits.",
+    data: str = option(
+        "digits",
+        "digits, mnist: as in the demo; or a folder of .npz files with images (n, h, w) or (n, h, w, c), uint8 or "
+        "float, and labels (n,).",
         FOLDER,
+        metavar="digits|mnist|DIR",
     )
     validation: str | None = option(None, "Folder of images to evaluate on, beside --data.", FOLDER)
     epochs: int = option(10, "Times through the data.", whole_number(1, EPOCHS))
@@ -214,7 +223,11 @@ class TrainOptions(Options):
     record: bool = False
 
     def __post_init__(self) -> None:
-        """Put the augmentations into an order: it does not matter how they were typed."""
+        """Put the augmentations into an order: it does not matter how they were typed.
+
+        Files of earlier versions have null where the digits were trained with.
+        """
+        object.__setattr__(self, "data", self.data or "digits")
         object.__setattr__(self, "augment", tuple(sorted(set(self.augment))))
 
     @property

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from jbn.lab import signals
 from jbn.lab.data.batches import Batch, Batches
-from jbn.lab.data.images import Source
+from jbn.lab.data.images import DATA, Source
 from jbn.lab.data.parts import Parts, parts_of
 from jbn.lab.devices import mesh_of, name_devices, replicate
 from jbn.lab.errors import OptionError, Stopped
@@ -128,6 +129,8 @@ class Job:
     def notes(self) -> Iterator[str]:
         """Yield what is allowed and seldom meant."""
         options, source, steps = self.options, self.parts.training, self.recipe.steps
+        if options.data in DATA and Path(options.data).is_dir():
+            yield f"--data {options.data} are the images that jbn knows by this name; the folder is ./{options.data}"
         there, classes = np.unique(source.labels), source.classes
         if len(there) < classes:
             few = f"of the labels 0 to {classes - 1} the training data have {len(there)}: {name_few(map(str, there))}"

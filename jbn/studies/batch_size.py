@@ -15,13 +15,14 @@ from jbn.studies.figures import LOOKS, blank, draw_intervals, put_legend_beside
 from jbn.studies.intervals import Interval, choose_rate, decide, interval
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm, OfFlax
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
-from jbn.studies.training import CHANCE, CLASSES, PIXELS, keep_state, sweep
+from jbn.studies.training import CHANCE, CLASSES, PIXELS, Plan, accuracies, keep_state, sweep
 
-WIDTHS = (PIXELS, 128, 128, 128, CLASSES)
+WIDTHS = (PIXELS["digits"], 128, 128, 128, CLASSES)
 GHOST = 16  # rows that are a batch of their own
 GROUPS = 8  # of 16 features each, as in Wu and He's table 3
 # Running statistics remember as many rows at every batch size: those of ten batches of 128.
 MEMORY = 10 * 128
+SEEN = ("validation", "test", "diverged")
 SMALLEST, LARGEST = 0, 1  # of the batch sizes at which an arm was trained
 # How far apart two accuracies may lie and still be called the same: in Wu and He's figure those of group norm, which
 # they call independent of the batch, lie 0.2 points apart on 50 000 images; here are a hundred times fewer.
@@ -135,8 +136,9 @@ def measure(settings: Settings) -> Numbers:
     arm, batch_size, examples = settings["arm"], settings["batch_size"], settings["examples"]
     network = Dense(WIDTHS, norm_of(arm, batch_size, examples // batch_size))
     readouts = {arm: keep_state} | ({"recal.": recalibrate} if arm == "plain" else {})
-    found = sweep(network, settings["rates"], settings["seeds"], batch_size, examples, readouts)
-    return {name: accuracies._asdict() for name, accuracies in found.items()}
+    plan = Plan(tuple(settings["rates"]), settings["seeds"], batch_size, examples)
+    found = sweep(network, plan, {name: accuracies(network, readout) for name, readout in readouts.items()})
+    return {name: {each: found[name]._asdict()[each][..., -1] for each in SEEN} for name in readouts}
 
 
 def summarize(measured: Sequence[Measured]) -> Summary:

@@ -1,7 +1,8 @@
-"""One compiled program that trains a network with many seeds and learning rates at once, on digits."""
+"""One compiled program that trains a network with many seeds and learning rates at once, on digits or on MNIST."""
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -10,36 +11,77 @@ import numpy as np
 import optax
 from jax import Array
 
-from jbn.lab.data.images import TRAINING, Images, digits
-from jbn.studies.networks import Dense
+from jbn.lab.data.images import DATA, TRAINING, Images
+from jbn.studies.networks import Network
 
-CLASSES, PIXELS = 10, 64
+CLASSES = 10
+PIXELS = {"digits": 64, "mnist": 784}
 CHANCE = 1 / CLASSES
 
 
 class Rows(NamedTuple):
-    """Rows with their labels: x (n, 64) float32 in [0, 1], labels (n,) int32; before these axes one of seeds."""
+    """Rows with their labels: x (n, pixels) float32 in [0, 1], labels (n,) int32; before these axes one of seeds."""
 
     x: Any
     labels: Any
 
 
 class Parts(NamedTuple):
-    """The digits of a seed."""
+    """The data of a seed; ``training`` holds the rows, and the labels, that training sees."""
 
     training: Rows
     validation: Rows
     test: Rows
 
 
-class Accuracies(NamedTuple):
-    """How a network did, each (seeds, rates); what has diverged has the accuracy of chance."""
+@dataclass(frozen=True)
+class Plan:
+    """How networks are trained, whatever they are.
 
+    Attributes:
+        rates: of the first step, ascending.
+        seeds: how many, from 0 on.
+        batch_size: rows a step; it divides ``examples``.
+        examples: rows that training sees, each epoch in an order of its own.
+        data: "digits" or "mnist".
+        rows: how many rows there are to train with; all for None.
+        label_noise: the share of these rows whose label is drawn anew, from all classes.
+        looks: how often a network is looked at, at equal distances and at the end; it divides the number of steps.
+        decay: whether the rate falls linearly to 0; otherwise it stays.
+    """
+
+    rates: tuple[float, ...]
+    seeds: int
+    batch_size: int
+    examples: int
+    data: str = "digits"
+    rows: int | None = None
+    label_noise: float = 0.0
+    looks: int = 1
+    decay: bool = True
+
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+        return self.examples // self.batch_size
+
+    @property
+    def look_steps(self) -> list[int]:
+        """After which steps there is a look."""
+        return [self.steps * look // self.looks for look in range(1, self.looks + 1)]
+
+
+class Accuracies(NamedTuple):
+    """How a network did, each (seeds, rates, looks); what has diverged has the accuracy of chance."""
+
+    training: Array  # on as many rows of training as there are for validation, or all
     validation: Array
     test: Array
     diverged: Array  # bool: a parameter or a logit is not finite
 
 
+# What is seen of a network at a look: of parameters, states and the data of a seed, arrays.
+Look: TypeAlias = Callable[[Any, Any, Parts], Any]
 # The state to evaluate with, of parameters, states and training rows: what training has left, or another one.
 Readout: TypeAlias = Callable[[Any, Any, Array], Any]
 
@@ -49,90 +91,96 @@ def keep_state(params: Any, states: Any, x: Array) -> Any:
     return states
 
 
-def sweep(
-    network: Dense,
-    rates: Sequence[float],
-    seeds: int,
-    batch_size: int,
-    examples: int,
-    readouts: dict[str, Readout],
-) -> dict[str, Accuracies]:
-    """Train with each seed and each rate, by stochastic gradient descent whose rate falls linearly to 0.
+def sweep(network: Network, plan: Plan, looks: dict[str, Look]) -> dict[str, Any]:
+    """Train with each seed and each rate, by stochastic gradient descent.
 
-    A seed decides how the digits are split, the order in which they come and the first parameters, whatever the network
+    A seed decides how the data are split, the order in which they come and the first parameters, whatever the network
     and the rate: so arms can be compared seed by seed.
 
     Args:
         network: what is trained.
-        rates: the rates of the first step.
-        seeds: how many seeds, from 0 on.
-        batch_size: rows a step; it divides ``examples``.
-        examples: rows that training sees, each epoch in an order of its own.
-        readouts: by what states each trained network is evaluated.
+        plan: how.
+        looks: what is seen of it.
 
     Returns:
-        For each readout its accuracies.
+        For each look its arrays, with axes (seeds, rates, looks) before their own, and under "loss" the mean loss of
+        the steps since the look before.
     """
-    steps = examples // batch_size
-    given = [(_parts(seed), network.init(seed), _order(seed, examples)) for seed in range(seeds)]
+    given = [(parts_of(seed, plan), network.init(seed), _order(seed, plan)) for seed in range(plan.seeds)]
     data, begin, order = jax.tree.map(lambda *arrays: np.stack(arrays), *given)
 
-    def run(data: Parts, begin: Any, order: Array, rate: Array) -> dict[str, Accuracies]:
-        params, states = _train(network, begin, data.training, order.reshape(steps, batch_size), rate)
-        return {
-            name: _evaluate(network, params, readout(params, states, data.training.x), data)
-            for name, readout in readouts.items()
-        }
+    def run(data: Parts, begin: Any, order: Array, rate: Array) -> dict[str, Any]:
+        descent = optax.sgd(optax.linear_schedule(rate, 0.0, plan.steps) if plan.decay else rate)
+        step = partial(_step, network, descent, data.training)
+
+        def stretch(carry: Any, order: Array) -> tuple[Any, dict[str, Any]]:
+            carry, losses = jax.lax.scan(step, carry, order)
+            params, states, *_ = carry
+            return carry, {name: look(params, states, data) for name, look in looks.items()} | {"loss": losses.mean()}
+
+        params, states = begin
+        first: Any = (params, states, descent.init(params), jnp.int32(0))
+        return jax.lax.scan(stretch, first, order.reshape(plan.looks, -1, plan.batch_size))[1]
 
     of_all = jax.vmap(jax.vmap(run, (None, None, None, 0)), (0, 0, 0, None))
     return jax.device_get(  # type: ignore[no-any-return]
-        jax.jit(of_all)(data, begin, order, np.asarray(rates, np.float32))
+        jax.jit(of_all)(data, begin, order, np.asarray(plan.rates, np.float32))
     )
 
 
-def _train(network: Dense, begin: Any, rows: Rows, order: Array, rate: Array) -> tuple[Any, Any]:
-    """Return parameters and states after one step for each line of ``order`` (steps, batch)."""
-    descent = optax.sgd(optax.linear_schedule(rate, 0.0, len(order)))
-
-    def step(carry: Any, chosen: Array) -> tuple[Any, None]:
-        params, states, memory, done = carry
-
-        def loss(params: Any) -> tuple[Array, Any]:
-            logits, moved = network(params, states, rows.x[chosen], True, done)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, rows.labels[chosen]).mean(), moved
-
-        grads, states = jax.grad(loss, has_aux=True)(params)
-        updates, memory = descent.update(grads, memory)
-        return (optax.apply_updates(params, updates), states, memory, done + 1), None
-
-    params, states = begin
-    first: Any = (params, states, descent.init(params), jnp.int32(0))
-    (params, states, *_), _ = jax.lax.scan(step, first, order)
-    return params, states
+def loss_of(network: Network, params: Any, states: Any, rows: Rows, step: Array) -> tuple[Array, Any]:
+    """Return the mean cross-entropy of rows in training, and the new states."""
+    logits, moved = network(params, states, rows.x, True, step)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows.labels).mean(), moved
 
 
-def _evaluate(network: Dense, params: Any, states: Any, data: Parts) -> Accuracies:
-    """Return the accuracies of one network."""
-    never = jnp.int32(0)
-    logits = [network(params, states, part.x, False, never)[0] for part in (data.validation, data.test)]
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in (*jax.tree.leaves(params), *logits)]).all()
-    validation, test = (
-        jnp.where(finite, (each.argmax(-1) == part.labels).mean(), CHANCE)
-        for each, part in zip(logits, (data.validation, data.test), strict=True)
-    )
-    return Accuracies(validation, test, ~finite)
+def accuracies(network: Network, readout: Readout = keep_state) -> Look:
+    """Return a look at the accuracies of a network, evaluated by the states that ``readout`` gives."""
+
+    def look(params: Any, states: Any, data: Parts) -> Accuracies:
+        states, never = readout(params, states, data.training.x), jnp.int32(0)
+        seen = jax.tree.map(lambda array: array[: len(data.validation.labels)], data.training)
+        parts = (seen, data.validation, data.test)
+        logits = [network(params, states, part.x, False, never)[0] for part in parts]
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in (*jax.tree.leaves(params), *logits)]).all()
+        found = (
+            jnp.where(finite, (each.argmax(-1) == part.labels).mean(), CHANCE)
+            for each, part in zip(logits, parts, strict=True)
+        )
+        training, validation, test = found
+        return Accuracies(training, validation, test, ~finite)
+
+    return look
 
 
-@lru_cache(64)
-def _parts(seed: int) -> Parts:
+@lru_cache(128)
+def parts_of(seed: int, plan: Plan) -> Parts:
+    """Return the data of a seed, rows flat, with the labels that training is given."""
+
     def flat(part: Images) -> Rows:
-        return Rows(part.images.reshape(-1, PIXELS), part.labels)
+        return Rows(part.images.reshape(-1, PIXELS[plan.data]), part.labels)
 
-    return Parts(*map(flat, digits(seed)))
+    training, validation, test = map(flat, DATA[plan.data](seed))
+    x, labels = training.x[: plan.rows], training.labels[: plan.rows].copy()
+    rng = np.random.default_rng((seed, 1))
+    noisy = rng.permutation(len(labels))[: round(plan.label_noise * len(labels))]
+    labels[noisy] = rng.integers(0, CLASSES, len(noisy))
+    return Parts(Rows(x, labels), validation, test)
 
 
-def _order(seed: int, examples: int) -> np.ndarray:
+def _step(network: Network, descent: Any, rows: Rows, carry: Any, chosen: Array) -> tuple[Any, Array]:
+    """Make a step with the rows that are chosen, and return its loss."""
+    params, states, memory, done = carry
+    batch = Rows(rows.x[chosen], rows.labels[chosen])
+    (loss, states), grads = jax.value_and_grad(
+        lambda params: loss_of(network, params, states, batch, done), has_aux=True
+    )(params)
+    updates, memory = descent.update(grads, memory)
+    return (optax.apply_updates(params, updates), states, memory, done + 1), loss
+
+
+def _order(seed: int, plan: Plan) -> np.ndarray:
     """Return the rows that training sees, one after the other."""
-    rng = np.random.default_rng(seed)
-    epochs = [rng.permutation(TRAINING) for _ in range(-(-examples // TRAINING))]
-    return np.concatenate(epochs)[:examples].astype(np.int32)
+    rng, rows = np.random.default_rng(seed), plan.rows or TRAINING[plan.data]
+    epochs = [rng.permutation(rows) for _ in range(-(-plan.examples // rows))]
+    return np.concatenate(epochs)[: plan.examples].astype(np.int32)

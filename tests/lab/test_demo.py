@@ -290,8 +290,10 @@ def test_loss_that_is_not_finite_is_said_and_recorded_as_null(diverged):
     [
         (["--steps", "-3"], "--steps", "'-3'", "from 1 to 100000"),
         (["--steps", "2.5"], "--steps", "'2.5'", "a whole number"),
-        (["--batch-size", "1"], "--batch-size", "'1'", "from 2 to 1077"),
-        (["--batch-size", "1078"], "--batch-size", "'1078'", "from 2 to 1077"),
+        (["--batch-size", "1"], "--batch-size", "'1'", "from 2 to 3000"),
+        (["--batch-size", "3001", "--data", "mnist"], "--batch-size", "'3001'", "from 2 to 3000"),
+        (["--batch-size", "1078"], "--batch-size", "got 1078", "digits has 1077 training images"),
+        (["--data", "cifar"], "--data", "'cifar'", "expected digits or mnist"),
         (["--learning-rate", "0"], "--learning-rate", "'0'", "greater than 0"),
         (["--learning-rate", "nan"], "--learning-rate", "'nan'", "greater than 0"),
         (["--learning-rate", "fast"], "--learning-rate", "'fast'", "a number"),

@@ -1,5 +1,6 @@
 """The digits, and what the networks of the demo are made of."""
 
+import json
 from dataclasses import asdict
 
 import jax
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from jbn.lab import demo
 from jbn.lab.data import digits
-from jbn.lab.data.images import enlarge
+from jbn.lab.data.images import DATA, enlarge
 from jbn.lab.demo import plan_of
 from jbn.lab.devices import mesh_of
 from jbn.lab.errors import OptionError
@@ -117,3 +118,20 @@ def test_what_is_missing_of_a_network_is_named(tmp_path, name, text, said):
     (out / name).write_text(text)
     with pytest.raises(OptionError, match=f"^{said}.*; remove '.*{out.name}' to train this network anew$"):
         demo._train(plan, DemoPlace(out=tmp_path), Console(quiet=True), mesh_of(1))
+
+
+def test_the_dense_network_on_mnist_is_that_of_the_textbook(tmp_path):
+    options = DemoOptions(data="mnist", model=("dense",), steps=2, batch_size=1078)
+    demo.run(options, DemoPlace(out=tmp_path / "run"), Console(quiet=True))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["images"] == {"training": 3000, "validation": 1000, "test": 1000}
+    weights = 784 * 128 + 128 * 64 + 64 * 10 + 10
+    assert [network["parameters"] for network in results["networks"]] == [weights + 192, weights + 2 * 192]
+    kept = json.loads((tmp_path / "run" / "dense-with-batch-norm" / "options.json").read_text())
+    assert kept["data"] == "mnist"
+
+
+def test_a_convolution_on_larger_images_has_a_smaller_rate():
+    rates = {data: DemoOptions(data=data).rate("conv") for data in DATA}
+    assert rates["mnist"] / rates["digits"] == pytest.approx((8 / 28) ** 2)
+    assert enlarge(DATA["mnist"](0).test).images.shape == (1000, 64, 64, 3)

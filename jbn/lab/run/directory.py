@@ -24,7 +24,7 @@ from jbn.lab.options import DemoPlace, Options, TrainPlace, check, flag, options
 
 OPTIONS, CHECKPOINTS, METRICS = "options.json", "checkpoints", "metrics.jsonl"
 RESULTS, FIGURE, LOCK = "results.json", "figure.png", "lock"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn", "mlxtend")
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
