@@ -8,10 +8,13 @@ from rich.console import Console
 
 from jbn.lab.errors import OptionError
 from jbn.studies.batch_size import BATCH_SIZE
+from jbn.studies.convergence import CONVERGENCE
 from jbn.studies.cost import COST
 from jbn.studies.inference import INFERENCE
 from jbn.studies.initialization import INITIALIZATION
+from jbn.studies.learning_rate import LEARNING_RATE
 from jbn.studies.perform import perform
+from jbn.studies.placement import PLACEMENT
 from jbn.studies.recurrent import RECURRENT
 from jbn.studies.regularization import REGULARIZATION
 from jbn.studies.shift import SHIFT
@@ -19,7 +22,19 @@ from jbn.studies.study import Size, Study
 
 ALL = "all"
 STUDIES = {
-    study.name: study for study in (INITIALIZATION, REGULARIZATION, SHIFT, INFERENCE, BATCH_SIZE, COST, RECURRENT)
+    study.name: study
+    for study in (
+        CONVERGENCE,
+        LEARNING_RATE,
+        INITIALIZATION,
+        PLACEMENT,
+        REGULARIZATION,
+        SHIFT,
+        INFERENCE,
+        BATCH_SIZE,
+        COST,
+        RECURRENT,
+    )
 }
 
 
