@@ -121,10 +121,10 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
 
     Returns:
         Names to NumPy arrays, of bfloat16 and float8 too. Those of Keras are as ``v.path``, without the name of the
-        whole model, such as "norm/moving_mean", for ``jbn.convert(arrays, "keras", ...)``. Where a file does not tell
-        what an array is they end in its number, such as "norm/vars/0": those without a configuration, ``.weights.h5``,
-        for layers of other classes, and for norms of which scale or bias is lacking. A
-        flipped bit is noticed in ``.npz`` alone, which has checksums.
+        whole model (an older ``.h5`` may keep that), such as "norm/moving_mean", for
+        ``jbn.convert(arrays, "keras", ...)``. Where a file does not tell what an array is they end in its number, such
+        as "norm/vars/0": those without a configuration, ``.weights.h5``, for layers of other classes, and for norms of
+        which scale or bias is lacking. A flipped bit is noticed in ``.npz`` alone, which has checksums.
 
     Raises:
         ValueError: for another suffix, with how such files are read; and for a file that is damaged or holds other

@@ -30,6 +30,7 @@ _RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 _OPTIONS = {"gamma": "scale", "beta": "center", "bias": "use_bias"}
 _LISTS = ("layers", "_layer_checkpoint_dependencies")  # of layers, whose own name says nothing
 _NO_WEIGHTS = ("seed_generator", "optimizer")
+_INPUT = "input_layer"  # among the layers of models that were made of inputs and outputs, and of no others
 
 
 class _Layer(NamedTuple):
@@ -93,11 +94,15 @@ def _walk(group: Any, keys: tuple[str, ...], path: tuple[str, ...], config: Any)
 
 
 def _step(group: Any, keys: tuple[str, ...], path: tuple[str, ...], config: Any) -> Iterator[_Layer]:
-    """Walk into a layer, or into a list of layers, which has no name."""
+    """Walk into a layer, or into what has no name in paths.
+
+    That is a list of layers, and a model of inputs and outputs: its layers have theirs before it is there.
+    """
     attributes = _own(group, "vars").attrs if "vars" in group else {}
     name = (config or {}).get("config", {}).get("name") or attributes.get("name") or keys[-1]
     is_list = "vars" not in group and config is None
-    yield from _walk(group, keys, path if is_list else (*path, name), config)
+    is_functional = any(key in group and _INPUT in _own(group, key) for key in _LISTS)
+    yield from _walk(group, keys, path if is_list or is_functional else (*path, name), config)
 
 
 def _sort_children(group: Any, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -184,7 +189,7 @@ def _read_array(group: Any, key: str) -> Array:
     if not hasattr(data, "shape") or data.external or data.is_virtual:
         raise ValueError(f"{key!r} is no array of this file")
     array = np.asarray(data[()])
-    if data.attrs.get("dtype") == "bfloat16":
+    if data.attrs.get("dtype") == "bfloat16" or array.dtype == "V2":  # Keras has no other that HDF5 lacks
         return array.view(jnp.bfloat16) if array.dtype.kind == "V" else array.astype(jnp.bfloat16)
     return array
 

@@ -20,15 +20,17 @@ FILES = ["m.keras", "m.weights.h5", "m.h5"]
 
 @pytest.fixture(scope="module")
 def model(keras):
-    """Return a model with a model in it, of layers that have names of their own and others, trained once."""
+    """Return a model with models in it, of layers that have names of their own and others, trained once."""
     layers = keras.layers
+    base = keras.Input((4, 4, 4))
+    base = keras.Model(base, layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same", name="in")(base)))
     inner = [keras.Input((4, 4, 4)), layers.Conv2D(4, 3, use_bias=False), layers.BatchNormalization(name="bn")]
     x = begin = keras.Input((4, 4, 3))
     x = layers.BatchNormalization(name="bn")(
         layers.Conv2D(4, 3, padding="same", name="stem")(layers.Normalization()(x))
     )
     x = layers.DepthwiseConv2D(3, padding="same")(layers.Conv2DTranspose(4, 3, padding="same")(x))
-    x = layers.GlobalAveragePooling2D()(keras.Sequential(inner, name="block")(layers.Dropout(0.5)(x)))
+    x = layers.GlobalAveragePooling2D()(keras.Sequential(inner, name="block")(layers.Dropout(0.5)(base(x))))
     model = keras.Model(begin, layers.Dense(3)(layers.Dense(5)(layers.BatchNormalization()(x))), name="whole")
     model.compile("adam", "mse")
     with jax.numpy_rank_promotion("allow"):
@@ -157,9 +159,11 @@ def test_files_of_keras_2(tmp_path):
         check_same(jbn.load_arrays(tmp_path / name), want)
 
 
-def test_bfloat16(keras, tmp_path):
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype="bfloat16", name="fc")])
-    found = save(model, tmp_path / "m.weights.h5")["fc/kernel"]
+@pytest.mark.parametrize("name", FILES)
+def test_bfloat16(keras, tmp_path, name):
+    begin = keras.Input((3,))
+    model = keras.Model(begin, keras.layers.Dense(2, dtype="bfloat16", name="fc")(begin))
+    found = save(model, tmp_path / name)["fc/kernel"]
     assert found.dtype.name == "bfloat16"
     np.testing.assert_array_equal(found, model.weights[0].numpy())
 

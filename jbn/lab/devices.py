@@ -28,6 +28,9 @@ def mesh_of(count: int | None) -> Mesh:
     of_each: dict[int, list[jax.Device]] = {}
     for device in jax.devices():
         of_each.setdefault(device.process_index, []).append(device)
+    if len({len(devices) for devices in of_each.values()}) > 1:  # with which JAX gathers nothing
+        each = ", ".join(f"{len(devices)} in process {process}" for process, devices in sorted(of_each.items()))
+        raise OptionError("--devices", f"stands for {each}; expected as many devices in every process")
     chosen = [device for devices in of_each.values() for device in devices[:count]]
     return jax.make_mesh((len(chosen),), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
 

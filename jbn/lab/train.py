@@ -49,6 +49,7 @@ def run(options: TrainOptions, place: TrainPlace, console: Console) -> None:
     processes.join(place)
     mesh = mesh_of(place.devices)  # before JAX is asked anything: it simulates no more devices afterwards
     console.quiet = jax.process_index() > 0
+    processes.compare(place)
     found = train(options, place, console)
     said = ", ".join(_accuracies(found)) or "no validation data"
     pace = "" if found["median_step_ms"] is None else f", {found['median_step_ms']:g} ms a step"

@@ -214,15 +214,24 @@ def test_slurm_tells_who_the_processes_are(tmp_path):
     assert "on 2 devices (cpu)" in output
 
 
-def test_an_option_that_differs_between_processes_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("option", "values", "words"),
+    [
+        ("--seed", (0, 1), "stands for {0} in process {1} and for {2} in process"),
+        # It says when all processes write together.
+        ("--save-every", (3, 4), "stands for {0} in process {1} and for {2} in process"),
+        ("--devices", (1, 2), "stands for 1 in process 0, 2 in process 1; expected as many devices in every process"),
+    ],
+)
+def test_an_option_that_differs_between_processes_is_named(option, values, words, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = (*DENSE, "--out", tmp_path / "run", "--num-processes", 2, "--timeout", TIMEOUT)
         coordinator = ("--coordinator", f"127.0.0.1:{probe.getsockname()[1]}")
-    pair = [begin(*shared, *coordinator, "--process-id", process, "--seed", process) for process in (0, 1)]
+    pair = [begin(*shared, *coordinator, "--process-id", process, option, values[process]) for process in (0, 1)]
     for process, (status, output) in enumerate(map(ended, pair)):
         assert status == 2, output
-        assert f"'--seed': stands for {process} in process {process} and for {1 - process} in process" in output
+        assert f"'{option}': {words.format(values[process], process, values[1 - process])}" in output
 
 
 def answers(host, port):

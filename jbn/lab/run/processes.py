@@ -19,12 +19,14 @@ from jax.experimental import multihost_utils
 
 from jbn.lab import signals
 from jbn.lab.errors import FileError, OptionError, Stopped
-from jbn.lab.options import Options, TrainPlace, flag
+from jbn.lab.options import Options, Place, TrainPlace, flag
 from jbn.lab.run.directory import OPTIONS, go_on
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with the run, start it again.
 LOST = 75
 MESSAGE_BYTES = 2**14
+# A folder and an address may be called otherwise elsewhere.
+MAY_DIFFER = ("typed", "out", "coordinator", "process_id")
 
 T = TypeVar("T")
 _kept: dict[str, Any] = {}
@@ -120,9 +122,13 @@ def agree(check: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def compare(options: Options) -> None:
-    """Raise ``OptionError`` unless the options are the same in all processes."""
-    values = {flag(name): repr(value) for name, value in asdict(options).items()}
+def compare(options: Options | Place) -> None:
+    """Raise ``OptionError`` unless the options are the same in all processes, but for those that may differ.
+
+    Those of how a run is carried out must be too: they say when all processes do something together, and one that does
+    it alone waits for ever.
+    """
+    values = {flag(name): repr(value) for name, value in asdict(options).items() if name not in MAY_DIFFER}
     for process, said in enumerate(_gather(values)):
         for option, value in values.items():
             if said[option] != value:
