@@ -216,7 +216,7 @@ def share(row: dict[str, Any]) -> Interval:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.0f}"
+    return f"{round(100 * value)}"  # never -0
 
 
 def _span(found: Interval) -> str:
