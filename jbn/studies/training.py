@@ -40,7 +40,7 @@ class Plan:
 
     Attributes:
         rates: of the first step, ascending.
-        seeds: how many, from 0 on.
+        seeds: how many, from ``first_seed`` on.
         batch_size: rows a step; it divides ``examples``.
         examples: rows that training sees, each epoch in an order of its own.
         data: "digits" or "mnist".
@@ -48,6 +48,7 @@ class Plan:
         label_noise: the share of these rows whose label is drawn anew, from all classes.
         looks: how often a network is looked at, at equal distances and at the end; it divides the number of steps.
         decay: whether the rate falls linearly to 0; otherwise it stays.
+        first_seed: the first of the seeds.
     """
 
     rates: tuple[float, ...]
@@ -59,11 +60,17 @@ class Plan:
     label_noise: float = 0.0
     looks: int = 1
     decay: bool = True
+    first_seed: int = 0
 
     @property
     def steps(self) -> int:
         """How many there are."""
         return self.examples // self.batch_size
+
+    @property
+    def seed_range(self) -> range:
+        """The seeds."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
     def look_steps(self) -> list[int]:
@@ -127,7 +134,7 @@ def sweep(
         For each look and probe its arrays, with axes (seeds, rates, looks) before their own, and under "loss" the mean
         loss of the steps since the look before.
     """
-    given = [(parts_of(seed, plan), _init(network, starts, seed), _order(seed, plan)) for seed in range(plan.seeds)]
+    given = [(parts_of(seed, plan), _init(network, starts, seed), _order(seed, plan)) for seed in plan.seed_range]
     data, begin, order = _stack(given)
 
     def run(data: Parts, begin: Any, order: Array, rate: Array) -> dict[str, Any]:
