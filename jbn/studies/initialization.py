@@ -170,7 +170,7 @@ def _depends_less(summary: Summary) -> Outcome:
     told = {arm: _tell(interval(each)) for arm, each in spreads.items()}
     sentence = (
         f"Between the best and the worst gain of a depth lie {told['batch']} points with batch norm, {told['none']} "
-        f"without: {_tell(by)} more, on average over the depths."
+        f"without; the difference is {_tell(by)}, on average over the depths."
     )
     return Outcome(sentence, decide(by, most=0))
 
@@ -293,7 +293,7 @@ def draw(summary: Summary) -> Figure:
         draw_heat(axes, values, ".0f", (100 * CHANCE, 100))
         axes.set_xticks(range(len(gains)), [f"{gain:g}" for gain in gains])
         axes.set_yticks(range(len(depths)), [str(depth) for depth in depths])
-        axes.set_xlabel("gain of the first kernels")
+        axes.set_xlabel("gain of all kernels before training")
     grid[0].set_ylabel("hidden layers")
     return figure
 

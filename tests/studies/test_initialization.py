@@ -93,7 +93,7 @@ def test_the_rate_is_chosen_for_each_cell_by_validation_rows():
     numbers = cells[0].numbers
     numbers["validation"] = numbers["validation"].copy()
     numbers["validation"][:, 2] = numbers["validation"][:, 2, [1, 0, 2]]
-    numbers["test"][:, 2] = 0.25
+    numbers["test"][:, 2] = [0.25, 0.9, 0.9]
     numbers["diverged"][0, 2, 0] = 1
     summary = study.summarize(cells)
     rates = {(row["arm"], row["depth"], row["gain"]): row["rate"] for row in summary["cells"]}
