@@ -17,6 +17,7 @@ from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings,
 from jbn.studies.training import CHANCE, CLASSES, PIXELS, Plan, sweep, unseen
 
 WIDTHS = (PIXELS["mnist"], 100, 100, 100, CLASSES)
+SHALLOW = (PIXELS["mnist"], 16, CLASSES)  # at the size "quick", where compiling takes the time
 BLOCKS = (8, 8, 16)  # features of the first convolution and of each block
 MOMENTUM = 0.9
 UNIT = 0  # the one that is drawn, named before anything was trained
@@ -56,8 +57,8 @@ class Extent:
 
 EXTENTS: dict[str, dict[str, Extent]] = {
     "quick": {
-        "sigmoid": Extent(2, (0.3, 1.0), 4, 2),
-        "relu": Extent(2, (0.1, 0.3), 4, 2),
+        "sigmoid": Extent(2, (0.3, 1.0), 4, 2, SHALLOW),
+        "relu": Extent(2, (0.1, 0.3), 4, 2, SHALLOW),
         "residual": Extent(2, (0.1, 0.3), 2, 1, (2, 2)),
     },
     "default": {
