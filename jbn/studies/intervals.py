@@ -14,7 +14,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds, and where it would be found with other seeds in 95 % of all studies.
+    """A mean over seeds with its confidence interval: of many such studies, 95 % have the true mean in theirs.
 
     Attributes:
         mean: the mean.
@@ -45,11 +45,20 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 def decide(found: Interval, *, least: float = -math.inf, most: float = math.inf) -> Verdict:
     """Say whether a number lies from ``least`` to ``most``: not decided where an end is in its interval."""
-    if least < found.low and found.high < most:
+    above, below = least == -math.inf or least < found.low, most == math.inf or found.high < most
+    if above and below:
         return "holds"
     if found.high < least or most < found.low:
         return "does not hold"
     return "not decided within the intervals"
+
+
+def leave_open(found: Interval, *, low: bool, high: bool) -> Interval:
+    """Return an interval without its lower or its upper end, for means of what is in part known as a bound only.
+
+    Steps that a seed was not given time for may be any number more: what they favour must not be decided by them.
+    """
+    return Interval(found.mean, -math.inf if low else found.low, math.inf if high else found.high)
 
 
 @dataclass(frozen=True)

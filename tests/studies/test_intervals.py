@@ -1,10 +1,12 @@
 """Intervals, what they decide, and which learning rate an arm is given."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from jbn.studies.intervals import Chosen, Interval, choose_rate, decide, interval
+from jbn.studies.intervals import Chosen, Interval, choose_rate, decide, interval, leave_open
 
 
 def test_an_interval_is_that_of_students_t():
@@ -43,6 +45,13 @@ def test_one_seed_has_no_interval(values):
 )
 def test_a_verdict_is_that_of_the_whole_interval(low, high, limits, expected):
     assert decide(Interval((low + high) / 2, low, high), **limits) == expected
+
+
+def test_what_is_known_as_a_bound_decides_nothing_in_its_favour():
+    for low, high, verdict in [(False, True, "holds"), (True, False, "not decided within the intervals")]:
+        assert decide(leave_open(Interval(0.2, 0.1, 0.3), low=low, high=high), least=0) == verdict
+        assert decide(leave_open(Interval(-0.2, -0.3, -0.1), low=high, high=low), most=0) == verdict
+    assert leave_open(Interval(0.2, 0.1, 0.3), low=True, high=True) == Interval(0.2, -math.inf, math.inf)
 
 
 def test_the_rate_is_the_one_of_the_best_mean_and_an_edge_is_said():

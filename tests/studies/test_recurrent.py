@@ -93,6 +93,23 @@ def test_claims_can_be_refuted_and_hold():
     assert verdicts(against) == ["holds"] + ["does not hold"] * 8
 
 
+def test_what_never_gets_there_decides_nothing_in_its_favour():
+    def of_steps(**level):
+        found = verdicts(measured(level={"none": level["none"], "BN, γ = 0.1": level["small"]}))
+        return found[4], found[8]
+
+    never, undecided = 99, "not decided within the intervals"
+    assert of_steps(none=never, small=20) == ("holds", "does not hold")
+    assert of_steps(none=20, small=never) == ("does not hold", "holds")
+    assert of_steps(none=never, small=never) == (undecided, "holds")
+    # Steps of which the sooner one ran out as well may be any number more.
+    summary = study.summarize(measured(level={"none": 30}))
+    for row in summary["lstm"]:
+        row["never"] = 1 if row["arm"] == "BN, γ = 0.1" else 0
+    assert CLAIMS[4].judge(summary).verdict == undecided
+    assert "BN, γ = 0.1: at least 200, none: 300; fewer by 100" in CLAIMS[4].judge(summary).sentence
+
+
 def test_the_rates_are_those_of_validation_rows():
     cells = measured()
     numbers = cells[-1].numbers
