@@ -239,12 +239,14 @@ def _is_significant(summary: Summary) -> Outcome:
 def _is_bound(summary: Summary) -> Outcome:
     last = summary["networks"][-1]
     none, ours = find(summary, last, "none"), find(summary, last, OURS)
-    rest = none["flops"] / none["traffic"]
-    added = (ours["flops"] - none["flops"]) / (ours["traffic"] - none["traffic"])
+    # null, of a compiler that does not tell, becomes NaN, which decides nothing.
+    before, after = (np.asarray([row["flops"], row["traffic"]], float) for row in (none, ours))
+    rest, (flops, traffic) = float(before[0] / before[1]), after - before
+    added = float(flops / traffic) if traffic > 0 else math.nan
     sentence = (
         f"Of the {last}, by the compiler of this machine, a step without norms computes {rest:.2f} operations for each "
-        f"byte that it reads or writes, and what batch norm adds {added:.2f}: bound by memory where the rest is not, "
-        "that is less than half."
+        f"byte that it reads or writes, and what batch norm adds {added:.2f}. Less than half as many are taken for the "
+        "sign of what waits for memory where the rest does not; no wait was measured."
     )
     return Outcome(sentence, decide(Interval(added / rest, added / rest, added / rest), most=0.5))
 
@@ -301,7 +303,7 @@ def tabulate(summary: Summary) -> Sheet:
     for row in summary["rows"]:
         taken = share(row)
         of_step = "-" if row["arm"] == "none" else f"{_percent(taken.mean)} ±{_percent(taken.half)}"
-        needs = (f"{row[name] / 1e6:.3g}" for name in ("kept", "temporaries", "traffic"))
+        needs = (f"{row[name] / 1e6:.3g}" if row[name] else "-" for name in ("kept", "temporaries", "traffic"))
         rows.append((f"{row['network']}: {row['arm']}", f"{np.median(row['milliseconds']):.3g}", of_step, *needs))
     shapes = [f"{name} {'×'.join(map(str, find(summary, name, OURS)['shape']))}" for name in summary["networks"]]
     notes = (
