@@ -59,7 +59,7 @@ def test_claims_can_be_refuted_and_hold():
     assert verdicts(batch_norm=[0.85, 0.953, 0.98, 0.1]) == ["holds"] * 5
     # Batch norm is best, and best at all, where none is: at the smallest rate, and nothing else trains.
     worse = verdicts(batch_norm=[0.97, 0.2, 0.1, 0.1], none=[0.85, 0.90, 0.1, 0.1])
-    assert worse == ["does not hold", "does not hold", "holds", "holds", "holds"]
+    assert worse == ["does not hold", "does not hold", "holds", "holds", "does not hold"]
     wrong = verdicts(batch_norm=[0.96, 0.97, 0.98, 0.1], none=[0.85, 0.95, 0.99, 0.9])
     assert wrong == ["does not hold", "does not hold", "does not hold", "holds", UNDECIDED]
     assert verdicts(batch_norm=[0.8, 0.99, 0.97, 0.9])[3] == "does not hold"
