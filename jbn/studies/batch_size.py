@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from jbn import renorm, renorm_schedule
 from jbn.core.choice import NormalizeBy
 from jbn.studies.figures import LOOKS, blank, draw_intervals, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval
+from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open, note_edges, points, say_points
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm, OfFlax
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
-from jbn.studies.training import CHANCE, CLASSES, PIXELS, Plan, accuracies, keep_state, sweep
+from jbn.studies.training import CLASSES, PIXELS, Plan, accuracies, keep_state, note_diverged, sweep
 
 WIDTHS = (PIXELS["digits"], 128, 128, 128, CLASSES)
 GHOST = 16  # rows that are a batch of their own
@@ -173,18 +173,19 @@ def _find(summary: Summary, arm: str, batch_size: int) -> dict[str, Any]:
     return next(row for row in summary["arms"] if (row["arm"], row["batch_size"]) == (arm, batch_size))
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
 def _compare(summary: Summary, one: tuple[str, int], other: tuple[str, int]) -> tuple[str, Interval]:
-    """Return in words how two arms did, and by how much the first is better, seed by seed."""
+    """Return in words how two arms did, and by how much the first is better, seed by seed.
+
+    The interval is open where one of them may be better than it was seen to be.
+    """
     first, second = _find(summary, *one), _find(summary, *other)
     by = interval(np.subtract(first["test_accuracy"], second["test_accuracy"]))
     shown = [
-        f"{arm} at {size}: {_points(row['interval']['mean'])} %" for (arm, size), row in ((one, first), (other, second))
+        f"{arm} at {size}: {points(row['interval']['mean'])} %" for (arm, size), row in ((one, first), (other, second))
     ]
-    return f"{', '.join(shown)}; difference {_points(by.mean)} ({_points(by.low)} to {_points(by.high)}) points.", by
+    edges = note_edges((f"{arm} at {size}", row["edge"]) for (arm, size), row in ((one, first), (other, second)))
+    sentence = " ".join([f"{', '.join(shown)}; difference {say_points(by)}.", *edges])
+    return sentence, leave_open(by, low=bool(second["edge"]), high=bool(first["edge"]))
 
 
 def _ends(summary: Summary, arm: str) -> tuple[int, int]:
@@ -217,9 +218,9 @@ def _is_independent(summary: Summary) -> Outcome:
     small, large = _ends(summary, "group")
     sentence, by = _compare(summary, ("group", large), ("group", small))
     steps = [summary["examples"] // size for size in (large, small)]
-    none = [_points(_find(summary, "none", size)["interval"]["mean"]) for size in (large, small)]
+    none = [points(_find(summary, "none", size)["interval"]["mean"]) for size in (large, small)]
     why = (
-        f"The same is within {_points(SAME)}. For as many rows seen the one makes {steps[0]} steps, the other "
+        f"The same is within {points(SAME)}. For as many rows seen the one makes {steps[0]} steps, the other "
         f"{steps[1]}: without any normalization it is {none[0]} % and {none[1]} %."
     )
     return Outcome(f"{sentence} {why}", decide(by, least=-SAME, most=SAME))
@@ -270,27 +271,22 @@ def tabulate(summary: Summary) -> Sheet:
         f"{arms}.",
         *(f"-: {reason}." for reason in reasons if reason),
     ]
-    edges = [f"{row['arm']} at {row['batch_size']} ({row['edge']})" for row in summary["arms"] if row["edge"]]
-    if edges:
-        notes.append(f"The best rate is at an edge of the grid, and a better one may lie outside: {', '.join(edges)}.")
-    diverged = [
-        f"{row['diverged']} of {row['arm']} at {row['batch_size']}" for row in summary["arms"] if row["diverged"]
-    ]
-    if diverged:
-        notes.append(f"Seeds that diverged, and count as chance ({CHANCE:.0%}): {', '.join(diverged)}.")
+    name = {id(row): f"{row['arm']} at {row['batch_size']}" for row in summary["arms"]}
+    notes += note_edges((name[id(row)], row["edge"]) for row in summary["arms"])
+    notes += note_diverged((name[id(row)], row["diverged"]) for row in summary["arms"])
     return Sheet(("rows", *ARMS), tuple(rows), tuple(notes))
 
 
 def _cell(row: dict[str, Any]) -> str:
     found = Interval(**row["interval"])
-    return f"{_points(found.mean)} ±{_points(found.half)}"
+    return f"{points(found.mean)} ±{points(found.half)}"
 
 
 def draw(summary: Summary) -> Figure:
     """Draw errors on test rows against the batch size, a line per arm."""
     sizes = summary["batch_sizes"]
     small, _ = _ends(summary, "plain")
-    errors = {arm: _points(1 - _find(summary, arm, small)["interval"]["mean"]) for arm in ("plain", "renorm", "group")}
+    errors = {arm: points(1 - _find(summary, arm, small)["interval"]["mean"]) for arm in ("plain", "renorm", "group")}
     title = (
         f"With {small} rows a batch, batch norm errs in {errors['plain']} % of the test rows,\n"
         f"batch renormalization in {errors['renorm']} %, group norm in {errors['group']} %"

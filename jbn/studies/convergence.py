@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open
+from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open, note_edges, points, say_points
 from jbn.studies.networks import Activation, BatchNorm, Bias, Dense, FromZero, Network, Norm, Residual
 from jbn.studies.percentiles import percentiles, travel
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
-from jbn.studies.training import CHANCE, CLASSES, PIXELS, Plan, sweep, unseen
+from jbn.studies.training import CLASSES, PIXELS, Plan, note_diverged, sweep, unseen
 
 WIDTHS = (PIXELS["mnist"], 100, 100, 100, CLASSES)
 SHALLOW = (PIXELS["mnist"], 16, CLASSES)  # at the size "quick", where compiling takes the time
@@ -159,10 +159,6 @@ def _find(summary: Summary, case: str, *arms: str) -> list[dict[str, Any]]:
     return [found[arm] for arm in arms]
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
 def _steps(row: dict[str, Any]) -> Interval:
     """Return the steps that an arm needs, a geometric mean."""
     return _exp(interval(np.log(row["needed"])))
@@ -184,12 +180,14 @@ def _is_faster(case: str) -> Callable[[Summary], Outcome]:
     def judge(summary: Summary) -> Outcome:
         norm, none = _find(summary, case, "batch norm", "none")
         by = _speed_up(summary, case)
-        # What never gets there counts as if it had at the end. That is in its favour and may not decide anything.
-        verdict = decide(leave_open(by, low=not all(norm["reached"]), high=not all(none["reached"])), least=0)
+        # What never gets there counts as if it had at the end. That is in its favour and may not decide anything; what
+        # is at an edge of the grid may need fewer steps than it was seen to need.
+        low, high = (not all(one["reached"]) or bool(other["edge"]) for one, other in ((norm, none), (none, norm)))
+        verdict = decide(leave_open(by, low=low, high=high), least=0)
         late = ", where a seed that is late counts as if it had got there with the last step"
         times, bound = _exp(by), late * (not all(none["reached"] + norm["reached"]))
         sentence = (
-            f"To {_points(LEVEL)} % of the test rows: {_say_steps(norm)}, {_say_steps(none)}; "
+            f"To {points(LEVEL)} % of the test rows: {_say_steps(norm)}, {_say_steps(none)}; "
             f"{times.mean:.1f} ({times.low:.1f} to {times.high:.1f}) times as many without it{bound}."
         )
         return Outcome(sentence, verdict)
@@ -208,18 +206,19 @@ def _ends(case: str, one: str, other: str, least: float) -> Callable[[Summary], 
 
     def judge(summary: Summary) -> Outcome:
         rows = _find(summary, case, one, other)
-        by = interval(np.subtract(*(row["test_accuracy"] for row in rows)))
+        by, edges = interval(np.subtract(*(row["test_accuracy"] for row in rows))), [row["end_edge"] for row in rows]
         said = [
-            f"{ARMS[row['arm']]} {_points(row['interval']['mean'])} %"
-            for row in _find(summary, case, *CASES[case].arms)
+            f"{ARMS[row['arm']]} {points(row['interval']['mean'])} %" for row in _find(summary, case, *CASES[case].arms)
         ]
         sentence = (
-            f"After {rows[0]['steps']} steps: {', '.join(said)}; {ARMS[one]} is {_points(by.mean)} "
-            f"({_points(by.low)} to {_points(by.high)}) points above {ARMS[other]}."
+            f"After {rows[0]['steps']} steps: {', '.join(said)}; '{ARMS[one]}' is {say_points(by)} above "
+            f"'{ARMS[other]}'."
         )
-        return Outcome(
-            sentence + (f" As well is at most {_points(-least)} lower." if least else ""), decide(by, least=least)
-        )
+        more = [f"As well is at most {points(-least)} points lower."] * bool(least)
+        more += note_edges(zip((ARMS[one], ARMS[other]), edges, strict=True))
+        # What is at an edge of the grid may be better than it was seen to be.
+        by = leave_open(by, low=bool(edges[1]), high=bool(edges[0]))
+        return Outcome(" ".join([sentence, *more]), decide(by, least=least))
 
     return judge
 
@@ -273,7 +272,7 @@ def tabulate(summary: Summary) -> Sheet:
     for row in summary["arms"]:
         end, way = Interval(**row["interval"]), np.asarray(row.get("travel", np.nan), float).mean()
         needed = f"{'' if all(row['reached']) else '≥'}{_steps(row).mean:.0f}"
-        texts = (f"{row['rate']:g}", needed, f"{_points(end.mean)} ±{_points(end.half)}", f"{way:.2f}")
+        texts = (f"{row['rate']:g}", needed, f"{points(end.mean)} ±{points(end.half)}", f"{way:.2f}")
         rows.append((f"{CASES[row['case']].label}, {row['arm']}", *texts[:3], texts[3] if "travel" in row else "-"))
     notes = [
         f"steps: to {LEVEL:.0%} of the test rows, geometric mean over {summary['seeds']} seeds, at the rate that needs "
@@ -287,14 +286,8 @@ def tabulate(summary: Summary) -> Sheet:
         "gradient descent at a rate that stays; from 0: no norm, each branch times a number that begins at 0.",
     ]
     for name, what in (("edge", "of fewest steps"), ("end_edge", "that ends highest")):
-        edges = [f"{row['case']}, {row['arm']} ({row[name]})" for row in summary["arms"] if row[name]]
-        if edges:
-            notes.append(
-                f"The rate {what} is at an edge of the grid, and a better one may lie outside: {'; '.join(edges)}."
-            )
-    diverged = [f"{row['diverged']} of {row['case']}, {row['arm']}" for row in summary["arms"] if row["diverged"]]
-    if diverged:
-        notes.append(f"Seeds that diverged, and count as chance ({CHANCE:.0%}): {'; '.join(diverged)}.")
+        notes += note_edges(((f"{row['case']} {row['arm']}", row[name]) for row in summary["arms"]), f"The rate {what}")
+    notes += note_diverged((f"{row['case']} {row['arm']}", row["diverged"]) for row in summary["arms"])
     return Sheet(("network, norm", "rate", "steps", "end", "moves"), tuple(rows), tuple(notes))
 
 

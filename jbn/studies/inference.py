@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from jbn import batch_norm, bn_init, debiased, update
 from jbn.core.numbers import Momentum
 from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval
+from jbn.studies.intervals import Interval, choose_rate, decide, interval, note_edges, points, say_points
 from jbn.studies.networks import BatchNorm, Dense
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
-from jbn.studies.training import CHANCE, CLASSES, PIXELS, Look, Parts, Plan, sweep
+from jbn.studies.training import CHANCE, CLASSES, PIXELS, Look, Parts, Plan, note_diverged, sweep
 
 WIDTHS = (PIXELS["digits"], 128, 128, CLASSES)
 BATCH_SIZES = SMALL, LARGE = 4, 40  # both divide the 360 test rows, so these can be evaluated in such batches
@@ -200,10 +200,6 @@ def _round(values: dict[str, np.ndarray]) -> dict[str, list[float]]:
     return {name: [round(value, 6) for value in each.tolist()] for name, each in values.items()}
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
 def _mean(summary: Summary, batch_size: int, when: str, name: str) -> float:
     return float(np.mean(summary["batches"][str(batch_size)][when][name]))
 
@@ -212,10 +208,9 @@ def _compare(summary: Summary, batch_size: int, when: str, one: str, other: str)
     """Return in words how two readouts did, and by how much the first is better, seed by seed."""
     found = summary["batches"][str(batch_size)][when]
     by = interval(np.subtract(found[one], found[other]))
-    shown = ", ".join(f"{name}: {_points(_mean(summary, batch_size, when, name))} %" for name in (one, other))
+    shown = ", ".join(f"{name}: {points(_mean(summary, batch_size, when, name))} %" for name in (one, other))
     return (
-        f"{_when(summary, batch_size, when)}: {shown}; difference {_points(by.mean)} ({_points(by.low)} to "
-        f"{_points(by.high)}) points.",
+        f"{_when(summary, batch_size, when)}: {shown}; difference {say_points(by)}.",
         by,
     )
 
@@ -247,9 +242,10 @@ def _batches_beat_population(summary: Summary) -> Outcome:
 
 def _agree(summary: Summary) -> Outcome:
     sentence, by = _compare(summary, LARGE, "end", POPULATION, "0.9")
-    return Outcome(f"{sentence} The same is within {_points(SAME)}.", decide(by, least=-SAME, most=SAME))
+    return Outcome(f"{sentence} The same is within {points(SAME)}.", decide(by, least=-SAME, most=SAME))
 
 
+MIXED = "Asked here; the two conventions: torch.nn.BatchNorm2d, the note on momentum"
 CLAIMS = (
     Claim(
         "Early in training the statistics of the population evaluate better than running ones",
@@ -268,23 +264,23 @@ CLAIMS = (
         _batches_beat_population,
     ),
     Claim(
-        "PyTorch's momentum 0.1 is 0.9 where it weighs the old value; as 0.1 it costs accuracy with large batches",
-        "torch.nn.BatchNorm2d, the note on momentum; Paszke et al. 2019",
+        "PyTorch's momentum 0.1 is 0.9 where it weighs the old value; taken for 0.1 it costs accuracy, large batches",
+        MIXED,
         _is_better(LARGE, "end", "0.9", "0.1"),
     ),
     Claim(
-        "The same, with small batches",
-        "torch.nn.BatchNorm2d, the note on momentum; Paszke et al. 2019",
+        "PyTorch's momentum 0.1, taken for the weight of the old value, costs accuracy with small batches",
+        MIXED,
         _is_better(SMALL, "end", "0.9", "0.1"),
     ),
     Claim(
-        "A momentum of 0.99, the default of Keras, is too large for two hundred steps",
-        "keras.layers.BatchNormalization; Chollet et al. 2015",
+        "A momentum of 0.99, the default of Keras, still costs accuracy after two hundred steps",
+        "Asked here; the default is that of keras.layers.BatchNormalization",
         _is_better(LARGE, "end", POPULATION, "0.99"),
     ),
     Claim(
-        "The average divided by the sum of its weights (debiased) mends it on the way",
-        "Kingma and Ba 2015, section 3",
+        "With a momentum of 0.99 an average divided by the sum of its weights (debiased) evaluates better on the way",
+        "Kingma and Ba 2015, section 3, of the moments of Adam",
         _is_better(LARGE, "whole", "debiased", "0.99"),
     ),
     Claim(
@@ -313,25 +309,23 @@ def tabulate(summary: Summary) -> Sheet:
         "batches: batches of test rows, as many as in training; all test: all test rows as one batch.",
     ]
     found = summary["batches"].items()
-    if edges := [f"batches of {size} ({each['edge']})" for size, each in found if each["edge"]]:
-        notes.append(f"The best rate is at an edge of the grid, and a better one may lie outside: {', '.join(edges)}.")
-    if diverged := [f"{each['diverged']} of batches of {size}" for size, each in found if each["diverged"]]:
-        notes.append(f"Seeds that diverged, and count as chance ({CHANCE:.0%}): {', '.join(diverged)}.")
+    notes += note_edges((f"batches of {size}", each["edge"]) for size, each in found)
+    notes += note_diverged((f"batches of {size}", each["diverged"]) for size, each in found)
     return Sheet(("by", *heading), tuple(rows), tuple(notes))
 
 
 def _cell(values: Sequence[float]) -> str:
     found = interval(values)
-    return f"{_points(found.mean)} ±{_points(found.half)}"
+    return f"{points(found.mean)} ±{points(found.half)}"
 
 
 def draw(summary: Summary) -> Figure:
     """Draw errors on test rows over the steps, a panel per batch size."""
     early, end = (
-        [_points(1 - _mean(summary, LARGE, when, name)) for name in ("0.99", "0.9", POPULATION)]
+        [points(1 - _mean(summary, LARGE, when, name)) for name in ("0.99", "0.9", POPULATION)]
         for when in ("early", "end")
     )
-    wrong, right = (_points(1 - _mean(summary, SMALL, "end", name)) for name in ("0.1", "0.9"))
+    wrong, right = (points(1 - _mean(summary, SMALL, "end", name)) for name in ("0.1", "0.9"))
     title = (
         f"{_when(summary, LARGE, 'early')}: by momentum 0.99 errors are {early[0]} %, by 0.9 {early[1]} %,\nby all "
         f"training rows {early[2]} %; at the end they are {end[0]}, {end[1]} and {end[2]} %.\n"

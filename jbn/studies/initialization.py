@@ -13,7 +13,7 @@ from jbn.studies.figures import draw_heat, panels
 from jbn.studies.intervals import Interval, choose_rate, decide, interval
 from jbn.studies.networks import BatchNorm, Bias, Norm
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
-from jbn.studies.training import CHANCE, Plan, accuracies, sweep
+from jbn.studies.training import CHANCE, Plan, accuracies, note_diverged, sweep
 
 Judge: TypeAlias = Callable[[Summary], Outcome]
 
@@ -282,13 +282,9 @@ def tabulate(summary: Summary) -> Sheet:
             notes.append(
                 f"The best rate is the {edge} of the grid, and a better one may lie outside: {', '.join(where)}."
             )
-    diverged = [
-        f"{row['diverged']} of {row['arm']} {row['depth']} at {row['gain']:g}"
-        for row in summary["cells"]
-        if row["diverged"]
-    ]
-    if diverged:
-        notes.append(f"Seeds that diverged, and count as chance: {', '.join(diverged)}.")
+    notes += note_diverged(
+        (f"{row['arm']} {row['depth']} at {row['gain']:g}", row["diverged"]) for row in summary["cells"]
+    )
     return Sheet(("layers", *(f"{gain:g}" for gain in summary["gains"])), tuple(rows), tuple(notes))
 
 

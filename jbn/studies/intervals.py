@@ -1,7 +1,7 @@
 """Means over seeds with their intervals, what they decide, and which learning rate an arm is given."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,3 +84,19 @@ def choose_rate(validation: np.ndarray) -> Chosen:
     index = int(np.argmax(means))
     edges = {0: "lowest", len(means) - 1: "highest"}
     return Chosen(index, edges.get(index, ""))
+
+
+def note_edges(found: Iterable[tuple[str, str]], what: str = "The best rate") -> list[str]:
+    """Return a sentence about the arms, by name and ``Chosen.edge``, whose rate is at an edge; none where none is."""
+    named = [f"{name} ({edge})" for name, edge in found if edge]
+    return [f"{what} is at an edge of the grid, and a better one may lie outside: {', '.join(named)}."] * bool(named)
+
+
+def points(value: float) -> str:
+    """Return a share in percent, with one digit behind the point and never -0.0."""
+    return f"{round(100 * value, 1) + 0:.1f}"
+
+
+def say_points(found: Interval) -> str:
+    """Return a difference of shares in words."""
+    return f"{points(found.mean)} ({points(found.low)} to {points(found.high)}) points"

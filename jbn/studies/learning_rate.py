@@ -9,7 +9,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 
 from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval
+from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open, note_edges, points, say_points
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm, OfFlax
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CHANCE, CLASSES, PIXELS, Plan, sweep, unseen
@@ -87,14 +87,6 @@ def _summarize(rates: Sequence[float], numbers: Numbers) -> dict[str, Any]:
     }
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _difference(by: Interval) -> str:
-    return f"{_points(by.mean)} ({_points(by.low)} to {_points(by.high)}) points"
-
-
 def _at(summary: Summary, arm: str, rate: int) -> np.ndarray:
     """Return the accuracies of the seeds at a rate of the grid."""
     return np.asarray(summary["arms"][arm]["test_accuracy"])[:, rate]
@@ -128,7 +120,7 @@ def _fails_without(summary: Summary) -> Outcome:
     sentence = (
         f"At {summary['rates'][index]:g}, the largest rate at which batch norm trains, {none['failed'][index]} of "
         f"{seeds} seeds fail without it ({none['diverged'][index]} are not finite), {norm['failed'][index]} with it. "
-        f"Without it the accuracy is {_points(by.mean)} % ({_points(by.low)} to {_points(by.high)}); less than "
+        f"Without it the accuracy is {points(by.mean)} % ({points(by.low)} to {points(by.high)}); less than "
         f"{TRAINS:.0%} is a failure."
     )
     return Outcome(sentence, decide(by, most=TRAINS))
@@ -146,19 +138,21 @@ def _best_rates(summary: Summary) -> tuple[int, int]:
 
 def _best_is_better(summary: Summary) -> Outcome:
     (norm, none), rates = _best_rates(summary), summary["rates"]
-    by = _gain(summary, norm, none)
-    return Outcome(
-        f"Batch norm at {rates[norm]:g} is {_difference(by)} above none at {rates[none]:g}, each at its best rate.",
-        decide(by, least=0),
+    by, edge = _gain(summary, norm, none), {arm: summary["arms"][arm]["edge"] for arm in ("batch norm", "none")}
+    sentence = (
+        f"Batch norm at {rates[norm]:g} is {say_points(by)} above none at {rates[none]:g}, each at its best rate."
     )
+    # What is at an edge of the grid may be better than it was seen to be.
+    by = leave_open(by, low=bool(edge["none"]), high=bool(edge["batch norm"]))
+    return Outcome(" ".join([sentence, *note_edges(edge.items())]), decide(by, least=0))
 
 
 def _gains_little(summary: Summary) -> Outcome:
     _, none = _best_rates(summary)
     by = _gain(summary, none, none)
     return Outcome(
-        f"At {summary['rates'][none]:g}, the best rate without it, batch norm is {_difference(by)} above none; "
-        f"little is at most {_points(LITTLE)}.",
+        f"At {summary['rates'][none]:g}, the best rate without it, batch norm is {say_points(by)} above none; "
+        f"little is at most {points(LITTLE)}.",
         decide(by, most=LITTLE),
     )
 
@@ -167,7 +161,7 @@ def _gains_by_larger(summary: Summary) -> Outcome:
     (norm, none), rates = _best_rates(summary), summary["rates"]
     by = interval(_at(summary, "batch norm", norm) - _at(summary, "batch norm", none))
     sentence = (
-        f"Batch norm at its best rate, {rates[norm]:g}, is {_difference(by)} above batch norm at the best one of none, "
+        f"Batch norm at its best rate, {rates[norm]:g}, is {say_points(by)} above batch norm at the best one of none, "
         f"{rates[none]:g}"
     )
     if norm < none:
@@ -200,11 +194,11 @@ def tabulate(summary: Summary) -> Sheet:
         texts = []
         for found in arms.values():
             failed = found["failed"][index]
-            texts.append(f"{_points(found['quartiles'][index][1])}{f' ({failed})' if failed else ''}")
+            texts.append(f"{points(found['quartiles'][index][1])}{f' ({failed})' if failed else ''}")
         rows.append((f"{rate:g}", *texts))
     best = [
-        f"{arm}: {summary['rates'][found['best']]:g}, {_points(found['interval']['mean'])} "
-        f"±{_points(Interval(**found['interval']).half)} %"
+        f"{arm}: {summary['rates'][found['best']]:g}, {points(found['interval']['mean'])} "
+        f"±{points(Interval(**found['interval']).half)} %"
         for arm, found in arms.items()
     ]
     notes = [
@@ -216,16 +210,14 @@ def tabulate(summary: Summary) -> Sheet:
         f"Digits, three hidden layers of 128 ReLU units, {summary['steps']} steps of {BATCH} rows, plain gradient "
         "descent, a rate that falls linearly to 0.",
     ]
-    edges = [f"{arm} ({found['edge']})" for arm, found in arms.items() if found["edge"]]
-    if edges:
-        notes.append(f"The best rate is at an edge of the grid, and a better one may lie outside: {', '.join(edges)}.")
+    notes += note_edges((arm, found["edge"]) for arm, found in arms.items())
     return Sheet(("rate", *arms), tuple(rows), tuple(notes))
 
 
 def draw(summary: Summary) -> Figure:
     """Draw accuracies on test rows and the share of seeds that fail, against the rate."""
     norm, none = _best_rates(summary)
-    same, own = (_points(_gain(summary, at, none).mean) for at in (none, norm))
+    same, own = (points(_gain(summary, at, none).mean) for at in (none, norm))
     title = (
         f"Batch norm trains up to a rate of {_largest(summary, 'batch norm')}, none up to {_largest(summary, 'none')}; "
         f"it is {same} points above none at none's best rate, {own} each at its own"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbn.studies.networks import Dense
+from jbn.studies.networks import Dense, keep
 from jbn.studies.training import Look, Parts
 
 PERCENTILES = (15, 50, 85)  # as in figure 1 of Ioffe and Szegedy 2015
@@ -17,7 +17,7 @@ ROWS = 500  # of the rows for validation: a look that sorts more of them takes l
 def inputs_of_last(network: Dense, params: Any, states: Any, x: Array) -> Array:
     """Return what the activations of the last hidden layer are given (n, units), normalized by the statistics of x."""
     norms: list[Any] = [network.norm] * len(states)
-    norms[-1] = replace(norms[-1], activation=lambda x: x)
+    norms[-1] = replace(norms[-1], activation=keep)
     for norm, kernel, of_norm, state in zip(norms, params["kernels"], params["norms"], states, strict=False):
         x, _ = norm(of_norm, state, x @ kernel, True, jnp.int32(0))
     return x

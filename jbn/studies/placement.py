@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from jbn import bn_forward, bn_init
 from jbn.studies.figures import LOOKS, blank, draw_intervals
-from jbn.studies.intervals import Interval, choose_rate, decide, interval
+from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open, note_edges, points, say_points
 from jbn.studies.networks import Dense
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
-from jbn.studies.training import CHANCE, CLASSES, PIXELS, Parts, Plan, sweep, unseen
+from jbn.studies.training import CLASSES, PIXELS, Parts, Plan, note_diverged, sweep, unseen
 
 WIDTHS = (PIXELS["mnist"], 128, 64, CLASSES)
 BATCH = 60
@@ -121,27 +121,26 @@ def _summarize(settings: Settings, numbers: Numbers) -> dict[str, Any]:
     }
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
 def _better(summary: Summary, one: str, other: str) -> Interval:
     """Return by how much an arm is better than another, seed by seed."""
     return interval(np.subtract(*(summary["arms"][arm]["test_accuracy"] for arm in (one, other))))
 
 
-def _says(summary: Summary, one: str, other: str) -> str:
-    """Return in words how two arms did."""
+def _compare(summary: Summary, one: str, other: str) -> tuple[str, Interval]:
+    """Return ``_better`` in words, and open where one of them may be better than it was seen to be."""
     by = _better(summary, one, other)
-    shown = [f"{arm}: {_points(summary['arms'][arm]['interval']['mean'])} %" for arm in (one, other)]
-    return f"{', '.join(shown)}; difference {_points(by.mean)} ({_points(by.low)} to {_points(by.high)}) points."
+    shown = [f"{arm}: {points(summary['arms'][arm]['interval']['mean'])} %" for arm in (one, other)]
+    edge = {arm: summary["arms"][arm]["edge"] for arm in (one, other)}
+    sentence = " ".join([f"{', '.join(shown)}; difference {say_points(by)}.", *note_edges(edge.items())])
+    return sentence, leave_open(by, low=bool(edge[other]), high=bool(edge[one]))
 
 
 def _is_better(one: str, other: str) -> Callable[[Summary], Outcome]:
     """Return the judgement whether an arm beats another."""
 
     def judge(summary: Summary) -> Outcome:
-        return Outcome(_says(summary, one, other), decide(_better(summary, one, other), least=0))
+        sentence, by = _compare(summary, one, other)
+        return Outcome(sentence, decide(by, least=0))
 
     return judge
 
@@ -150,10 +149,10 @@ def _is_of_no_use(arm: str) -> Callable[[Summary], Outcome]:
     """Return the judgement whether an arm, with a parameter more or less, is as good as the plain one."""
 
     def judge(summary: Summary) -> Outcome:
-        moved = summary["arms"][arm]["bias"]
+        (said, by), moved = _compare(summary, arm, "before"), summary["arms"][arm]["bias"]
         bias = f" No bias is larger than {moved:.1g} after training." if ARMS[arm].bias else ""
-        sentence = f"{_says(summary, arm, 'before')} The same is within {_points(SAME)}.{bias}"
-        return Outcome(sentence, decide(_better(summary, arm, "before"), least=-SAME, most=SAME))
+        sentence = f"{said} The same is within {points(SAME)} points.{bias}"
+        return Outcome(sentence, decide(by, least=-SAME, most=SAME))
 
     return judge
 
@@ -171,7 +170,7 @@ CLAIMS = (
     ),
     Claim(
         "A bias before the norm is of no use",
-        "Ioffe and Szegedy 2015, section 3.2: the mean that is subtracted holds it",
+        "Ioffe and Szegedy 2015, section 3.2: the subtraction of the mean cancels it",
         _is_of_no_use("biased"),
     ),
     Claim(
@@ -188,8 +187,8 @@ def tabulate(summary: Summary) -> Sheet:
     for arm, found in summary["arms"].items():
         end = Interval(**found["interval"])
         by = _better(summary, arm, "before")
-        difference = "-" if arm == "before" else f"{100 * by.mean:+.1f} ±{_points(by.half)}"
-        rows.append((arm, f"{found['rate']:g}", f"{_points(end.mean)} ±{_points(end.half)}", difference))
+        difference = "-" if arm == "before" else f"{100 * by.mean:+.1f} ±{points(by.half)}"
+        rows.append((arm, f"{found['rate']:g}", f"{points(end.mean)} ±{points(end.half)}", difference))
     notes = [
         f"{'; '.join(f'{name}: {arm.what}' for name, arm in ARMS.items())}.",
         f"Test accuracy (%) with its 95 % interval over {summary['seeds']} seeds (Student's t), and its difference "
@@ -197,12 +196,8 @@ def tabulate(summary: Summary) -> Sheet:
         f"MNIST (3000 rows), 784, 128, 64, 10; {summary['steps']} steps of {BATCH} rows, plain gradient descent, a "
         "rate that falls linearly to 0.",
     ]
-    edges = [f"{arm} ({found['edge']})" for arm, found in summary["arms"].items() if found["edge"]]
-    if edges:
-        notes.append(f"The best rate is at an edge of the grid, and a better one may lie outside: {', '.join(edges)}.")
-    diverged = [f"{found['diverged']} of {arm}" for arm, found in summary["arms"].items() if found["diverged"]]
-    if diverged:
-        notes.append(f"Seeds that diverged, and count as chance ({CHANCE:.0%}): {', '.join(diverged)}.")
+    notes += note_edges((arm, found["edge"]) for arm, found in summary["arms"].items())
+    notes += note_diverged((arm, found["diverged"]) for arm, found in summary["arms"].items())
     return Sheet(("arm", "rate", "accuracy", "better"), tuple(rows), tuple(notes))
 
 

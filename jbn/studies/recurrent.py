@@ -14,7 +14,7 @@ from scipy.stats import norm as normal
 from sklearn.datasets import load_digits
 
 from jbn.studies.figures import LOOKS, Look, draw_bands, panels
-from jbn.studies.intervals import Interval, choose_rate, interval
+from jbn.studies.intervals import Interval, choose_rate, interval, note_edges
 from jbn.studies.recurrent_claims import ARMS, CLAIMS, LARGE, LEVEL, SCALES, SMALL, TANH, factor, find_lstm, find_tanh
 from jbn.studies.sequences import Effort, Reader, Sequences, split, steps_to, train
 from jbn.studies.study import Cell, Measured, Numbers, Settings, Sheet, Size, Study, Summary
@@ -186,10 +186,7 @@ def tabulate(summary: Summary) -> Sheet:
         "pixels each. tanh: not trained, 64 steps, a pixel each; one norm of both parts, the identity for a recurrent "
         "kernel, or two norms, or an orthogonal kernel; tanh'=1: the derivative is taken for 1.",
     ]
-    edges = [f"{row['arm']} ({row[edge]})" for row in summary["lstm"] for edge in EDGES if row[edge]]
-    if edges:
-        listed = ", ".join(dict.fromkeys(edges))
-        notes.append(f"The best rate is at an edge of the grid, and a better one may lie outside: {listed}.")
+    notes += note_edges(dict.fromkeys((row["arm"], row[edge]) for row in summary["lstm"] for edge in EDGES))
     never = [f"{row['never']} of {row['arm']}" for row in summary["lstm"] if row["never"]]
     if never:
         most = summary["steps"] + summary["look"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jbn.studies.intervals import Interval, decide, interval, leave_open
+from jbn.studies.intervals import Interval, decide, interval, leave_open, note_edges, points, say_points
 from jbn.studies.sequences import Norms, Tanh
 from jbn.studies.study import Claim, Outcome, Summary, Verdict
 
@@ -136,30 +136,30 @@ def _saturates(summary: Summary) -> Outcome:
     return Outcome(sentence, decide(interval(without["first"]), least=VANISHED))
 
 
-def points(value: float) -> str:
-    """Return a share in percent."""
-    return f"{100 * value:.1f}"
-
-
 def _by(summary: Summary, better: str, worse: str) -> tuple[str, Interval]:
     """Return in words, and as an interval, by how much more accurate an LSTM is, seed by seed."""
-    one, other = (find_lstm(summary, arm)["accuracy"] for arm in (better, worse))
-    by = interval(np.subtract(one, other))
-    shown = ", ".join(f"{arm}: {points(np.mean(each))} %" for arm, each in ((better, one), (worse, other)))
-    return f"{shown}; difference {points(by.mean)} ({points(by.low)} to {points(by.high)}) points.", by
+    rows = one, other = [find_lstm(summary, arm) for arm in (better, worse)]
+    by = interval(np.subtract(one["accuracy"], other["accuracy"]))
+    shown = ", ".join(f"{row['arm']}: {points(float(np.mean(row['accuracy'])))} %" for row in rows)
+    sentence = " ".join([f"{shown}; difference {say_points(by)}.", *note_edges((r["arm"], r["edge"]) for r in rows)])
+    # What is at an edge of the grid may be better than it was seen to be.
+    return sentence, leave_open(by, low=bool(other["edge"]), high=bool(one["edge"]))
 
 
 def _sooner(summary: Summary, better: str, worse: str, share: float = 0) -> tuple[str, Interval]:
     """Return in words how many steps of training an LSTM saves, seed by seed, and by how many more than a share.
 
-    Seeds that never get there count as the steps that they had, which is too few: that end of the interval is open.
+    Seeds that never get there count as the steps that they had, which is too few, and what is at an edge of the grid
+    may need fewer than it was seen to need: these ends of the interval are open.
     """
     rows = one, other = [find_lstm(summary, arm) for arm in (better, worse)]
     by = interval(np.subtract(other["to_level"], one["to_level"]))
     shown = ", ".join(f"{row['arm']}: {'at least ' * (row['never'] > 0)}{np.mean(row['to_level']):.0f}" for row in rows)
     more = interval((1 - share) * np.asarray(other["to_level"]) - one["to_level"])
     sentence = f"Steps to {LEVEL:.0%}, {shown}; fewer by {by.mean:.0f} ({by.low:.0f} to {by.high:.0f})."
-    return sentence, leave_open(more, low=one["never"] > 0, high=other["never"] > 0)
+    sentence = " ".join([sentence, *note_edges((row["arm"], row["soonest_edge"]) for row in rows)])
+    low, high = (row["never"] > 0 or bool(beside["soonest_edge"]) for row, beside in ((one, other), (other, one)))
+    return sentence, leave_open(more, low=low, high=high)
 
 
 def _is_better(better: str, worse: str) -> Callable[[Summary], Outcome]:
@@ -190,8 +190,7 @@ def _degrades(summary: Summary) -> Outcome:
     by = interval(np.subtract(row["accuracy"], row["pooled"]))
     sentence = (
         f"{SMALL}, the same networks by the statistics of their step: {points(np.mean(row['accuracy']))} %, of all "
-        f"steps: {points(np.mean(row['pooled']))} %; difference {points(by.mean)} ({points(by.low)} to "
-        f"{points(by.high)}) points. Severe is {points(SEVERE)}."
+        f"steps: {points(np.mean(row['pooled']))} %; difference {say_points(by)}. Severe is {points(SEVERE)} points."
     )
     return Outcome(sentence, decide(by, least=SEVERE))
 

@@ -11,10 +11,10 @@ from jax import Array
 from matplotlib.figure import Figure
 
 from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval
+from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open, note_edges, points, say_points
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
-from jbn.studies.training import CHANCE, CLASSES, PIXELS, Plan, accuracies, sweep
+from jbn.studies.training import CLASSES, PIXELS, Plan, accuracies, note_diverged, sweep
 
 DATA = "digits"
 WIDTHS = (PIXELS[DATA], 128, 128, CLASSES)
@@ -195,19 +195,21 @@ def _best_dropout(summary: Summary, noise: float, group: int) -> dict[str, Any]:
     return _best([row for row in summary["arms"] if (row["noise"], row["group"]) == (noise, group) and row["dropout"]])
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
 def _mean(row: dict[str, Any], what: str = "test") -> str:
-    return _points(float(np.mean(row[what])))
+    return points(float(np.mean(row[what])))
 
 
 def _compare(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, Interval]:
-    """Return in words how two arms did, and by how much the first is better, seed by seed."""
+    """Return in words how two arms did, and by how much the first is better, seed by seed.
+
+    The interval is open where one of them may be better than it was seen to be.
+    """
     by = interval(np.subtract(one["test"], other["test"]))
     shown = ", ".join(f"{row['arm']}: {_mean(row)} %" for row in (one, other))
-    return f"{shown}; difference {_points(by.mean)} ({_points(by.low)} to {_points(by.high)}) points.", by
+    sentence = " ".join(
+        [f"{shown}; difference {say_points(by)}.", *note_edges((r["arm"], r["edge"]) for r in (one, other))]
+    )
+    return sentence, leave_open(by, low=bool(other["edge"]), high=bool(one["edge"]))
 
 
 def _noise(pick: Callable[[Sequence[float]], float]) -> Callable[[Summary], float]:
@@ -228,8 +230,7 @@ def _gap_falls(noise: Callable[[Summary], float]) -> Callable[[Summary], Outcome
             f"{row['arm']}: {_mean(row, 'training')} % of the training rows, {_mean(row)} % of the test rows"
             for row in (rows[0], rows[-1])
         )
-        change = f"{_points(by.mean)} ({_points(by.low)} to {_points(by.high)}) points"
-        return Outcome(f"{ends}; the gap between them changes by {change} with each doubling.", decide(by, least=0))
+        return Outcome(f"{ends}; with each doubling the gap grows by {say_points(by)}.", decide(by, least=0))
 
     return judge
 
@@ -252,7 +253,7 @@ def _dropout_can_go(noise: Callable[[Summary], float]) -> Callable[[Summary], Ou
         sentence, by = _compare(_find(summary, share, USUAL), _best_dropout(summary, share, USUAL))
         without, dropped = _find(summary, share, 0), _best_dropout(summary, share, 0)
         beside = f"Without batch norm: {_mean(without)} %, {dropped['arm']}: {_mean(dropped)} %."
-        return Outcome(f"{sentence} {beside} As good is less than {_points(SAME)} worse.", decide(by, least=-SAME))
+        return Outcome(f"{sentence} {beside} As good is less than {points(SAME)} worse.", decide(by, least=-SAME))
 
     return judge
 
@@ -269,20 +270,25 @@ def _together_are_worse(noise: Callable[[Summary], float]) -> Callable[[Summary]
 
 LUO = "Luo et al. 2019, section 2"
 HOFFER = "Hoffer et al. 2017, algorithm 1 and table 1"
-IOFFE = "Ioffe and Szegedy 2015, section 3.4"
+IOFFE = "Ioffe and Szegedy 2015, section 3.4: removed, or reduced in strength; here removed"
 CLAIMS = (
     Claim(
         "The noise of batch statistics regularizes, and less the larger the batch: training and test come apart",
         LUO,
         _gap_falls(CLEAN),
     ),
-    Claim("The same, where labels are noise that can be learned by heart", LUO, _gap_falls(NOISY)),
+    Claim(
+        "Where labels are noise that can be learned by heart, too, training and test come apart the more the larger "
+        "the batch",
+        LUO,
+        _gap_falls(NOISY),
+    ),
     Claim(
         "Statistics of small groups generalize better than those of the whole batch", HOFFER, _small_groups_help(CLEAN)
     ),
-    Claim("The same, where labels are noise", HOFFER, _small_groups_help(NOISY)),
+    Claim("Statistics of small groups generalize better where labels are noise", HOFFER, _small_groups_help(NOISY)),
     Claim("With batch norm dropout can be removed", IOFFE, _dropout_can_go(CLEAN)),
-    Claim("The same, where labels are noise", IOFFE, _dropout_can_go(NOISY)),
+    Claim("With batch norm dropout can be removed where labels are noise", IOFFE, _dropout_can_go(NOISY)),
     Claim(
         "Dropout before batch norm does worse than batch norm alone: it shifts the variance in training",
         "Li et al. 2019, abstract, here with half of the features dropped",
@@ -309,16 +315,14 @@ def tabulate(summary: Summary) -> Sheet:
         f"rows, {summary['steps']} steps. Where labels are noise a low rate regularizes too, and any arm may have it.",
     ]
     at = {id(row): f"{row['arm']} at {row['noise']:.0%}" for row in summary["arms"]}
-    if edges := [f"{at[id(row)]} ({row['edge']})" for row in summary["arms"] if row["edge"]]:
-        notes.append(f"The best rate is at an edge of the grid, and a better one may lie outside: {', '.join(edges)}.")
-    if diverged := [f"{row['diverged']} of {at[id(row)]}" for row in summary["arms"] if row["diverged"]]:
-        notes.append(f"Seeds that diverged, and count as chance ({CHANCE:.0%}): {', '.join(diverged)}.")
+    notes += note_edges((at[id(row)], row["edge"]) for row in summary["arms"])
+    notes += note_diverged((at[id(row)], row["diverged"]) for row in summary["arms"])
     return Sheet(("arm", *heading), tuple(rows), tuple(notes))
 
 
 def _cell(values: Sequence[float]) -> str:
     found = interval(values)
-    return f"{_points(found.mean)} ±{_points(found.half)}"
+    return f"{points(found.mean)} ±{points(found.half)}"
 
 
 def draw(summary: Summary) -> Figure:
@@ -361,7 +365,7 @@ def _labels(noise: float) -> str:
 
 
 def _errors(row: dict[str, Any]) -> str:
-    return f"{_points(1 - float(np.mean(row['test'])))} %"
+    return f"{points(1 - float(np.mean(row['test'])))} %"
 
 
 def _title(summary: Summary, noises: Sequence[float]) -> str:

@@ -12,12 +12,12 @@ from jax import Array
 from matplotlib.figure import Figure
 
 from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
-from jbn.studies.intervals import Chosen, Interval, choose_rate, decide, interval
+from jbn.studies.intervals import Chosen, Interval, choose_rate, decide, interval, leave_open, note_edges
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm
 from jbn.studies.noise import Noisy
 from jbn.studies.steps import drift, landscape, loss_at, shift_of_gradients, size_of
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
-from jbn.studies.training import CHANCE, CLASSES, PIXELS, Parts, Plan, Probe, Step, accuracies, sweep
+from jbn.studies.training import CLASSES, PIXELS, Parts, Plan, Probe, Step, accuracies, note_diverged, sweep
 
 Judge: TypeAlias = Callable[[Summary], Outcome]
 
@@ -219,11 +219,14 @@ def _compare(name: str, one: str, other: str, *, least: float = -math.inf, most:
     def find(summary: Summary, one: str, name: str = name, *, first: bool = False) -> tuple[Interval | None, str]:
         values = [_values(summary, arm, name) for arm in (one, other)]
         means = [each[:, 0] if first else each.mean(1) for each in values]
-        by = _interval(factor * (means[0] - means[1]), ratio)
+        differences = factor * (means[0] - means[1])
+        by, seeds = _interval(differences, ratio), int(np.isfinite(differences).sum())
         if by is None:
             return None, "fewer than two seeds have numbers in both"
         unit = " times" if ratio else " points" if factor > 1 else ""
-        return by, f"{by.mean:.2g}{unit} ({by.low:.2g} to {by.high:.2g})"
+        text = f"{by.mean:.2g}{unit} ({by.low:.2g} to {by.high:.2g})"
+        # Those that diverged may be what the claim is about: what the others say decides nothing.
+        return (None, f"{text}, {seeds} seeds alone") if seeds < len(differences) else (by, text)
 
     def judge(summary: Summary) -> Outcome:
         by, text = find(summary, one)
@@ -235,6 +238,11 @@ def _compare(name: str, one: str, other: str, *, least: float = -math.inf, most:
             sentence += f" Before the first step: {find(summary, one, first=True)[1]}."
         if name == "drift" and one == "batch":
             sentence += f" {LABELS['sums'].capitalize()}, which nothing holds: {find(summary, one, 'sums')[1]}."
+        if by and name not in QUANTITIES:
+            # An accuracy at an edge of the grid may be better than it was seen to be.
+            edges = [(row["arm"], row["edge"]) for arm in (one, other) for row in summary["arms"] if row["arm"] == arm]
+            by = leave_open(by, low=bool(edges[1][1]), high=bool(edges[0][1]))
+            sentence = " ".join([sentence, *note_edges(edges)])
         return Outcome(sentence, decide(by, least=least, most=most) if by else "not decided within the intervals")
 
     return judge
@@ -314,13 +322,9 @@ def tabulate(summary: Summary) -> Sheet:
         "Batch norm holds the mean and the variance of what a ReLU is given to those that it has learned, so that the "
         "drift of these inputs is small by its construction; noise is what cannot be held.",
     ]
-    edges = [f"{row['arm']} ({row['edge']})" for row in summary["arms"] if row["edge"]]
-    if edges:
-        notes.append(f"The best rate is at an edge of the grid, and a better one may lie outside: {', '.join(edges)}.")
-    diverged = [f"{row['diverged']} of {row['arm']}" for row in summary["arms"] if row["diverged"]]
-    if diverged:
-        chance = f"Seeds that diverged, and count as chance ({CHANCE:.0%}): {', '.join(diverged)}"
-        notes.append(f"{chance}; the other numbers are without them.")
+    notes += note_edges((row["arm"], row["edge"]) for row in summary["arms"])
+    diverged = note_diverged((row["arm"], row["diverged"]) for row in summary["arms"])
+    notes += [*diverged, "The other numbers are without these seeds, and such claims undecided."] if diverged else []
     return Sheet(("", *names), tuple(rows), tuple(notes))
 
 

@@ -1,6 +1,6 @@
 """One compiled program that trains a network with many seeds and learning rates at once, on digits or on MNIST."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
@@ -214,6 +214,12 @@ def parts_of(seed: int, plan: Plan) -> Parts:
     noisy = rng.permutation(len(labels))[: round(plan.label_noise * len(labels))]
     labels[noisy] = rng.integers(0, CLASSES, len(noisy))
     return Parts(Rows(x, labels), validation, test)
+
+
+def note_diverged(found: Iterable[tuple[str, int]]) -> list[str]:
+    """Return a sentence about the arms, by name and number, of which seeds diverged; none where none did."""
+    named = [f"{count} of {name}" for name, count in found if count]
+    return [f"Seeds that diverged, and count as chance ({CHANCE:.0%}): {', '.join(named)}."] * bool(named)
 
 
 def _init(network: Network, starts: Sequence[Network] | None, seed: int) -> Any:

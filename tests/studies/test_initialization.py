@@ -103,7 +103,7 @@ def test_the_rate_is_chosen_for_each_cell_by_validation_rows():
     assert (row["interval"]["mean"], row["test"]) == (25.0, [25.0] * 4)
     notes = " ".join(study.tabulate(summary).notes)
     assert "is the lowest of the grid, and a better one may lie outside: none 3 at 10." in notes
-    assert "Seeds that diverged, and count as chance: 1 of none 3 at 10." in notes
+    assert "Seeds that diverged, and count as chance (10%): 1 of none 3 at 10." in notes
 
 
 @pytest.mark.parametrize("width", [80, 60])

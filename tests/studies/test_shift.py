@@ -91,9 +91,12 @@ def test_the_rate_is_that_of_validation_rows_and_what_diverged_is_left_out():
     assert summary["arms"][0]["values"]["drift"][0][1] is None
     notes = " ".join(study.tabulate(summary).notes)
     assert "a better one may lie outside: none (highest), batch (highest), noisy (highest)." in notes
-    assert "count as chance (10%): 1 of none; the other numbers are without them." in notes
-    sentence = study.CLAIMS[0].judge(summary).sentence
-    assert re.search(r"each at its own rate: [\d.]+ times \([\d.]+ to [\d.]+\)", sentence), sentence
+    assert "count as chance (10%): 1 of none. The other numbers are without these seeds" in notes
+    outcome = study.CLAIMS[0].judge(summary)
+    assert re.search(r"each at its own rate: [\d.]+ times \([\d.]+ to [\d.]+\), 3 seeds alone", outcome.sentence), (
+        outcome
+    )
+    assert outcome.verdict == UNDECIDED
     for seed in range(3):
         numbers["drift"][seed][2][1] = None
     outcome = study.CLAIMS[0].judge(study.summarize(cells))
