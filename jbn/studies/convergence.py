@@ -241,7 +241,9 @@ CLAIMS = (
         _is_faster("sigmoid"),
     ),
     Claim(
-        "It ends higher", "Ioffe and Szegedy 2015, section 4.1 and figure 1a", _ends("sigmoid", "batch norm", "none", 0)
+        "Sigmoid units end higher with it",
+        "Ioffe and Szegedy 2015, section 4.1 and figure 1a",
+        _ends("sigmoid", "batch norm", "none", 0),
     ),
     Claim(
         "What a unit is given is more stable with it",

@@ -242,7 +242,7 @@ def _batches_beat_population(summary: Summary) -> Outcome:
 
 def _agree(summary: Summary) -> Outcome:
     sentence, by = _compare(summary, LARGE, "end", POPULATION, "0.9")
-    return Outcome(f"{sentence} The same is within {points(SAME)}.", decide(by, least=-SAME, most=SAME))
+    return Outcome(f"{sentence} The same is within {points(SAME)} points.", decide(by, least=-SAME, most=SAME))
 
 
 MIXED = "Asked here; the two conventions: torch.nn.BatchNorm2d, the note on momentum"
@@ -257,7 +257,11 @@ CLAIMS = (
         "Wu and Johnson 2021, section 3",
         _is_better(LARGE, "early", "0.9", "0.99"),
     ),
-    Claim("At the end, once the rate has fallen, both agree", "Wu and Johnson 2021, section 3", _agree),
+    Claim(
+        "At the end, once the rate has fallen, running statistics agree with the population's",
+        "Wu and Johnson 2021, section 3",
+        _agree,
+    ),
     Claim(
         "Networks that small batches have trained do better by the statistics of such batches than by the population's",
         "Wu and Johnson 2021, section 4, with convolutions",

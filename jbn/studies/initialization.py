@@ -235,7 +235,7 @@ CLAIMS = (
         _stays("logits", "exact", "The logits differ", ROUNDING),
     ),
     Claim(
-        "Larger weights have gradients smaller by as much: |∇||W| stays",
+        "Larger weights have gradients smaller by as much: |∇W| |W| stays",
         "Ioffe and Szegedy 2015, section 3.3",
         _stays("product", "exact", "It differs", ROUNDING),
     ),

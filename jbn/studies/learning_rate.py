@@ -175,11 +175,13 @@ CLAIMS = (
         "Ioffe and Szegedy 2015, section 3.3; Bjorck et al. 2018, section 3",
         _trains_at_larger,
     ),
-    Claim("Without it such rates fail", "Bjorck et al. 2018, section 3", _fails_without),
-    Claim("Each at its best rate, it generalizes better", "Bjorck et al. 2018, figure 1", _best_is_better),
-    Claim("At the same small rate it gains little", "Bjorck et al. 2018, section 2 and figure 1", _gains_little),
+    Claim("Without batch norm such rates fail", "Bjorck et al. 2018, section 3", _fails_without),
+    Claim("Batch norm generalizes better, each at its best rate", "Bjorck et al. 2018, figure 1", _best_is_better),
     Claim(
-        "It is by the larger rates that it generalizes better",
+        "At the same small rate batch norm gains little", "Bjorck et al. 2018, section 2 and figure 1", _gains_little
+    ),
+    Claim(
+        "It is by the larger rates that batch norm generalizes better",
         "Bjorck et al. 2018, abstract and section 2",
         _gains_by_larger,
     ),

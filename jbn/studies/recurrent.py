@@ -149,7 +149,8 @@ def _summarize(each: Measured) -> dict[str, Any]:
         found = [steps_to(LEVEL, curves[:, rate], look) for rate in range(len(rates))]
         return np.array([[never if steps is None else steps for steps in of_rate] for of_rate in found]).T
 
-    soonest = choose_rate(-count(validation))
+    # Of two rates that need as many steps the one that ends higher.
+    soonest = choose_rate(validation[-1].T / 2 - count(validation))
     steps = count(test)[:, soonest.index]
     pooled = np.asarray(numbers["pooled"], float)[best.index]
     return {

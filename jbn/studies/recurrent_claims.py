@@ -92,7 +92,7 @@ def _if_measured(judge: Callable[[Summary], Outcome]) -> Callable[[Summary], Out
 
 def factor(power: float) -> str:
     """Return 10 to a power in two digits."""
-    return f"{10**power:.2g}"
+    return f"{float(f'{10**power:.2g}'):g}"
 
 
 def _left(row: dict[str, Any]) -> str:
@@ -104,14 +104,17 @@ def _vanishes(summary: Summary) -> Outcome:
     large = find_tanh(summary, 1.0)
     sentence = (
         f"At γ = 1 the norm at the first of {len(large['path'])} steps is {_left(large)} times that of the last, with "
-        f"one norm and the identity for a recurrent kernel; less than {factor(VANISHED)} would be to vanish. In other "
-        "tanh networks it is, "
+        f"one norm and the identity for a recurrent kernel; less than {factor(VANISHED)} would be to vanish. It is "
     )
     others = [
-        f"{network}: {factor(interval(find_tanh(summary, 1.0, network)['first']).mean)}"
-        for network in ("orthogonal", "two norms", "two norms, orthogonal")
+        f"{factor(interval(find_tanh(summary, 1.0, network)['first']).mean)} with {words}"
+        for network, words in (
+            ("orthogonal", "an orthogonal kernel"),
+            ("two norms", "two norms"),
+            ("two norms, orthogonal", "both"),
+        )
     ]
-    return Outcome(f"{sentence}{'; '.join(others)}.", decide(interval(large["first"]), most=VANISHED))
+    return Outcome(f"{sentence}{', '.join(others)}.", decide(interval(large["first"]), most=VANISHED))
 
 
 def _stays(summary: Summary) -> Outcome:
@@ -128,8 +131,9 @@ def _saturates(summary: Summary) -> Outcome:
     mean = dict(zip(summary["derivative"]["deviation"], summary["derivative"]["mean"], strict=True))
     sentence = (
         f"tanh' is {mean[1.0]:.2f} in the mean for inputs of a standard deviation of 1, {mean[0.1]:.2f} for "
-        f"0.1. At γ = 1, with the derivative taken for 1, the first norm is {_left(without)} times the last. Saturated "
-        f"as much, but with an orthogonal kernel, it is {_left(find_tanh(summary, 1.0, 'orthogonal'))}."
+        f"0.1. At γ = 1, with the derivative taken for 1, the first norm is {_left(without)} times the last. "
+        "That is a cause without which it would not vanish, and not the whole one: with an orthogonal kernel, where "
+        f"tanh is given numbers of the same deviation, it is {_left(find_tanh(summary, 1.0, 'orthogonal'))}."
     )
     if decide(interval(large["first"]), most=VANISHED) != "holds":
         return Outcome(f"{sentence} It does not vanish for certain: no cause to be found.", UNDECIDED)
@@ -202,9 +206,13 @@ CLAIMS = (
         f"{COOIJMANS}, section 4 and figure 1a",
         _if_measured(_vanishes),
     ),
-    Claim("For small γ its norm is nearly constant", f"{COOIJMANS}, section 4 and figure 1a", _if_measured(_stays)),
     Claim(
-        "It vanishes because tanh saturates",
+        "For small γ the norm of that gradient is nearly constant",
+        f"{COOIJMANS}, section 4 and figure 1a",
+        _if_measured(_stays),
+    ),
+    Claim(
+        "It vanishes because tanh saturates: with a derivative of 1 it would not",
         f"{COOIJMANS}, section 4 and figure 1b, a conjecture",
         _if_measured(_saturates),
     ),

@@ -253,7 +253,9 @@ def _dropout_can_go(noise: Callable[[Summary], float]) -> Callable[[Summary], Ou
         sentence, by = _compare(_find(summary, share, USUAL), _best_dropout(summary, share, USUAL))
         without, dropped = _find(summary, share, 0), _best_dropout(summary, share, 0)
         beside = f"Without batch norm: {_mean(without)} %, {dropped['arm']}: {_mean(dropped)} %."
-        return Outcome(f"{sentence} {beside} As good is less than {points(SAME)} worse.", decide(by, least=-SAME))
+        return Outcome(
+            f"{sentence} {beside} As good is less than {points(SAME)} points worse.", decide(by, least=-SAME)
+        )
 
     return judge
 

@@ -56,6 +56,13 @@ QUANTITIES = {
     "loss_far": Quantity("loss range, rel.", f"the same {SHARES} away"),
     "change_far": Quantity("grad., rel.", "how far the gradient moves there at most, in units of its length"),
 }
+# As a sentence has them, where the table has no room for it.
+SAID = {
+    "training": "accuracy on training rows",
+    "change": "change of the gradient",
+    "loss_far": "loss range over the same share of the norm",
+    "change_far": "change of the gradient in its own length, over the same share of the norm",
+}
 LABELS = {"training": "training %", "test": "test %"} | {name: each.label for name, each in QUANTITIES.items()}
 
 
@@ -230,14 +237,19 @@ def _compare(name: str, one: str, other: str, *, least: float = -math.inf, most:
 
     def judge(summary: Summary) -> Outcome:
         by, text = find(summary, one)
-        label, names = LABELS[name], [ARMS[arm].label if arm != "none" else "no norm" for arm in (one, other)]
+        label, names = (
+            SAID.get(name, LABELS[name]),
+            [ARMS[arm].label if arm != "none" else "no norm" for arm in (one, other)],
+        )
         what = f"{names[0]} as a multiple of {names[1]}" if ratio else f"{names[0]} less {names[1]}"
         sentence = f"{label[:1].upper()}{label[1:]}, {what}, each at its own rate: {text}."
         if one == "batch" and other == "none":
             sentence += f" At the rate of the latter: {find(summary, SAME_RATE)[1]}."
             sentence += f" Before the first step: {find(summary, one, first=True)[1]}."
         if name == "drift" and one == "batch":
-            sentence += f" {LABELS['sums'].capitalize()}, which nothing holds: {find(summary, one, 'sums')[1]}."
+            sentence += (
+                f" Drift of the sums in front of the norm, which nothing holds: {find(summary, one, 'sums')[1]}."
+            )
         if by and name not in QUANTITIES:
             # An accuracy at an edge of the grid may be better than it was seen to be.
             edges = [(row["arm"], row["edge"]) for arm in (one, other) for row in summary["arms"] if row["arm"] == arm]
@@ -261,22 +273,22 @@ CLAIMS = (
         _compare("drift", "noisy", "none", least=1),
     ),
     Claim(
-        f"It trains nearly as fast as batch norm all the same (at most {NEARLY:g} point less)",
+        f"With that noise it trains nearly as fast as batch norm all the same (at most {NEARLY:g} point less)",
         f"{SANTURKAR}, section 2.1, figure 2",
         _compare("training", "noisy", "batch", least=-NEARLY),
     ),
     Claim(
-        "And faster than without batch norm",
+        "With that noise it trains faster than without batch norm",
         f"{SANTURKAR}, section 2.1, figure 2",
         _compare("training", "noisy", "none", least=0),
     ),
     Claim(
-        "Batch norm does not reduce the shift of gradients but often increases it: as a distance",
+        "Batch norm does not reduce the shift of gradients but often increases it, as a distance",
         f"{SANTURKAR}, definition 2.1, figure 3",
         _compare("shift", "batch", "none", least=1),
     ),
     Claim(
-        "The same as an angle: its cosine falls",
+        "It increases the shift of gradients as an angle, whose cosine falls",
         f"{SANTURKAR}, figure 3",
         _compare("cosine", "batch", "none", most=0),
     ),
@@ -286,7 +298,7 @@ CLAIMS = (
         _compare("loss", "batch", "none", most=1),
     ),
     Claim(
-        "And the gradient changes less",
+        "With batch norm the gradient changes less along itself, over the same learning rates",
         f"{SANTURKAR}, section 3.1, figure 4b",
         _compare("change", "batch", "none", most=1),
     ),

@@ -108,6 +108,21 @@ def test_the_rate_of_fewest_steps_and_that_of_the_best_end_differ():
     np.testing.assert_allclose(row["test_accuracy"], 0.93)
 
 
+def test_what_is_best_at_an_edge_of_the_grid_loses_nothing_for_certain():
+    def verdicts(edges, **numbers):
+        summary = study.summarize(measured(**numbers))
+        for row in summary["arms"]:
+            row["edge"] = row["end_edge"] = edges.get(row["arm"], "")
+        return [claim.judge(summary).verdict for claim in study.CLAIMS]
+
+    for_them = {"steps": everywhere(20, 50), "ends": {("sigmoid", "none"): 0.9}, "travels": {"none": 3.0}}
+    against = {"steps": everywhere(50, 20), "ends": {("residual", "from 0"): 0.9}}
+    assert verdicts({"batch norm": "highest"}, **for_them) == ["holds"] * 5 + [UNDECIDED]
+    assert verdicts({"none": "highest"}, **for_them) == [UNDECIDED] * 2 + ["holds"] + [UNDECIDED] * 2 + ["holds"]
+    assert verdicts({"from 0": "highest"}, **against)[3:] == ["does not hold"] * 2 + [UNDECIDED]
+    assert verdicts({"batch norm": "highest"}, **against)[3:] == [UNDECIDED] * 2 + ["does not hold"]
+
+
 @pytest.mark.parametrize("width", [80, 60])
 def test_the_table_fits_its_terminal(width):
     sheet = study.tabulate(study.summarize(measured()))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jbn.studies.intervals import Chosen, Interval, choose_rate, decide, interval, leave_open
+from jbn.studies.intervals import Chosen, Interval, choose_rate, decide, interval, leave_open, points
 
 
 def test_an_interval_is_that_of_students_t():
@@ -62,3 +62,7 @@ def test_the_rate_is_the_one_of_the_best_mean_and_an_edge_is_said():
     assert choose_rate(np.array([[0.5, 0.4, 0.3]])) == Chosen(0, "lowest")
     assert choose_rate(np.array([[0.3, 0.4, 0.5]])) == Chosen(2, "highest")
     assert choose_rate(np.array([[0.3, 0.5, 0.5, 0.1]])).index == 1
+
+
+def test_shares_have_one_digit_and_no_sign_of_nothing():
+    assert [points(value) for value in (0.98765, -0.0123, -0.0004, 0.0)] == ["98.8", "-1.2", "0.0", "0.0"]

@@ -1,6 +1,7 @@
 """The study of places: nothing here asserts how accurate a network becomes."""
 
 import io
+import re
 
 import jax
 import jax.numpy as jnp
@@ -104,3 +105,14 @@ def test_the_title_of_the_figure_says_what_came_out():
     for by, ending in ((0.02, "+2.0 points (+2.0 to +2.0) from before it: the interval excludes 0"), (0, "apart")):
         figure = study.draw(study.summarize(measured(after=by)))
         assert " ".join(figure.get_suptitle().split()).endswith(ending)
+
+
+def test_what_is_best_at_an_edge_of_the_grid_loses_nothing_for_certain():
+    for places, worse, better in [([1, 0, 2], UNDECIDED, "holds"), ([0, 2, 1], UNDECIDED, "holds")]:
+        for by, verdict in ((-0.02, worse), (0.02, better)):
+            cells = measured(after=by)
+            (after,) = (cell for cell in cells if cell.settings["arm"] == "after")
+            after.numbers.update({name: after.numbers[name][:, places] for name in ("validation", "test")})
+            outcome = study.CLAIMS[1].judge(study.summarize(cells))
+            assert outcome.verdict == verdict
+            assert re.search(r"a better one may lie outside: after \((lowest|highest)\)\.$", outcome.sentence)
