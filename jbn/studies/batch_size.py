@@ -11,8 +11,18 @@ from matplotlib.figure import Figure
 
 from jbn import renorm, renorm_schedule
 from jbn.core.choice import NormalizeBy
-from jbn.studies.figures import LOOKS, blank, draw_intervals, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open, note_edges, points, say_points
+from jbn.studies.figures import LOOKS, blank, draw_intervals, name_places, put_legend_beside
+from jbn.studies.intervals import (
+    Interval,
+    choose_rate,
+    decide,
+    interval,
+    leave_open,
+    note_edges,
+    points,
+    say_half,
+    say_points,
+)
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm, OfFlax
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CLASSES, PIXELS, Plan, accuracies, keep_state, note_diverged, sweep
@@ -278,8 +288,7 @@ def tabulate(summary: Summary) -> Sheet:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    found = Interval(**row["interval"])
-    return f"{points(found.mean)} ±{points(found.half)}"
+    return say_half(Interval(**row["interval"]))
 
 
 def draw(summary: Summary) -> Figure:
@@ -305,8 +314,7 @@ def draw(summary: Summary) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="rows a batch", ylabel="errors on test rows (%), logarithmic")
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
-    ticks = [tick for tick in (1, 2, 3, 5, 10, 20, 30, 50, 90) if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    name_places(axes, (1, 2, 3, 5, 10, 20, 30, 50, 90))
     put_legend_beside(figure, axes)
     return figure
 

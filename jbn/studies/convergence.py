@@ -9,8 +9,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open, note_edges, points, say_points
+from jbn.studies.figures import LOOKS, draw_intervals, name_places, panels, put_legend_beside
+from jbn.studies.intervals import (
+    Interval,
+    choose_rate,
+    decide,
+    interval,
+    leave_open,
+    note_edges,
+    points,
+    say_half,
+    say_points,
+)
 from jbn.studies.networks import Activation, BatchNorm, Bias, Dense, FromZero, Network, Norm, Residual
 from jbn.studies.percentiles import percentiles, travel
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
@@ -274,7 +284,7 @@ def tabulate(summary: Summary) -> Sheet:
     for row in summary["arms"]:
         end, way = Interval(**row["interval"]), np.asarray(row.get("travel", np.nan), float).mean()
         needed = f"{'' if all(row['reached']) else '≥'}{_steps(row).mean:.0f}"
-        texts = (f"{row['rate']:g}", needed, f"{points(end.mean)} ±{points(end.half)}", f"{way:.2f}")
+        texts = (f"{row['rate']:g}", needed, say_half(end), f"{way:.2f}")
         rows.append((f"{CASES[row['case']].label}, {row['arm']}", *texts[:3], texts[3] if "travel" in row else "-"))
     notes = [
         f"steps: to {LEVEL:.0%} of the test rows, geometric mean over {summary['seeds']} seeds, at the rate that needs "
@@ -367,10 +377,7 @@ def _draw_steps(axes: Axes, summary: Summary) -> None:
                 )
     axes.set(yscale="log", xlim=(-0.5, len(CASES) - 0.5))
     axes.set_xticks(range(len(CASES)), [case.label for case in CASES.values()])
-    low, high = axes.get_ylim()
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= tick <= high]
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    name_places(axes, (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000))
 
 
 CONVERGENCE = Study(

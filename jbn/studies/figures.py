@@ -130,6 +130,14 @@ def draw_heat(axes: Axes, values: Sequence[Sequence[float]] | np.ndarray, form: 
             axes.text(column, row, format(value, form), ha="center", va="center", fontsize="small", color=colour)
 
 
+def name_places(axes: Axes, places: Sequence[float]) -> None:
+    """Name those of these places that are in sight, and no others, on a logarithmic axis of y."""
+    low, high = axes.get_ylim()
+    seen = [place for place in places if low <= place <= high]
+    axes.set_yticks(seen, [f"{place:g}" for place in seen])
+    axes.yaxis.minorticks_off()
+
+
 def luminance(colour: Any) -> float:
     """Return how bright a colour is, from 0 to 1, as WCAG defines it."""
     parts = np.asarray(to_rgb(colour))

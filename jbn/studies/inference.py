@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from jbn import batch_norm, bn_init, debiased, update
 from jbn.core.numbers import Momentum
-from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval, note_edges, points, say_points
+from jbn.studies.figures import LOOKS, draw_intervals, name_places, panels, put_legend_beside
+from jbn.studies.intervals import Interval, choose_rate, decide, interval, note_edges, points, say_half, say_points
 from jbn.studies.networks import BatchNorm, Dense
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CHANCE, CLASSES, PIXELS, Look, Parts, Plan, note_diverged, sweep
@@ -319,8 +319,7 @@ def tabulate(summary: Summary) -> Sheet:
 
 
 def _cell(values: Sequence[float]) -> str:
-    found = interval(values)
-    return f"{points(found.mean)} ±{points(found.half)}"
+    return say_half(interval(values))
 
 
 def draw(summary: Summary) -> Figure:
@@ -347,9 +346,7 @@ def draw(summary: Summary) -> Figure:
         for (name, label), look in zip(DRAWN.items(), LOOKS, strict=False):
             draw_intervals(axes, places, [_error(each) for each in found["curves"][name]], look, label)
         axes.set(yscale="log", ylabel="errors on test rows (%)")
-        ticks = [tick for tick in (1, 2, 3, 5, 10, 20, 50, 90) if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
-        axes.set_yticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
+        name_places(axes, (1, 2, 3, 5, 10, 20, 50, 90))
     grid[-1].set_xlabel("steps")
     put_legend_beside(figure, *grid)
     return figure

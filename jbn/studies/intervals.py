@@ -100,3 +100,8 @@ def points(value: float) -> str:
 def say_points(found: Interval) -> str:
     """Return a difference of shares in words."""
     return f"{points(found.mean)} ({points(found.low)} to {points(found.high)}) points"
+
+
+def say_half(found: Interval) -> str:
+    """Return a share in percent with half of its interval, as a table has it."""
+    return f"{points(found.mean)} ±{points(found.half)}"

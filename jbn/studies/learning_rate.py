@@ -9,7 +9,17 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 
 from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open, note_edges, points, say_points
+from jbn.studies.intervals import (
+    Interval,
+    choose_rate,
+    decide,
+    interval,
+    leave_open,
+    note_edges,
+    points,
+    say_half,
+    say_points,
+)
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm, OfFlax
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CHANCE, CLASSES, PIXELS, Plan, sweep, unseen
@@ -199,8 +209,7 @@ def tabulate(summary: Summary) -> Sheet:
             texts.append(f"{points(found['quartiles'][index][1])}{f' ({failed})' if failed else ''}")
         rows.append((f"{rate:g}", *texts))
     best = [
-        f"{arm}: {summary['rates'][found['best']]:g}, {points(found['interval']['mean'])} "
-        f"±{points(Interval(**found['interval']).half)} %"
+        f"{arm}: {summary['rates'][found['best']]:g}, {say_half(Interval(**found['interval']))} %"
         for arm, found in arms.items()
     ]
     notes = [

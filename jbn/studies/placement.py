@@ -12,7 +12,17 @@ from matplotlib.figure import Figure
 
 from jbn import bn_forward, bn_init
 from jbn.studies.figures import LOOKS, blank, draw_intervals
-from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open, note_edges, points, say_points
+from jbn.studies.intervals import (
+    Interval,
+    choose_rate,
+    decide,
+    interval,
+    leave_open,
+    note_edges,
+    points,
+    say_half,
+    say_points,
+)
 from jbn.studies.networks import Dense
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CLASSES, PIXELS, Parts, Plan, note_diverged, sweep, unseen
@@ -185,10 +195,9 @@ def tabulate(summary: Summary) -> Sheet:
     """Return accuracies on test rows, a row per arm, and by how much it is better than the norm before the ReLU."""
     rows = []
     for arm, found in summary["arms"].items():
-        end = Interval(**found["interval"])
         by = _better(summary, arm, "before")
         difference = "-" if arm == "before" else f"{100 * by.mean:+.1f} ±{points(by.half)}"
-        rows.append((arm, f"{found['rate']:g}", f"{points(end.mean)} ±{points(end.half)}", difference))
+        rows.append((arm, f"{found['rate']:g}", say_half(Interval(**found["interval"])), difference))
     notes = [
         f"{'; '.join(f'{name}: {arm.what}' for name, arm in ARMS.items())}.",
         f"Test accuracy (%) with its 95 % interval over {summary['seeds']} seeds (Student's t), and its difference "

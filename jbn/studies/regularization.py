@@ -11,7 +11,17 @@ from jax import Array
 from matplotlib.figure import Figure
 
 from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval, leave_open, note_edges, points, say_points
+from jbn.studies.intervals import (
+    Interval,
+    choose_rate,
+    decide,
+    interval,
+    leave_open,
+    note_edges,
+    points,
+    say_half,
+    say_points,
+)
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CLASSES, PIXELS, Plan, accuracies, note_diverged, sweep
@@ -323,8 +333,7 @@ def tabulate(summary: Summary) -> Sheet:
 
 
 def _cell(values: Sequence[float]) -> str:
-    found = interval(values)
-    return f"{points(found.mean)} ±{points(found.half)}"
+    return say_half(interval(values))
 
 
 def draw(summary: Summary) -> Figure:
