@@ -237,19 +237,15 @@ def _compare(name: str, one: str, other: str, *, least: float = -math.inf, most:
 
     def judge(summary: Summary) -> Outcome:
         by, text = find(summary, one)
-        label, names = (
-            SAID.get(name, LABELS[name]),
-            [ARMS[arm].label if arm != "none" else "no norm" for arm in (one, other)],
-        )
+        label = SAID.get(name, LABELS[name])
+        names = [ARMS[arm].label if arm != "none" else "no norm" for arm in (one, other)]
         what = f"{names[0]} as a multiple of {names[1]}" if ratio else f"{names[0]} less {names[1]}"
         sentence = f"{label[:1].upper()}{label[1:]}, {what}, each at its own rate: {text}."
         if one == "batch" and other == "none":
             sentence += f" At the rate of the latter: {find(summary, SAME_RATE)[1]}."
             sentence += f" Before the first step: {find(summary, one, first=True)[1]}."
         if name == "drift" and one == "batch":
-            sentence += (
-                f" Drift of the sums in front of the norm, which nothing holds: {find(summary, one, 'sums')[1]}."
-            )
+            sentence += f" Drift of the sums before the norm, which nothing holds: {find(summary, one, 'sums')[1]}."
         if by and name not in QUANTITIES:
             # An accuracy at an edge of the grid may be better than it was seen to be.
             edges = [(row["arm"], row["edge"]) for arm in (one, other) for row in summary["arms"] if row["arm"] == arm]
