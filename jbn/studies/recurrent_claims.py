@@ -132,8 +132,8 @@ def _saturates(summary: Summary) -> Outcome:
     sentence = (
         f"tanh' is {mean[1.0]:.2f} in the mean for inputs of a standard deviation of 1, {mean[0.1]:.2f} for "
         f"0.1. At γ = 1, with the derivative taken for 1, the first norm is {_left(without)} times the last. "
-        "With an orthogonal kernel, where tanh is given numbers of the same deviation, it is "
-        f"{_left(find_tanh(summary, 1.0, 'orthogonal'))}: where that does not vanish, saturation is not the whole cause."
+        "With an orthogonal kernel, where tanh is given numbers of the same deviation, it "
+        f"is {_left(find_tanh(summary, 1.0, 'orthogonal'))}; where that does not vanish, it has another cause too."
     )
     if decide(interval(large["first"]), most=VANISHED) != "holds":
         return Outcome(f"{sentence} It does not vanish for certain: no cause to be found.", UNDECIDED)
