@@ -257,8 +257,9 @@ def _saves(summary: Summary) -> Outcome:
     saved = 1 - kept[LEANER] / kept[OURS]
     shown = ", ".join(f"{arm} {_size(value)}" for arm, value in kept.items())
     sentence = (
-        f"Kept of a step of the {last}: {shown}. Of what jbn keeps otherwise, {_percent(saved)} % are saved; as much "
-        f"as 50 % is {_percent(HALF)} % or more."
+        f"Kept of a step of the {last}: {shown}. Of what jbn keeps otherwise, {_percent(saved)} % are saved, of what "
+        f"Flax keeps {_percent(1 - kept[LEANER] / kept['Flax'])} %; as much as 50 % is {_percent(HALF)} % or more of "
+        "the former."
     )
     return Outcome(sentence, decide(Interval(saved, saved, saved), least=HALF))
 
