@@ -114,14 +114,17 @@ def test_titles_and_sections_are_numbered_without_gaps(path):
 
 @each
 def test_a_fresh_run_prints_and_draws_what_is_saved(path, tmp_path):
+    folder = tmp_path / FOLDER.name  # beside the results of studies, as in a checkout
+    folder.mkdir()
+    (tmp_path / "docs").symlink_to(FOLDER.parent / "docs")
     for file in (path, *FOLDER.glob("*.safetensors")):
-        shutil.copy(file, tmp_path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        shutil.copy(file, folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
     # Three devices, where the saved run had another number: no cell may depend on it.
-    fresh = executed(tmp_path / path.name, tmp_path, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="3")
+    fresh = executed(folder / path.name, folder, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="3")
     for saved, new in zip(codes(read(path)), codes(fresh), strict=True):
         assert [shape(output) for output in saved.outputs] == [shape(output) for output in new.outputs], saved.source
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @each
