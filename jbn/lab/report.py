@@ -85,11 +85,12 @@ def say(console: Console, sentence: str) -> None:
 
 def finding(plain: dict[str, Any], normalized: dict[str, Any]) -> str:
     """Return what happened to a model, in a sentence, whichever of its two networks did better."""
+    level = 95 if plain["steps_to_95_percent"] or normalized["steps_to_95_percent"] else 90
     (with_it, its), (without, theirs) = (
-        (f"{network['test_accuracy']:.1%}", network["steps_to_95_percent"]) for network in (normalized, plain)
+        (f"{network['test_accuracy']:.1%}", network[f"steps_to_{level}_percent"]) for network in (normalized, plain)
     )
     reached = [
-        f"95% in validation after {count_of(n, 'step')}" if n else "never reached 95% in validation"
+        f"{level}% in validation after {count_of(n, 'step')}" if n else f"never reached {level}% in validation"
         for n in (its, theirs)
     ]
     heading = f"{plain['model']} at learning rate {plain['learning_rate']:g}"

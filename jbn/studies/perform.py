@@ -20,7 +20,7 @@ from jbn.studies.records import Records, begun, plan, versions
 from jbn.studies.study import Cell, Measured, Numbers, Settings, Size, Study, Summary
 
 DPI = 110
-QUICK = "Note: the size quick shows that a study runs; it decides nothing."
+QUICK = "Note: the size quick shows that a study runs; it decides nothing. Another size needs another --out."
 
 
 def options_for(study: Study, size: Size) -> StudyOptions:

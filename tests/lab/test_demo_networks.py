@@ -16,6 +16,7 @@ from jbn.lab.devices import mesh_of
 from jbn.lab.errors import OptionError
 from jbn.lab.models import NETWORKS
 from jbn.lab.options import DEMO_RATES, DemoOptions, DemoPlace
+from jbn.lab.report import finding
 from jbn.lab.run import directory
 from jbn.lab.step import Recipe, evaluate, initial_state, update
 from tests.lab.test_train import one_batch
@@ -135,3 +136,28 @@ def test_a_convolution_on_larger_images_has_a_smaller_rate():
     rates = {data: DemoOptions(data=data).rate("conv") for data in DATA}
     assert rates["mnist"] / rates["digits"] == pytest.approx((8 / 28) ** 2)
     assert enlarge(DATA["mnist"](0).test).images.shape == (1000, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (((40, None), (60, None)), ("95% in validation after 40 steps", "never reached 95% in validation")),
+        (((None, None), (45, 175)), ("90% in validation after 45 steps", "90% in validation after 175 steps")),
+        (((None, None), (45, None)), ("90% in validation after 45 steps", "never reached 90% in validation")),
+    ],
+)
+def test_the_sentence_tells_of_an_accuracy_that_was_reached(steps, said):
+    networks = [
+        {
+            "model": "dense",
+            "learning_rate": 0.1,
+            "test_accuracy": 0.9,
+            "steps_to_95_percent": to_95,
+            "steps_to_90_percent": to_90,
+        }
+        for to_95, to_90 in zip(*steps, strict=True)
+    ]
+    sentence = finding(networks[1], networks[0])
+    assert (
+        sentence == f"dense at learning rate 0.1: with batch norm 90.0% on test, {said[0]}; without 90.0%, {said[1]}."
+    )

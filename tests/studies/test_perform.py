@@ -298,7 +298,7 @@ def test_all_are_carried_out_and_go_on_where_they_were_stopped(tmp_path, monkeyp
     found = {name: gallery.run(name, size="quick", out=tmp_path) for name in works}
     assert set(found["one"]) == {"question", "claims", "summary"}
     lines = [f"{name}: {tally(claim['verdict'] for claim in each['claims'])}" for name, each in found.items()]
-    last = "Note: the size quick shows that a study runs; it decides nothing."
+    last = "Note: the size quick shows that a study runs; it decides nothing. Another size needs another --out."
     assert done.output.splitlines()[-5:] == [*lines, last, f"One page of all: jbn report --out {tmp_path}"]
 
 
