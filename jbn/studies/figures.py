@@ -18,28 +18,38 @@ TITLE, NAME, NOTE = 12.5, 10, 8.5  # points of letters
 
 @dataclass(frozen=True)
 class Look:
-    """What tells a line from the others: each of the three would do.
+    """What tells a line from the others: each of the first three would do.
 
     Attributes:
         colour: of Okabe and Ito, distinct for colour-blind readers.
         marker: of its points.
         line: its style.
+        hollow: whether its points are white inside: some colours are one grey on paper.
     """
 
     colour: str
     marker: str
     line: Any
+    hollow: bool = False
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """What matplotlib draws a line and its points by."""
+        inside = {"markerfacecolor": "white"} if self.hollow else {}
+        return {"color": self.colour, "marker": self.marker, "linestyle": self.line} | inside
 
 
 LOOKS = (
     Look("#000000", "o", "-"),
-    Look("#0072B2", "s", (0, (5, 2))),
+    Look("#0072B2", "s", (0, (5, 2)), hollow=True),
     Look("#D55E00", "^", "-"),
     Look("#56B4E9", "D", (0, (1, 1))),
-    Look("#009E73", "v", (0, (6, 1, 1, 1))),
+    Look("#009E73", "v", (0, (6, 1, 1, 1)), hollow=True),
     Look("#CC79A7", "P", (0, (3, 1, 1, 1, 1, 1))),
-    Look("#777777", "X", (0, (2, 2))),
+    Look("#777777", "X", (0, (2, 2)), hollow=True),
 )
+# What is in most studies looks the same in all of them.
+OF_BATCH_NORM, OF_NONE, OF_LAYER_NORM = LOOKS[0], LOOKS[2], LOOKS[4]
 
 
 def blank(title: str, note: str) -> tuple[Figure, Axes]:
@@ -97,15 +107,14 @@ def draw_intervals(axes: Axes, places: Sequence[float], found: Sequence[Interval
     """Draw means as a line, and their intervals as bars."""
     means = [each.mean for each in found]
     ends = [[each.mean - each.low for each in found], [each.high - each.mean for each in found]]
-    style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
-    axes.errorbar(places, means, ends, label=label, capsize=2.5, linewidth=1.4, markersize=6, elinewidth=1, **style)
+    widths = {"linewidth": 1.4, "elinewidth": 1, "capsize": 2.5, "markersize": 6}
+    axes.errorbar(places, means, ends, label=label, **widths, **look.style)
 
 
 def draw_bands(axes: Axes, places: Sequence[float], found: Sequence[Interval], look: Look, label: str) -> None:
     """Draw means as a line, with a marker here and there, and their intervals as a band: where bars would be dense."""
-    style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
     every = max(1, len(places) // 8)
-    axes.plot(places, [each.mean for each in found], label=label, linewidth=1.4, markevery=every, **style)
+    axes.plot(places, [each.mean for each in found], label=label, linewidth=1.4, markevery=every, **look.style)
     low, high = ([getattr(each, end) for each in found] for end in ("low", "high"))
     axes.fill_between(places, low, high, color=look.colour, alpha=0.15, linewidth=0)
 
