@@ -107,7 +107,7 @@ def draw_intervals(axes: Axes, places: Sequence[float], found: Sequence[Interval
     """Draw means as a line, and their intervals as bars."""
     means = [each.mean for each in found]
     ends = [[each.mean - each.low for each in found], [each.high - each.mean for each in found]]
-    widths = {"linewidth": 1.4, "elinewidth": 1, "capsize": 2.5, "markersize": 6}
+    widths: dict[str, Any] = {"linewidth": 1.4, "elinewidth": 1, "capsize": 2.5, "markersize": 6}
     axes.errorbar(places, means, ends, label=label, **widths, **look.style)
 
 
