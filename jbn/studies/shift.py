@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from matplotlib.figure import Figure
 
-from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
+from jbn.studies.figures import LOOKS, OF_BATCH_NORM, OF_NONE, Look, draw_bands, name_places, panels
 from jbn.studies.intervals import Chosen, Interval, choose_rate, decide, interval, leave_open, note_edges
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm
 from jbn.studies.noise import Noisy
@@ -42,15 +42,14 @@ class Quantity:
 
 
 QUANTITIES = {
-    "drift": Quantity("drift of inputs", "of a ReLU: how far a step moves them, in standard deviations"),
+    "drift": Quantity(
+        "drift of inputs", "how far a step moves mean and deviation of what a ReLU is given, in standard deviations"
+    ),
     "sums": Quantity("drift of sums", "the same of what is normalized, or given a bias, in front of the ReLU"),
     "shift": Quantity("|G - G'|", "how far the step of earlier layers moves the gradient of a layer's kernel"),
     "shift_share": Quantity("|G - G'|/|G|", "the same in units of the gradient"),
     "cosine": Quantity("cos(G, G')", "the cosine of the angle between the two", ratio=False),
-    "loss": Quantity(
-        "loss range",
-        f"along the gradient, at learning rates of {MULTIPLES[0] * LENGTH:g} to {MULTIPLES[-1] * LENGTH:g}",
-    ),
+    "loss": Quantity("loss range", f"along the gradient, at learning rates of {RATES}"),
     "change": Quantity("grad. change", "how far the gradient moves there at most"),
     "smoothness": Quantity("- by the way", "the same by the way, at most (effective smoothness)"),
     "loss_far": Quantity("loss range, rel.", f"the same {SHARES} away"),
@@ -68,20 +67,22 @@ LABELS = {"training": "training %", "test": "test %"} | {name: each.label for na
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: its name in the figure, what it is, and what follows each kernel."""
+    """What is compared: its name in the figure, what it is, what follows each kernel, and how its line looks."""
 
     label: str
     what: str
     norm: Norm
+    look: Look
 
 
 ARMS = {
-    "none": Arm("none", "a bias alone", Bias()),
-    "batch": Arm("batch norm", "batch norm", BatchNorm(0.9)),
+    "none": Arm("none", "a bias alone", Bias(), OF_NONE),
+    "batch": Arm("batch norm", "batch norm", BatchNorm(0.9), OF_BATCH_NORM),
     "noisy": Arm(
         "noisy batch norm",
         "batch norm and then noise, whose mean and scale are drawn anew at each step, as in their appendix A",
         Noisy(BatchNorm(0.9)),
+        LOOKS[1],
     ),
 }
 SAME_RATE = "same rate"  # batch norm at the learning rate of the network without it
@@ -243,17 +244,27 @@ def _compare(name: str, one: str, other: str, *, least: float = -math.inf, most:
         sentence = f"{label[:1].upper()}{label[1:]}, {what}, each at its own rate: {text}."
         if one == "batch" and other == "none":
             sentence += f" At the rate of the latter: {find(summary, SAME_RATE)[1]}."
-            sentence += f" Before the first step: {find(summary, one, first=True)[1]}."
+            begun, begun_text = find(summary, one, first=True)
+            turned = _side(by, ratio) * _side(begun, ratio) < 0
+            sentence += f" Before the first step{' it is the other way round' * turned}: {begun_text}."
         if name == "drift" and one == "batch":
-            sentence += f" Drift of the sums before the norm, which nothing holds: {find(summary, one, 'sums')[1]}."
+            sentence += (
+                " Batch norm fixes mean and deviation of these inputs by construction; drift of the sums in front of "
+                f"it, which nothing fixes: {find(summary, one, 'sums')[1]}."
+            )
         if by and name not in QUANTITIES:
             # An accuracy at an edge of the grid may be better than it was seen to be.
             edges = [(row["arm"], row["edge"]) for arm in (one, other) for row in summary["arms"] if row["arm"] == arm]
             by = leave_open(by, low=bool(edges[1][1]), high=bool(edges[0][1]))
-            sentence = " ".join([sentence, *note_edges(edges)])
+            sentence = " ".join([*note_edges(edges), sentence])
         return Outcome(sentence, decide(by, least=least, most=most) if by else "not decided within the intervals")
 
     return judge
+
+
+def _side(found: Interval | None, same: float = 0) -> int:
+    """Return 1 where a difference is above ``same``, -1 where it is below, 0 where its interval does not say."""
+    return 0 if found is None else int(found.low > same) - int(found.high < same)
 
 
 SANTURKAR = "Santurkar et al. 2018"
@@ -321,14 +332,12 @@ def tabulate(summary: Summary) -> Sheet:
     arms = "; ".join(f"{name}: {arm.what}" for name, arm in ARMS.items())
     of = "; ".join(f"{each.label.strip()}: {each.what}" for each in QUANTITIES.values())
     notes = [
-        f"{summary['data']}, {summary['layers']} hidden layers of {WIDTH}, {summary['steps']} steps of {BATCH} rows. "
+        f"{_network(summary)}, {summary['steps']} steps of {BATCH} rows. "
         f"Means over the steps (of what is told by ratios the geometric one), with 95 % intervals over "
         f"{summary['seeds']} seeds (Student's t). Each arm at its own best of {summary['rates']} rates, by the "
         "accuracy on validation rows, on average over the steps.",
         f"{arms}; {SAME_RATE}: batch norm at the rate of the network without.",
         f"{of}.",
-        "Batch norm holds the mean and the variance of what a ReLU is given to those that it has learned, so that the "
-        "drift of these inputs is small by its construction; noise is what cannot be held.",
     ]
     notes += note_edges((row["arm"], row["edge"]) for row in summary["arms"])
     diverged = note_diverged((row["arm"], row["diverged"]) for row in summary["arms"])
@@ -344,50 +353,57 @@ def _text(summary: Summary, arm: str, name: str) -> str:
     return f"{found.mean:.1f} ±{found.half:.1f}" if factor > 1 else f"{found.mean:.2g} ±{found.half:.1g}"
 
 
+def _network(summary: Summary) -> str:
+    return f"{'MNIST' if summary['data'] == 'mnist' else summary['data']}, {summary['layers']} hidden layers of {WIDTH}"
+
+
+# What the figure shows: what stands above a panel, and its unit.
+SHOWN = {
+    "training": ("Accuracy on training rows", "%"),
+    "sums": ("Drift of sums, in front of the norm", "standard deviations"),
+    "drift": ("Drift of inputs, after the norm (it fixes them)", "standard deviations"),
+    "shift": ("Shift of a layer's gradient", "|G - G'|"),
+    "loss": ("Range of the loss along the gradient", "nats"),
+}
+
+
 def draw(summary: Summary) -> Figure:
-    """Draw accuracies, shifts and what lies along the gradient over the steps, a line per arm."""
-    names = {
-        "training": "accuracy on training rows (%)",
-        "drift": "drift of a ReLU's inputs",
-        "cosine": "cosine of gradients G and G'",
-        "loss": "range of the loss",
-        "change": "change of the gradient",
-        "change_far": "the same, relative",
-    }
+    """Draw accuracies, drifts, the shift of gradients and the range of the loss over the steps, a line per arm."""
     note = (
-        f"{summary['data']}, {summary['layers']} hidden layers of {WIDTH}, each arm at its best learning rate; means "
-        f"and 95 % intervals of {summary['seeds']} seeds. Drift: by a step, in standard deviations. G, G': of a "
-        "layer's kernel before and after the step of earlier layers. Last three: along the gradient, at learning rates "
-        f"of {RATES}; or {SHARES} away, in units of the gradient."
+        f"{_network(summary)}, each arm at its best learning rate; means, and 95 % intervals of {summary['seeds']} "
+        "seeds. Drift: how far a step moves mean and deviation of a unit (not each row), in standard deviations; noise "
+        "is drawn anew. G, G': before and after the step of earlier layers. Range: at learning rates of "
+        f"{RATES}. In the title: means over the steps."
     )
-    figure, grid = panels(_title(summary), note, list(names.values()), columns=3, height=6.4, sharex=True)
-    for axes, name in zip(grid, names, strict=True):
+    figure, grid = panels(_title(summary), note, [title for title, _ in SHOWN.values()], columns=3, height=6.4)
+    for axes, (name, (_, unit)) in zip(grid, SHOWN.items(), strict=True):
         steps = summary["probes" if name in QUANTITIES else "looks"]
-        for number, ((arm, of_arm), look) in enumerate(zip(ARMS.items(), LOOKS, strict=False)):
-            # Side by side, so that no interval hides another.
-            places = [step + (number - 1) * 0.006 * summary["steps"] for step in steps]
-            found = _over_steps(summary, arm, name)
-            shown = [(place, each) for place, each in zip(places, found, strict=True) if each]
-            draw_intervals(axes, [place for place, _ in shown], [each for _, each in shown], look, of_arm.label)
-        if name in ("drift", "loss", "change"):
-            axes.set_yscale("log")
-    for axes in grid[3:]:
-        axes.set_xlabel("steps")
-    put_legend_beside(figure, *grid)
+        for arm, kind in ARMS.items():
+            found = [_interval(_scale(name)[1] * each, _scale(name)[0]) for each in _values(summary, arm, name).T]
+            shown = [(step, each) for step, each in zip(steps, found, strict=True) if each]
+            draw_bands(axes, [step for step, _ in shown], [each for _, each in shown], kind.look, kind.label)
+        axes.set(xlabel="step", ylabel=unit, yscale="linear" if name == "training" else "log")
+    # What is fixed and what is not have one axis, so that they can be compared.
+    ends = [end for axes in grid[1:3] for end in axes.get_ylim()]
+    for axes in grid[1:]:
+        axes.set_ylim((min(ends), max(ends)) if axes in grid[1:3] else None)
+        name_places(axes, [digit * 10.0**power for power in range(-6, 4) for digit in (1, 3)])
+    grid[-1].legend(loc="center left", bbox_to_anchor=(1.15, 0.5), frameon=False, handlelength=4).set_in_layout(False)
     return figure
 
 
-def _over_steps(summary: Summary, arm: str, name: str) -> list[Interval | None]:
-    """Return the intervals at each look, accuracies in percent."""
-    ratio, factor = _scale(name)
-    return [_interval(factor * values, ratio) for values in _values(summary, arm, name).T]
-
-
 def _title(summary: Summary) -> str:
-    drift, accuracy = ([_text(summary, arm, name).split()[0] for arm in ARMS] for name in ("drift", "training"))
+    """Say what noise does to drift and to training, and what batch norm does without it."""
+    pairs = ([_values(summary, arm, name).mean(1) for arm in ("noisy", "none")] for name in ("drift", "training"))
+    drifts, accuracies = (_side(_interval(noisy - none, ratio=False)) for noisy, none in pairs)
+    drift, seen, sums = (
+        [_text(summary, arm, name).split()[0] for arm in ARMS] for name in ("drift", "training", "sums")
+    )
     return (
-        f"A step moves the inputs of a ReLU by {drift[0]} standard deviations without batch norm, {drift[1]} with it "
-        f"and {drift[2]} with noise after it; accuracies on the way: {accuracy[0]}, {accuracy[1]} and {accuracy[2]} %"
+        f"With noise after batch norm a ReLU's inputs drift {('as much as', 'more than', 'less than')[drifts]} without "
+        f"norm ({drift[2]} against {drift[0]}), {'yet' if drifts * accuracies > 0 else 'and'} it trains "
+        f"{('as fast', 'faster', 'more slowly')[accuracies]} (accuracy {seen[2]} against {seen[0]} %). Batch norm "
+        f"alone fixes their mean and deviation ({drift[1]}; sums in front of it {sums[1]}): {seen[1]} %"
     )
 
 
