@@ -8,30 +8,38 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import norm as normal
 from sklearn.datasets import load_digits
 
-from jbn.studies.figures import LOOKS, Look, draw_bands, panels
-from jbn.studies.intervals import Interval, choose_rate, interval, note_edges
-from jbn.studies.recurrent_claims import ARMS, CLAIMS, LARGE, LEVEL, SCALES, SMALL, TANH, factor, find_lstm, find_tanh
+from jbn.studies.figures import LOOKS, OF_BATCH_NORM, OF_NONE, Look, draw_bands, panels
+from jbn.studies.intervals import Interval, choose_rate, interval, note_edges, points
+from jbn.studies.recurrent_claims import (
+    ARMS,
+    CLAIMS,
+    LARGE,
+    LEVEL,
+    SCALES,
+    SMALL,
+    TANH,
+    by_accuracy,
+    by_steps,
+    factor,
+    find_lstm,
+    say_steps,
+)
 from jbn.studies.sequences import Effort, Reader, Sequences, split, steps_to, train
 from jbn.studies.study import Cell, Measured, Numbers, Settings, Sheet, Size, Study, Summary
 
 CLASSES, ROWS = 10, 64
 EDGES = ("edge", "soonest_edge")
 # What the figure shows of the tanh networks.
-SHOWN = {
-    "γ = 0.1": (0.1, ""),
-    "γ = 0.3": (0.3, ""),
-    "γ = 1": (1.0, ""),
-    "γ = 1, orthogonal kernel": (1.0, "orthogonal"),
-    "no norm": (1.0, "no norm"),
-    "layer norm, γ = 1": (1.0, "layer norm"),
+SHOWN: dict[str, tuple[float, str, Look]] = {
+    "BN, γ = 1, orthogonal": (1.0, "orthogonal", LOOKS[3]),
+    "BN, γ = 0.1, identity": (0.1, "", LOOKS[1]),
+    "none, identity": (1.0, "no norm", OF_NONE),
+    "BN, γ = 1, identity": (1.0, "", OF_BATCH_NORM),
 }
-# The LSTMs look as these networks do; batch norm of the input's part is not among them.
-LOOKS_OF_ARMS = tuple(LOOKS[at] for at in (4, 6, 0, 2, 5))
 
 
 @dataclass(frozen=True)
@@ -211,48 +219,57 @@ def _with_half(values: Sequence[float], unit: float) -> str:
 
 
 def draw(summary: Summary) -> Figure:
-    """Draw tanh' against the deviation of its input, and ‖∂loss/∂hₜ‖ through time, of tanh networks and of LSTMs."""
-    by = {scale: factor(interval(find_tanh(summary, scale)["first"]).mean) for scale in (1.0, 0.1)}
-    of_lstm = [factor(interval(find_lstm(summary, arm)["begin"]["first"]).mean) for arm in (LARGE, SMALL)]
-    title = (
-        f"On its way back in time the gradient of a tanh network is multiplied by {by[1.0]} at γ = 1, "
-        f"by {by[0.1]} at γ = 0.1; that of an LSTM by {of_lstm[0]} at γ = 1, by {of_lstm[1]} at γ = 0.1"
-    )
+    """Draw how accurate LSTMs become and in how many steps, and ‖∂loss/∂hₜ‖ of tanh networks through time."""
     note = (
-        f"{summary['seeds']} seeds: means, 95 % intervals as bands, in the first panel quartiles. Tanh networks read "
-        f"digits pixel by pixel, LSTMs row by row; training is {summary['steps']} steps"
+        f"Means, of gradients geometric ones, and 95 % intervals of {summary['seeds']} seeds. LSTMs read digits row by "
+        f"row, {summary['steps']} steps of training, each at its best rates; tanh networks pixel by pixel, with the "
+        "identity or an orthogonal matrix for a recurrent kernel. BN: batch norm."
     )
-    names = (
-        "tanh' of normal numbers",
-        "tanh networks, not trained, identity kernel",
-        "LSTMs, not trained",
-        "the same LSTMs, trained",
-    )
-    figure, (saturation, begun, before, after) = panels(title, note, names, columns=2, height=6.8)
-    found = summary["derivative"]
-    saturation.plot(found["deviation"], found["mean"], color="black")
-    saturation.fill_between(found["deviation"], found["low"], found["high"], color="0.5", alpha=0.3, linewidth=0)
-    saturation.set(xlabel="standard deviation of what enters tanh", ylabel="tanh'", ylim=(0, 1.05), xlim=(0, 1))
+    names = ("LSTMs: accuracy", "LSTMs: how soon", "tanh networks, not trained: gradient")
+    figure, (accuracy, steps, begun) = panels(_title(summary), note, names, height=4.6)
+    rows = [find_lstm(summary, arm) for arm in ARMS if arm in {row["arm"] for row in summary["lstm"]}]
+    for axes, name, unit in ((accuracy, "accuracy", 100), (steps, "to_level", 1)):
+        for place, row in enumerate(rows):
+            found = interval(unit * np.asarray(row[name], float))
+            style = ARMS[row["arm"]].look.style | {"linestyle": "none"}
+            axes.errorbar(found.mean, place, xerr=found.half, capsize=3, markersize=7, **style)
+        axes.set_yticks(range(len(rows)), [ARMS[row["arm"]].label for row in rows] if axes is accuracy else [])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    accuracy.set_xlabel("test rows correct (%)")
+    steps.set_xlabel(f"steps to {LEVEL:.0%} of test rows")
     measured = {(row["scale"], row["network"]): row["path"] for row in summary["tanh"]}
-    for look, (label, key) in zip(LOOKS, SHOWN.items(), strict=False):
-        if key in measured:
-            _draw_path(begun, measured[key], look, label)
-    for axes, when in ((before, "begin"), (after, "end")):
-        for look, (name, arm) in zip(LOOKS_OF_ARMS, ARMS.items(), strict=True):
-            for row in summary["lstm"]:
-                if row["arm"] == name:
-                    _draw_path(axes, row[when]["path"], look, arm.label)
-    after.sharey(before)
-    for axes in (begun, before, after):
-        axes.set(yscale="log", xlabel="step in time, t", ylabel="‖∂loss/∂hₜ‖, last step = 1")
-    for axes in (begun, after):
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small", handlelength=4)
+    for label, (scale, network, look) in SHOWN.items():
+        if path := measured.get((scale, network)):
+            left = [Interval(*(10 ** each[name] for name in ("mean", "low", "high"))) for each in path]
+            draw_bands(begun, range(1, len(path) + 1), left, look, label)
+    begun.set(yscale="log", xlabel="step in time, t", ylabel="‖∂loss/∂hₜ‖, last step = 1")
+    begun.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small", handlelength=3)
     return figure
 
 
-def _draw_path(axes: Axes, path: Sequence[dict[str, float]], look: Look, label: str) -> None:
-    found = [Interval(*(10 ** each[name] for name in ("mean", "low", "high"))) for each in path]
-    draw_bands(axes, range(1, len(path) + 1), found, look, label)
+def _title(summary: Summary) -> str:
+    """Say which γ is sooner and which more accurate, and what the gradient of tanh networks is multiplied by."""
+    small, large = (find_lstm(summary, arm) for arm in (SMALL, LARGE))
+    told = by_steps(summary, LARGE, SMALL)[1], by_accuracy(summary, SMALL, LARGE)[1]
+    speed, quality = (int(by.low > 0) - int(by.high < 0) for by in told)
+    accuracy = {row["arm"]: points(np.mean(row["accuracy"])) for row in summary["lstm"]}
+    without = "".join(
+        f"; without norm {say_steps(row)} steps, {accuracy['none']} %"
+        for row in summary["lstm"]
+        if row["arm"] == "none"
+    )
+    kinds = {"": "with an identity kernel", "orthogonal": "with an orthogonal one"}
+    left = [
+        f"{factor(interval(row['first']).mean)} {kinds[row['network']]}"
+        for row in summary["tanh"]
+        if row["scale"] == 1 and row["network"] in kinds
+    ]
+    return (
+        f"With batch norm an LSTM learns {('about as fast', 'faster', 'more slowly')[speed]} at γ = 1 than at γ = 0.1 "
+        f"({say_steps(large)} against {say_steps(small)} steps), and at γ = 0.1 it ends "
+        f"{('about as', 'more', 'less')[quality]} accurate ({accuracy[SMALL]} against {accuracy[LARGE]} %){without}. "
+        f"Back in time the gradient of tanh networks at γ = 1 is multiplied by {', by '.join(left)}"
+    )
 
 
 RECURRENT = Study(

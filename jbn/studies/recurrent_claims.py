@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jbn.studies.figures import LOOKS, OF_BATCH_NORM, OF_LAYER_NORM, OF_NONE, Look
 from jbn.studies.intervals import Interval, decide, interval, leave_open, note_edges, points, say_points
 from jbn.studies.sequences import Norms, Tanh
 from jbn.studies.study import Claim, Outcome, Summary, Verdict
@@ -13,28 +14,29 @@ from jbn.studies.study import Claim, Outcome, Summary, Verdict
 SCALES = (0.1, 0.3, 1.0)
 LEVEL = 0.85  # the accuracy on test rows to which steps of training are counted
 VANISHED = -1.0  # log₁₀ of what is left of a gradient that is said to vanish
-CONSTANT = 0.5  # log₁₀ of the factor within which a gradient is nearly constant
+CONSTANT = float(np.log10(2))  # of the factor within which a gradient is nearly constant
 SEVERE = 0.05  # loss of accuracy
-SUBSTANTIAL = 0.1  # share of the steps that are saved
+SAVED = 0.1  # share of the steps: who saves less is no help, who saves more does so substantially
 UNDECIDED: Verdict = "not decided within the intervals"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An LSTM that is trained: its name in the figure, its norms, and what γ begins with."""
+    """An LSTM that is trained: its name and look in the figure, its norms, and what γ begins with."""
 
     label: str
+    look: Look
     norms: Norms
     scale: float = 1.0
 
 
 # By their names in the table.
 ARMS = {
-    "none": Arm("none", Norms("none")),
-    "BN of input": Arm("batch norm of the input's part, γ = 1", Norms("batch", recurrent=False)),
-    "BN, γ = 0.1": Arm("batch norm, γ = 0.1", Norms("batch"), 0.1),
-    "BN, γ = 1": Arm("batch norm, γ = 1", Norms("batch")),
-    "layer norm": Arm("layer norm, γ = 1", Norms("layer")),
+    "none": Arm("none", OF_NONE, Norms("none")),
+    "BN of input": Arm("BN of input, γ = 1", LOOKS[5], Norms("batch", recurrent=False)),
+    "BN, γ = 0.1": Arm("BN, γ = 0.1", LOOKS[1], Norms("batch"), 0.1),
+    "BN, γ = 1": Arm("BN, γ = 1", OF_BATCH_NORM, Norms("batch")),
+    "layer norm": Arm("layer norm, γ = 1", OF_LAYER_NORM, Norms("layer")),
 }
 SMALL, LARGE = "BN, γ = 0.1", "BN, γ = 1"
 
@@ -104,7 +106,7 @@ def _vanishes(summary: Summary) -> Outcome:
     large = find_tanh(summary, 1.0)
     sentence = (
         f"At γ = 1 the norm at the first of {len(large['path'])} steps is {_left(large)} times that of the last, with "
-        f"one norm and the identity for a recurrent kernel; less than {factor(VANISHED)} would be to vanish. It is "
+        f"one norm and the identity for a recurrent kernel; to vanish is to fall below {factor(VANISHED)}. It is "
     )
     others = [
         f"{factor(interval(find_tanh(summary, 1.0, network)['first']).mean)} with {words}"
@@ -121,36 +123,48 @@ def _stays(summary: Summary) -> Outcome:
     small = find_tanh(summary, 0.1)
     sentence = (
         f"At γ = 0.1 the norm at the first of {len(small['path'])} steps is {_left(small)} times that of the last; "
-        f"nearly constant is within a factor of {factor(CONSTANT)}."
+        f"nearly constant is more than half and less than twice as much."
     )
     return Outcome(sentence, decide(interval(small["first"]), least=-CONSTANT, most=CONSTANT))
 
 
-def _saturates(summary: Summary) -> Outcome:
+def _needs_saturation(summary: Summary) -> Outcome:
     large, without = find_tanh(summary, 1.0), find_tanh(summary, 1.0, "tanh' taken for 1")
     mean = dict(zip(summary["derivative"]["deviation"], summary["derivative"]["mean"], strict=True))
     sentence = (
         f"tanh' is {mean[1.0]:.2f} in the mean for inputs of a standard deviation of 1, {mean[0.1]:.2f} for "
-        f"0.1. At γ = 1, with the derivative taken for 1, the first norm is {_left(without)} times the last. "
-        "With an orthogonal kernel, where tanh is given numbers of the same deviation, it "
-        f"is {_left(find_tanh(summary, 1.0, 'orthogonal'))}; where that does not vanish, it has another cause too."
+        f"0.1. At γ = 1, with the derivative taken for 1, the first norm is {_left(without)} times the last."
     )
     if decide(interval(large["first"]), most=VANISHED) != "holds":
         return Outcome(f"{sentence} It does not vanish for certain: no cause to be found.", UNDECIDED)
     return Outcome(sentence, decide(interval(without["first"]), least=VANISHED))
 
 
-def _by(summary: Summary, better: str, worse: str) -> tuple[str, Interval]:
+def _follows_saturation(summary: Summary) -> Outcome:
+    other = find_tanh(summary, 1.0, "orthogonal")
+    sentence = (
+        f"At γ = 1, with an orthogonal kernel, the first norm is {_left(other)} times the last; the norm gives tanh "
+        f"numbers of the same deviation, 1, as with the identity, where it is {_left(find_tanh(summary, 1.0))}."
+    )
+    return Outcome(sentence, decide(interval(other["first"]), most=VANISHED))
+
+
+def by_accuracy(summary: Summary, better: str, worse: str) -> tuple[str, Interval]:
     """Return in words, and as an interval, by how much more accurate an LSTM is, seed by seed."""
     rows = one, other = [find_lstm(summary, arm) for arm in (better, worse)]
     by = interval(np.subtract(one["accuracy"], other["accuracy"]))
     shown = ", ".join(f"{row['arm']}: {points(float(np.mean(row['accuracy'])))} %" for row in rows)
-    sentence = " ".join([f"{shown}; difference {say_points(by)}.", *note_edges((r["arm"], r["edge"]) for r in rows)])
+    sentence = " ".join([*note_edges((r["arm"], r["edge"]) for r in rows), f"{shown}; difference {say_points(by)}."])
     # What is at an edge of the grid may be better than it was seen to be.
     return sentence, leave_open(by, low=bool(other["edge"]), high=bool(one["edge"]))
 
 
-def _sooner(summary: Summary, better: str, worse: str, share: float = 0) -> tuple[str, Interval]:
+def say_steps(row: dict[str, Any]) -> str:
+    """Return the steps of an LSTM to the level, which are too few where a seed never gets there."""
+    return f"{'at least ' * (row['never'] > 0)}{np.mean(row['to_level']):.0f}"
+
+
+def by_steps(summary: Summary, better: str, worse: str, share: float = 0) -> tuple[str, Interval]:
     """Return in words how many steps of training an LSTM saves, seed by seed, and by how many more than a share.
 
     Seeds that never get there count as the steps that they had, which is too few, and what is at an edge of the grid
@@ -158,35 +172,42 @@ def _sooner(summary: Summary, better: str, worse: str, share: float = 0) -> tupl
     """
     rows = one, other = [find_lstm(summary, arm) for arm in (better, worse)]
     by = interval(np.subtract(other["to_level"], one["to_level"]))
-    shown = ", ".join(f"{row['arm']}: {'at least ' * (row['never'] > 0)}{np.mean(row['to_level']):.0f}" for row in rows)
+    shown = ", ".join(f"{row['arm']}: {say_steps(row)}" for row in rows)
     more = interval((1 - share) * np.asarray(other["to_level"]) - one["to_level"])
     sentence = f"Steps to {LEVEL:.0%}, {shown}; fewer by {by.mean:.0f} ({by.low:.0f} to {by.high:.0f})."
-    sentence = " ".join([sentence, *note_edges((row["arm"], row["soonest_edge"]) for row in rows)])
+    sentence = " ".join([*note_edges((row["arm"], row["soonest_edge"]) for row in rows), sentence])
     low, high = (row["never"] > 0 or bool(beside["soonest_edge"]) for row, beside in ((one, other), (other, one)))
     return sentence, leave_open(more, low=low, high=high)
 
 
 def _is_better(better: str, worse: str) -> Callable[[Summary], Outcome]:
     def judge(summary: Summary) -> Outcome:
-        sentence, by = _by(summary, better, worse)
+        sentence, by = by_accuracy(summary, better, worse)
         return Outcome(sentence, decide(by, least=0))
 
     return judge
 
 
 def _is_sooner(summary: Summary) -> Outcome:
-    sentence, by = _sooner(summary, SMALL, "none")
+    sentence, by = by_steps(summary, SMALL, "none")
+    small, large = (find_lstm(summary, arm) for arm in (SMALL, LARGE))
+    beside = interval(np.subtract(small["to_level"], large["to_level"]))
+    sentence += (
+        f" {LARGE} takes {say_steps(large)}, {beside.mean:.0f} ({beside.low:.0f} to {beside.high:.0f}) fewer than "
+        f"{SMALL}, which is what its authors begin with, and comes to {points(np.mean(large['accuracy']))} % beside "
+        f"{points(np.mean(small['accuracy']))} %."
+    )
     return Outcome(sentence, decide(by, least=0))
 
 
 def _does_not_help(summary: Summary) -> Outcome:
-    sentence, by = _sooner(summary, LARGE, "BN of input")
-    return Outcome(f"{sentence} To help is to save {summary['look']} steps.", decide(by, most=summary["look"]))
+    sentence, by = by_steps(summary, LARGE, "BN of input", SAVED)
+    return Outcome(f"{sentence} To help is to save {SAVED:.0%} of the latter.", decide(by, most=0))
 
 
 def _is_substantially_sooner(summary: Summary) -> Outcome:
-    sentence, by = _sooner(summary, "layer norm", SMALL, SUBSTANTIAL)
-    return Outcome(f"{sentence} Substantial is {SUBSTANTIAL:.0%} of the latter.", decide(by, least=0))
+    sentence, by = by_steps(summary, "layer norm", SMALL, SAVED)
+    return Outcome(f"{sentence} Substantial is {SAVED:.0%} of the latter.", decide(by, least=0))
 
 
 def _degrades(summary: Summary) -> Outcome:
@@ -202,7 +223,8 @@ def _degrades(summary: Summary) -> Outcome:
 COOIJMANS = "Cooijmans et al. 2017"
 CLAIMS = (
     Claim(
-        "For large γ the gradient of a tanh network quickly goes to zero as it goes back in time",
+        "For large γ the gradient of a tanh network, here with the identity for a recurrent kernel, quickly goes to "
+        "zero as it goes back in time",
         f"{COOIJMANS}, section 4 and figure 1a",
         _if_measured(_vanishes),
     ),
@@ -212,9 +234,14 @@ CLAIMS = (
         _if_measured(_stays),
     ),
     Claim(
-        "It vanishes because tanh saturates: with a derivative of 1 it would not",
+        "It vanishes as tanh saturates: with a derivative of 1 it would not",
         f"{COOIJMANS}, section 4 and figure 1b, a conjecture",
-        _if_measured(_saturates),
+        _if_measured(_needs_saturation),
+    ),
+    Claim(
+        "That tanh saturates is enough for it to vanish: so it does with another recurrent kernel",
+        f"Asked here of the conjecture of {COOIJMANS}",
+        _if_measured(_follows_saturation),
     ),
     Claim(
         "γ should begin small: an LSTM with γ = 0.1 does better than with γ = 1",
