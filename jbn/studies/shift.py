@@ -401,7 +401,7 @@ def _title(summary: Summary) -> str:
     )
     return (
         f"With noise after batch norm a ReLU's inputs drift {('as much as', 'more than', 'less than')[drifts]} without "
-        f"norm ({drift[2]} against {drift[0]}), {'yet' if drifts * accuracies > 0 else 'and'} it trains "
+        f"norm ({drift[2]} against {drift[0]} deviations), {'yet' if drifts * accuracies > 0 else 'and'} it trains "
         f"{('as fast', 'faster', 'more slowly')[accuracies]} (accuracy {seen[2]} against {seen[0]} %). Batch norm "
         f"alone fixes their mean and deviation ({drift[1]}; sums in front of it {sums[1]}): {seen[1]} %"
     )

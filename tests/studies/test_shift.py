@@ -123,7 +123,7 @@ def test_the_figure_shows_every_arm_and_its_title_says_what_came_out():
     assert "drift more than without norm" in title
     assert "and it trains more slowly" in title
     moved = re.findall(
-        r"norm \(([\d.]+) against ([\d.]+)\),.* deviation \(([\d.]+); sums in front of it ([\d.]+)", title
+        r"norm \(([\d.]+) against ([\d.]+) deviations\),.* deviation \(([\d.]+); sums in front of it ([\d.]+)", title
     )
     assert [round(float(value), 2) for value in moved[0]] == [1.5, 0.5, 0.05, 0.5]
     seen = re.findall(r"accuracy ([\d.]+) against ([\d.]+) %.*: ([\d.]+) %$", title)
