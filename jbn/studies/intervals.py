@@ -102,6 +102,20 @@ def say_points(found: Interval) -> str:
     return f"{points(found.mean)} ({points(found.low)} to {points(found.high)}) points"
 
 
+def say_better(found: Interval) -> str:
+    """Return by how much one arm is better than another in words that need no sign of the mean."""
+    if round(100 * found.mean, 1) < 0:
+        return f"{points(-found.mean)} points worse ({points(-found.high)} to {points(-found.low)})"
+    return f"{points(found.mean)} points better ({points(found.low)} to {points(found.high)})"
+
+
+def weigh(found: Interval, same: float) -> str:
+    """Return in words whether two arms are called the same: where they are less than ``same`` apart."""
+    verdict = decide(found, least=-same, most=same)
+    place = {"holds": "within", "does not hold": "beyond"}.get(verdict, "within or beyond")
+    return f"{place} the {points(same)} that are called the same"
+
+
 def say_half(found: Interval) -> str:
     """Return a share in percent with half of its interval, as a table has it."""
     return f"{points(found.mean)} ±{points(found.half)}"

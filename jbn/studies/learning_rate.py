@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from matplotlib.figure import Figure
 
-from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
+from jbn.studies.figures import OF_BATCH_NORM, OF_LAYER_NORM, OF_NONE, blank, draw_bands, name_places, put_legend_beside
 from jbn.studies.intervals import (
     Interval,
     choose_rate,
@@ -17,6 +17,7 @@ from jbn.studies.intervals import (
     leave_open,
     note_edges,
     points,
+    say_better,
     say_half,
     say_points,
 )
@@ -146,37 +147,52 @@ def _best_rates(summary: Summary) -> tuple[int, int]:
     return summary["arms"]["batch norm"]["best"], summary["arms"]["none"]["best"]
 
 
+def _edges(summary: Summary, *arms: str) -> tuple[str, dict[str, bool]]:
+    """Return a sentence about best rates at an edge, and which ends of an interval of gains are open by them.
+
+    What is at an edge of the grid may be better than it was seen to be.
+    """
+    edge = {arm: summary["arms"][arm]["edge"] for arm in arms}
+    reason = "".join(f"{note} " for note in note_edges(edge.items()))
+    return reason, {"low": bool(edge.get("none")), "high": bool(edge.get("batch norm"))}
+
+
 def _best_is_better(summary: Summary) -> Outcome:
-    (norm, none), rates = _best_rates(summary), summary["rates"]
-    by, edge = _gain(summary, norm, none), {arm: summary["arms"][arm]["edge"] for arm in ("batch norm", "none")}
-    sentence = (
-        f"Batch norm at {rates[norm]:g} is {say_points(by)} above none at {rates[none]:g}, each at its best rate."
-    )
-    # What is at an edge of the grid may be better than it was seen to be.
-    by = leave_open(by, low=bool(edge["none"]), high=bool(edge["batch norm"]))
-    return Outcome(" ".join([sentence, *note_edges(edge.items())]), decide(by, least=0))
+    (norm, none), rates, (reason, ends) = _best_rates(summary), summary["rates"], _edges(summary, "batch norm", "none")
+    by = _gain(summary, norm, none)
+    sentence = f"Each at its best rate, batch norm ({rates[norm]:g}) is {say_better(by)} than none ({rates[none]:g})."
+    return Outcome(f"{reason}{sentence}", decide(leave_open(by, **ends), least=0))
 
 
 def _gains_little(summary: Summary) -> Outcome:
-    _, none = _best_rates(summary)
+    (_, none), (reason, ends) = _best_rates(summary), _edges(summary, "none")
     by = _gain(summary, none, none)
-    return Outcome(
-        f"At {summary['rates'][none]:g}, the best rate without it, batch norm is {say_points(by)} above none; "
-        f"little is at most {points(LITTLE)}.",
-        decide(by, most=LITTLE),
+    sentence = (
+        f"{reason}At {summary['rates'][none]:g}, the best rate without it, batch norm is {say_better(by)} than none; "
+        f"little is at most {points(LITTLE)}."
     )
+    return Outcome(sentence, decide(leave_open(by, **ends), most=LITTLE))
 
 
 def _gains_by_larger(summary: Summary) -> Outcome:
-    (norm, none), rates = _best_rates(summary), summary["rates"]
-    by = interval(_at(summary, "batch norm", norm) - _at(summary, "batch norm", none))
-    sentence = (
-        f"Batch norm at its best rate, {rates[norm]:g}, is {say_points(by)} above batch norm at the best one of none, "
-        f"{rates[none]:g}"
-    )
+    """Judge whether the larger rate gives more than what is there at the same rate; that it gives something is less."""
+    (norm, none), rates, (reason, ends) = _best_rates(summary), summary["rates"], _edges(summary, "batch norm", "none")
+    by_rate = interval(_at(summary, "batch norm", norm) - _at(summary, "batch norm", none))
     if norm < none:
-        return Outcome(f"{sentence}, which is the larger one.", "does not hold")
-    return Outcome(f"{sentence}.", decide(by, least=0))
+        sentence = f"{reason}The best rate of batch norm, {rates[norm]:g}, is below that of none, {rates[none]:g}."
+        return Outcome(sentence, "not decided within the intervals" if ends["high"] else "does not hold")
+    same = _gain(summary, none, none)
+    more = interval(
+        _at(summary, "batch norm", norm) - 2 * _at(summary, "batch norm", none) + _at(summary, "none", none)
+    )
+    sentence = (
+        f"{reason}From {rates[none]:g}, the best rate of none, to {rates[norm]:g}, its own, batch norm gains "
+        f"{say_points(by_rate)}; at the same rate, {rates[none]:g}, it is {say_points(same)} above none. A cause is "
+        f"what gives the larger part: the larger rate gives {say_points(more)} more."
+    )
+    verdicts = [decide(leave_open(each, **ends), least=0) for each in (by_rate, more)]
+    refuted, undecided = "does not hold", "not decided within the intervals"
+    return Outcome(sentence, next((each for each in (refuted, undecided) if each in verdicts), "holds"))
 
 
 CLAIMS = (
@@ -191,8 +207,8 @@ CLAIMS = (
         "At the same small rate batch norm gains little", "Bjorck et al. 2018, section 2 and figure 1", _gains_little
     ),
     Claim(
-        "It is by the larger rates that batch norm generalizes better",
-        "Bjorck et al. 2018, abstract and section 2",
+        "Larger rates, which batch norm makes possible, are the cause of its better generalization",
+        "Bjorck et al. 2018, abstract: it primarily enables training with them",
         _gains_by_larger,
     ),
 )
@@ -226,30 +242,42 @@ def tabulate(summary: Summary) -> Sheet:
 
 
 def draw(summary: Summary) -> Figure:
-    """Draw accuracies on test rows and the share of seeds that fail, against the rate."""
-    norm, none = _best_rates(summary)
-    same, own = (points(_gain(summary, at, none).mean) for at in (none, norm))
-    title = (
-        f"Batch norm trains up to a rate of {_largest(summary, 'batch norm')}, none up to {_largest(summary, 'none')}; "
-        f"it is {same} points above none at none's best rate, {own} each at its own"
-    )
+    """Draw errors on test rows against the rate, with the best rate of each arm in a ring."""
     note = (
-        f"digits, three hidden layers of 128, {summary['steps']} steps of {BATCH} rows; left: median and quartiles of "
-        f"{summary['seeds']} seeds; a seed fails that ends below {TRAINS:.0%} or not finite"
+        f"digits, three hidden layers of 128, {summary['steps']} steps of {BATCH} rows; median and quartiles of "
+        f"{summary['seeds']} seeds; ringed: best rate by validation rows. A rate trains where half of the seeds or "
+        f"more end finite and above {TRAINS:.0%} accuracy, below the dotted line"
     )
-    figure, (left, right) = panels(title, note, ["test accuracy (%)", "seeds that fail (%)"], height=4.6)
-    for number, ((arm, found), look) in enumerate(zip(summary["arms"].items(), LOOKS, strict=False)):
-        # Side by side, so that no line hides another.
-        places = [rate * 10 ** (0.03 * (number - 1)) for rate in summary["rates"]]
-        quartiles = [Interval(100 * middle, 100 * low, 100 * high) for low, middle, high in found["quartiles"]]
-        draw_intervals(left, places, quartiles, look, arm)
-        shares = [100 * failed / summary["seeds"] for failed in found["failed"]]
-        draw_intervals(right, places, [Interval(share, share, share) for share in shares], look, arm)
-    for axes in (left, right):
-        axes.set(xscale="log", xlabel="learning rate of the first step", ylim=(-4, 104))
-        axes.xaxis.set_major_formatter("{x:g}")
-    put_legend_beside(figure, left)
+    figure, axes = blank(_title(summary), note)
+    rates = summary["rates"]
+    for (arm, found), look in zip(summary["arms"].items(), (OF_BATCH_NORM, OF_LAYER_NORM, OF_NONE), strict=True):
+        errors = [[max(0.1, 100 * (1 - share)) for share in shares] for shares in found["quartiles"]]
+        draw_bands(axes, rates, [Interval(middle, low, high) for high, middle, low in errors], look, arm)
+        best = (rates[found["best"]], errors[found["best"]][1])
+        axes.plot(*best, "o", markersize=14, markerfacecolor="none", color=look.colour)
+    axes.axhline(100 * (1 - TRAINS), color="0.4", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", yscale="log", ylabel="errors on test rows (%), logarithmic")
+    axes.set_xlabel("learning rate of the first step, logarithmic")
+    axes.set_xticks(rates[:: max(1, len(rates) // 8)], [f"{rate:g}" for rate in rates[:: max(1, len(rates) // 8)]])
+    axes.minorticks_off()
+    name_places(axes, (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 90))
+    put_legend_beside(figure, axes)
     return figure
+
+
+def _title(summary: Summary) -> str:
+    """Return up to which rate half of the seeds train, and how much better batch norm is there and at its own."""
+    norm, none = _best_rates(summary)
+    larger = {"holds": "larger rates", "does not hold": "no larger rates"}.get(
+        _trains_at_larger(summary).verdict, "perhaps larger rates"
+    )
+    limit, *others = (_largest(summary, arm) for arm in summary["arms"])
+    beside = "".join(f", of {arm} {each}" for arm, each in zip([*summary["arms"]][1:], others, strict=True))
+    own, same = (say_better(_gain(summary, at, none)).split(" (")[0] for at in (norm, none))
+    return (
+        f"Batch norm trains at {larger}: the largest is {limit}{beside}\n"
+        f"Each at its best rate it is {own} than none; at none's best it is {same}"
+    )
 
 
 LEARNING_RATE = Study(

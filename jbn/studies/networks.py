@@ -73,6 +73,33 @@ class BatchNorm:
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """A normalization, the activation after it, and dropout after both (Srivastava et al. 2014): before the next norm.
+
+    Attributes:
+        norm: what is before it.
+        rate: the share of features that is dropped in training; those that stay are divided by the share of these.
+    """
+
+    norm: Norm
+    rate: float
+
+    def init(self, features: int, rng: np.random.Generator) -> tuple[Any, Any]:
+        """Return parameters of the norm, and its state with a key for what is dropped."""
+        params, state = self.norm.init(features, rng)
+        return params, (state, rng.integers(0, 2**32, 2, np.uint32))
+
+    def __call__(self, params: Any, state: Any, x: Array, train: bool, step: Array) -> tuple[Array, Any]:
+        """Return y and the new state; each step drops other features."""
+        inner, key = state
+        y, inner = self.norm(params, inner, x, train, step)
+        if train:
+            stay = jax.random.bernoulli(jax.random.fold_in(key, step), 1 - self.rate, y.shape)
+            y = jnp.where(stay, y / (1 - self.rate), 0)
+        return y, (inner, key)
+
+
+@dataclass(frozen=True)
 class OfFlax:
     """A normalization of Flax that sees one row at a time: LayerNorm or GroupNorm."""
 

@@ -11,7 +11,7 @@ from jax import Array
 from matplotlib.figure import Figure
 
 from jbn import bn_forward, bn_init
-from jbn.studies.figures import LOOKS, blank, draw_intervals
+from jbn.studies.figures import LOOKS, OF_BATCH_NORM, OF_NONE, blank, draw_intervals
 from jbn.studies.intervals import (
     Interval,
     choose_rate,
@@ -20,8 +20,9 @@ from jbn.studies.intervals import (
     leave_open,
     note_edges,
     points,
+    say_better,
     say_half,
-    say_points,
+    weigh,
 )
 from jbn.studies.networks import Dense
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
@@ -30,7 +31,9 @@ from jbn.studies.training import CLASSES, PIXELS, Parts, Plan, note_diverged, sw
 WIDTHS = (PIXELS["mnist"], 128, 64, CLASSES)
 BATCH = 60
 MOMENTUM = 0.9
-SAME = 0.01  # how far apart two accuracies may lie and still be called the same
+# How far apart two accuracies may lie and still be called the same, in every claim: with 1000 rows to test with, many
+# an interval excludes 0 by less.
+SAME = 0.01
 
 
 @dataclass(frozen=True)
@@ -139,30 +142,30 @@ def _better(summary: Summary, one: str, other: str) -> Interval:
 def _compare(summary: Summary, one: str, other: str) -> tuple[str, Interval]:
     """Return ``_better`` in words, and open where one of them may be better than it was seen to be."""
     by = _better(summary, one, other)
-    shown = [f"{arm}: {points(summary['arms'][arm]['interval']['mean'])} %" for arm in (one, other)]
+    means = [f"{arm} {points(summary['arms'][arm]['interval']['mean'])} %" for arm in (one, other)]
     edge = {arm: summary["arms"][arm]["edge"] for arm in (one, other)}
-    sentence = " ".join([f"{', '.join(shown)}; difference {say_points(by)}.", *note_edges(edge.items())])
-    return sentence, leave_open(by, low=bool(edge[other]), high=bool(edge[one]))
+    bound = leave_open(by, low=bool(edge[other]), high=bool(edge[one]))
+    sentence = f"{', '.join(means)}: {one} is {say_better(by)}, {weigh(bound, SAME)}."
+    return " ".join([*note_edges(edge.items()), sentence]), bound
 
 
 def _is_better(one: str, other: str) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether an arm beats another."""
+    """Return the judgement whether an arm beats another by more than what is called the same."""
 
     def judge(summary: Summary) -> Outcome:
         sentence, by = _compare(summary, one, other)
-        return Outcome(sentence, decide(by, least=0))
+        return Outcome(sentence, decide(by, least=SAME))
 
     return judge
 
 
 def _is_of_no_use(arm: str) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether an arm, with a parameter more or less, is as good as the plain one."""
+    """Return the judgement whether an arm, with a parameter more or less, is the same as the plain one."""
 
     def judge(summary: Summary) -> Outcome:
         (said, by), moved = _compare(summary, arm, "before"), summary["arms"][arm]["bias"]
         bias = f" No bias is larger than {moved:.1g} after training." if ARMS[arm].bias else ""
-        sentence = f"{said} The same is within {points(SAME)} points.{bias}"
-        return Outcome(sentence, decide(by, least=-SAME, most=SAME))
+        return Outcome(f"{said}{bias}", decide(by, least=-SAME, most=SAME))
 
     return judge
 
@@ -196,12 +199,13 @@ def tabulate(summary: Summary) -> Sheet:
     rows = []
     for arm, found in summary["arms"].items():
         by = _better(summary, arm, "before")
-        difference = "-" if arm == "before" else f"{100 * by.mean:+.1f} ±{points(by.half)}"
-        rows.append((arm, f"{found['rate']:g}", say_half(Interval(**found["interval"])), difference))
+        difference = "-" if arm == "before" else f"{round(100 * by.mean, 1) + 0:+.1f} ±{points(by.half)}"
+        rows.append((arm, f"{found['rate']:g}", _accuracy(found), difference))
     notes = [
         f"{'; '.join(f'{name}: {arm.what}' for name, arm in ARMS.items())}.",
-        f"Test accuracy (%) with its 95 % interval over {summary['seeds']} seeds (Student's t), and its difference "
-        f"from before, seed by seed. Each arm at its own best of {summary['rates']} rates, by validation rows.",
+        f"Test accuracy (%) with its 95 % interval over {summary['seeds']} seeds (Student's t; ±?: it is wider than "
+        f"accuracies can lie), and its difference from before, seed by seed. Each arm at its own best of "
+        f"{summary['rates']} rates, by validation rows.",
         f"MNIST (3000 rows), 784, 128, 64, 10; {summary['steps']} steps of {BATCH} rows, plain gradient descent, a "
         "rate that falls linearly to 0.",
     ]
@@ -210,32 +214,63 @@ def tabulate(summary: Summary) -> Sheet:
     return Sheet(("arm", "rate", "accuracy", "better"), tuple(rows), tuple(notes))
 
 
+def _accuracy(found: dict[str, Any]) -> str:
+    """Return an accuracy with its interval; that of two seeds may be wider than from 0 to 100 %, and says nothing."""
+    by = Interval(**found["interval"])
+    return say_half(by) if by.low >= 0 and by.high <= 1 else f"{points(by.mean)} ±?"
+
+
+LABELS = {
+    "before": "before:\nkernel, norm,\nReLU",
+    "biased": "biased:\na bias before\nthe norm",
+    "unscaled": "unscaled:\nthe norm has\nno scale",
+    "after": "after:\nnorm after\nbias and ReLU",
+    "none": "none:\na bias, but\nno norm",
+}
+STYLES = dict(zip(ARMS, (OF_BATCH_NORM, LOOKS[1], LOOKS[3], LOOKS[5], OF_NONE), strict=True))
+
+
 def draw(summary: Summary) -> Figure:
     """Draw by how much each arm is better than the norm before the ReLU, with all seeds."""
-    by = _better(summary, "after", "before")
-    far = "no interval tells them apart" if by.low <= 0 <= by.high else "the interval excludes 0"
-    title = (
-        f"Batch norm after the ReLU is {100 * by.mean:+.1f} points ({by.low * 100:+.1f} to {by.high * 100:+.1f}) "
-        f"from before it: {far}"
-    )
     note = (
-        f"MNIST (3000 rows), 784-128-64-10; difference of test accuracies from {ARMS['before'].what}, seed by seed; "
-        f"small dots: {summary['seeds']} seeds; large: mean and 95 % interval; each arm at its best rate; dotted: what "
-        "counts as the same"
+        f"MNIST (3000 rows), 784-128-64-10, each arm at its best rate; differences of test accuracies from 'before', "
+        f"seed by seed: small dots {summary['seeds']} seeds (equal ones side by side), large marks their mean and 95 % "
+        "interval"
     )
-    figure, axes = blank(title, note)
-    others = [arm for arm in summary["arms"] if arm != "before"]
-    before = np.array(summary["arms"]["before"]["test_accuracy"])
-    for place, (arm, look) in enumerate(zip(others, LOOKS[1:], strict=False)):
-        seeds = 100 * (np.array(summary["arms"][arm]["test_accuracy"]) - before)
-        axes.plot(place + 0.12 + np.zeros(len(seeds)), seeds, ".", color="0.5", markersize=5)
-        draw_intervals(axes, [place], [interval(seeds)], look, arm)
+    figure, axes = blank(_title(summary), note)
+    axes.axhspan(-100 * SAME, 100 * SAME, color="0.92", linewidth=0)
     axes.axhline(0, color="black", linewidth=1)
-    for edge in (-SAME, SAME):
-        axes.axhline(100 * edge, color="0.4", linewidth=0.8, linestyle=":")
-    axes.set(ylabel="points above kernel, norm, ReLU", xlim=(-0.5, len(others) - 0.4))
-    axes.set_xticks(range(len(others)), [ARMS[arm].what.replace(", ", ",\n") for arm in others])
+    for place, (arm, look) in enumerate(STYLES.items()):
+        if arm == "before":
+            axes.plot([place], [0], markersize=6, **look.style)
+            continue
+        seeds = 100 * np.subtract(*(summary["arms"][each]["test_accuracy"] for each in (arm, "before")))
+        axes.plot(place + 0.12 + 0.05 * _count_equal(seeds), seeds, ".", color="0.5", markersize=5)
+        draw_intervals(axes, [place], [interval(seeds)], look, arm)
+    within = f"grey: less than {points(SAME)} apart is called the same"
+    axes.text(-0.45, -97 * SAME, within, va="bottom", fontsize="small", color="0.3")
+    axes.set(ylabel="points better than before", xlim=(-0.5, len(STYLES) - 0.4))
+    axes.set_xticks(range(len(STYLES)), [LABELS[arm] for arm in STYLES])
+    axes.grid(axis="x", visible=False)
     return figure
+
+
+def _count_equal(values: np.ndarray) -> np.ndarray:
+    """Return of each value how many before it are the same, so that they can be drawn side by side."""
+    same = np.isclose(values[:, None], values)
+    return np.asarray(np.tril(same, -1).sum(1))
+
+
+def _title(summary: Summary) -> str:
+    """Return whether the place matters, with how far the two are apart, and how far it is to no norm."""
+    _, by = _compare(summary, "after", "before")
+    found = {
+        "holds": f"Within {points(SAME)} points batch norm does as well after the ReLU as before it",
+        "does not hold": f"Batch norm does better {'before' if by.mean < 0 else 'after'} the ReLU",
+        "not decided within the intervals": "It is not decided whether batch norm does as well after the ReLU",
+    }[decide(by, least=-SAME, most=SAME)]
+    after, none = (say_better(_better(summary, arm, "before")) for arm in ("after", "none"))
+    return f"{found}: after it {after}, with no norm {none}"
 
 
 PLACEMENT = Study(

@@ -4,13 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from matplotlib.figure import Figure
 
-from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
+from jbn.studies.figures import (
+    LOOKS,
+    OF_BATCH_NORM,
+    OF_NONE,
+    draw_bands,
+    draw_intervals,
+    name_places,
+    panels,
+    put_legend_beside,
+)
 from jbn.studies.intervals import (
     Interval,
     choose_rate,
@@ -19,10 +25,12 @@ from jbn.studies.intervals import (
     leave_open,
     note_edges,
     points,
+    say_better,
     say_half,
     say_points,
+    weigh,
 )
-from jbn.studies.networks import BatchNorm, Bias, Dense, Norm
+from jbn.studies.networks import BatchNorm, Bias, Dense, Dropout, Norm
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CLASSES, PIXELS, Plan, accuracies, note_diverged, sweep
 
@@ -33,7 +41,7 @@ ROWS = 200
 USUAL = 40  # the group with dropout: the divisor of 200 that is nearest to the usual batch of 32
 MOMENTUM = 0.9  # the rate falls to 0, so at the end the running statistics are those of the last networks
 SEEN = ("training", "validation", "test", "diverged")
-# How much worse a network may be and still be called as good.
+# How far apart two accuracies may lie and still be called the same, in every claim.
 SAME = 0.01
 
 
@@ -73,33 +81,6 @@ EXTENTS: dict[str, Extent] = {
     "default": Extent((2, 4, 8, 20, USUAL, ROWS), (0.2, 0.5), (0.0, 0.4), 10, 4, 150),
     "full": Extent((2, 4, 8, 20, USUAL, 100, ROWS), (0.1, 0.2, 0.5), (0.0, 0.2, 0.4), 20, 7, 600),
 }
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """A normalization, the activation after it, and dropout after both (Srivastava et al. 2014): before the next norm.
-
-    Attributes:
-        norm: what is before it.
-        rate: the share of features that is dropped in training; those that stay are divided by the share of these.
-    """
-
-    norm: Norm
-    rate: float
-
-    def init(self, features: int, rng: np.random.Generator) -> tuple[Any, Any]:
-        """Return parameters of the norm, and its state with a key for what is dropped."""
-        params, state = self.norm.init(features, rng)
-        return params, (state, rng.integers(0, 2**32, 2, np.uint32))
-
-    def __call__(self, params: Any, state: Any, x: Array, train: bool, step: Array) -> tuple[Array, Any]:
-        """Return y and the new state; each step drops other features."""
-        inner, key = state
-        y, inner = self.norm(params, inner, x, train, step)
-        if train:
-            stay = jax.random.bernoulli(jax.random.fold_in(key, step), 1 - self.rate, y.shape)
-            y = jnp.where(stay, y / (1 - self.rate), 0)
-        return y, (inner, key)
 
 
 def arms_of(extent: Extent) -> list[Arm]:
@@ -209,73 +190,80 @@ def _mean(row: dict[str, Any], what: str = "test") -> str:
     return points(float(np.mean(row[what])))
 
 
+def _note_edges(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return note_edges((row["arm"], row["edge"]) for row in rows)
+
+
 def _compare(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, Interval]:
     """Return in words how two arms did, and by how much the first is better, seed by seed.
 
     The interval is open where one of them may be better than it was seen to be.
     """
     by = interval(np.subtract(one["test"], other["test"]))
+    bound = leave_open(by, low=bool(other["edge"]), high=bool(one["edge"]))
     shown = ", ".join(f"{row['arm']}: {_mean(row)} %" for row in (one, other))
-    sentence = " ".join(
-        [f"{shown}; difference {say_points(by)}.", *note_edges((r["arm"], r["edge"]) for r in (one, other))]
-    )
-    return sentence, leave_open(by, low=bool(other["edge"]), high=bool(one["edge"]))
+    sentence = f"{shown}; {one['arm']} is {say_better(by)}, {weigh(bound, SAME)}."
+    return " ".join([*_note_edges((one, other)), sentence]), bound
 
 
-def _noise(pick: Callable[[Sequence[float]], float]) -> Callable[[Summary], float]:
-    return lambda summary: pick(summary["noises"])
+# Which share of noise a judgement is about, out of those of a summary.
+Noise = Callable[[Sequence[float]], float]
+CLEAN, NOISY = min, max
 
 
-CLEAN, NOISY = _noise(min), _noise(max)
+def _gap_falls(noise: Noise) -> Callable[[Summary], Outcome]:
+    """Return the judgement whether the gap rises with the group: the slope of each seed over the logarithm.
 
-
-def _gap_falls(noise: Callable[[Summary], float]) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether the gap rises with the group: the slope of each seed over the logarithm."""
+    What cannot fit the training rows, with labels as they are, has a small gap for this reason, and no part in it.
+    """
 
     def judge(summary: Summary) -> Outcome:
-        rows = _groups(summary, noise(summary))
-        slopes = np.polyfit(np.log2([row["group"] for row in rows]), np.array([row["gap"] for row in rows]), 1)[0]
-        by = interval(slopes)
-        ends = ", ".join(
-            f"{row['arm']}: {_mean(row, 'training')} % of the training rows, {_mean(row)} % of the test rows"
-            for row in (rows[0], rows[-1])
-        )
-        return Outcome(f"{ends}; with each doubling the gap grows by {say_points(by)}.", decide(by, least=0))
+        fits = {row["group"]: float(np.mean(row["training"])) for row in _groups(summary, CLEAN(summary["noises"]))}
+        rows = [row for row in _groups(summary, noise(summary["noises"])) if fits[row["group"]] >= 1 - SAME]
+        poor = ", ".join(f"bn {group} ({points(fit)} %)" for group, fit in fits.items() if fit < 1 - SAME)
+        without = f"Groups that fit less than {1 - SAME:.0%} of the training rows have no part in it: {poor}."
+        if len(rows) < 2:
+            return Outcome(without, "not decided within the intervals")
+        gaps = np.array([row["gap"] for row in rows])
+        by = interval(np.polyfit(np.log2([row["group"] for row in rows]), gaps, 1)[0])
+        ways = "though not at each" if (np.diff(gaps.mean(1)) < 0).any() else "at each"
+        shown = ", ".join(f"{row['arm']}: {_mean(row, 'gap')}" for row in rows)
+        sentence = f"Training less test, {shown} points; with each doubling it grows by {say_points(by)}, {ways} step."
+        edges = _note_edges(rows)
+        verdict = decide(leave_open(by, low=bool(edges), high=bool(edges)), least=0)
+        return Outcome(" ".join([*edges, sentence, *([without] if poor else [])]), verdict)
 
     return judge
 
 
-def _small_groups_help(noise: Callable[[Summary], float]) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether the best small group beats the whole batch."""
+Pick = Callable[[Summary, float], dict[str, Any]]
+
+
+def _arm(group: int, dropout: float = 0.0) -> Pick:
+    return lambda summary, noise: _find(summary, noise, group, dropout)
+
+
+def _is_better(noise: Noise, one: Pick, other: Pick) -> Callable[[Summary], Outcome]:
+    """Return the judgement whether an arm beats another by more than what is called the same."""
 
     def judge(summary: Summary) -> Outcome:
-        sentence, by = _compare(_best_group(summary, noise(summary)), _find(summary, noise(summary), ROWS))
-        return Outcome(f"{sentence} The group is the best on validation rows.", decide(by, least=0))
+        share = noise(summary["noises"])
+        sentence, by = _compare(one(summary, share), other(summary, share))
+        chosen = " The group is the best on validation rows." if one is _best_group else ""
+        return Outcome(f"{sentence}{chosen}", decide(by, least=SAME))
 
     return judge
 
 
-def _dropout_can_go(noise: Callable[[Summary], float]) -> Callable[[Summary], Outcome]:
+def _dropout_can_go(noise: Noise) -> Callable[[Summary], Outcome]:
     """Return the judgement whether batch norm is as good without dropout as with the best share dropped."""
 
     def judge(summary: Summary) -> Outcome:
-        share = noise(summary)
+        share = noise(summary["noises"])
         sentence, by = _compare(_find(summary, share, USUAL), _best_dropout(summary, share, USUAL))
         without, dropped = _find(summary, share, 0), _best_dropout(summary, share, 0)
         beside = f"Without batch norm: {_mean(without)} %, {dropped['arm']}: {_mean(dropped)} %."
-        return Outcome(
-            f"{sentence} {beside} As good is less than {points(SAME)} points worse.", decide(by, least=-SAME)
-        )
-
-    return judge
-
-
-def _together_are_worse(noise: Callable[[Summary], float]) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether half of the features dropped does harm in front of batch norm."""
-
-    def judge(summary: Summary) -> Outcome:
-        sentence, by = _compare(_find(summary, noise(summary), USUAL), _find(summary, noise(summary), USUAL, 0.5))
-        return Outcome(sentence, decide(by, least=0))
+        return Outcome(f"{sentence} {beside}", decide(by, least=-SAME))
 
     return judge
 
@@ -285,26 +273,41 @@ HOFFER = "Hoffer et al. 2017, algorithm 1 and table 1"
 IOFFE = "Ioffe and Szegedy 2015, section 3.4: removed, or reduced in strength; here removed"
 CLAIMS = (
     Claim(
+        "Batch norm regularizes: the network generalizes better than without it",
+        "Ioffe and Szegedy 2015, section 3.4; here the best groups against no norm at all",
+        _is_better(CLEAN, _best_group, _arm(0)),
+    ),
+    Claim(
+        "Batch norm regularizes where labels are noise that can be learned by heart, too",
+        "Asked here",
+        _is_better(NOISY, _best_group, _arm(0)),
+    ),
+    Claim(
         "The noise of batch statistics regularizes, and less the larger the batch: training and test come apart",
         LUO,
         _gap_falls(CLEAN),
     ),
     Claim(
-        "Where labels are noise that can be learned by heart, too, training and test come apart the more the larger "
-        "the batch",
+        "Where labels are noise, too, training and test come apart the more the larger the batch",
         LUO,
         _gap_falls(NOISY),
     ),
     Claim(
-        "Statistics of small groups generalize better than those of the whole batch", HOFFER, _small_groups_help(CLEAN)
+        "Statistics of small groups generalize better than those of the whole batch",
+        HOFFER,
+        _is_better(CLEAN, _best_group, _arm(ROWS)),
     ),
-    Claim("Statistics of small groups generalize better where labels are noise", HOFFER, _small_groups_help(NOISY)),
+    Claim(
+        "Statistics of small groups generalize better where labels are noise",
+        HOFFER,
+        _is_better(NOISY, _best_group, _arm(ROWS)),
+    ),
     Claim("With batch norm dropout can be removed", IOFFE, _dropout_can_go(CLEAN)),
     Claim("With batch norm dropout can be removed where labels are noise", IOFFE, _dropout_can_go(NOISY)),
     Claim(
         "Dropout before batch norm does worse than batch norm alone: it shifts the variance in training",
         "Li et al. 2019, abstract, here with half of the features dropped",
-        _together_are_worse(CLEAN),
+        _is_better(CLEAN, _arm(USUAL), _arm(USUAL, 0.5)),
     ),
 )
 
@@ -315,13 +318,17 @@ def tabulate(summary: Summary) -> Sheet:
     found = {(row["arm"], row["noise"]): row for row in summary["arms"]}
     heading = [f"{what} {noise:.0%}" for noise in summary["noises"] for what in ("test", "gap")]
     rows = [
-        (name, *(_cell(found[name, noise][what]) for noise in summary["noises"] for what in ("test", "gap")))
+        (
+            name,
+            *(say_half(interval(found[name, noise][what])) for noise in summary["noises"] for what in ("test", "gap")),
+        )
         for name in names
     ]
     notes = [
         f"Test: accuracy (%) on test rows; gap: the accuracy on training rows, with the labels that training saw, less "
-        f"that; each with its 95 % interval over {summary['seeds']} seeds (Student's t). Beside them, the share of the "
-        f"{ROWS} training labels that are drawn anew.",
+        f"that (below 0 where noise among these labels is not learned: test labels have none); each with its 95 % "
+        f"interval over {summary['seeds']} seeds (Student's t). Beside them, the share of the {ROWS} training labels "
+        f"that are drawn anew.",
         f"bn: batch norm by the statistics of so many rows of the whole batch of {ROWS}; drop: dropout of this share "
         f"after each activation; none: a bias alone. Each at its own best of {summary['rates']} rates, by validation "
         f"rows, {summary['steps']} steps. Where labels are noise a low rate regularizes too, and any arm may have it.",
@@ -332,69 +339,67 @@ def tabulate(summary: Summary) -> Sheet:
     return Sheet(("arm", *heading), tuple(rows), tuple(notes))
 
 
-def _cell(values: Sequence[float]) -> str:
-    return say_half(interval(values))
-
-
 def draw(summary: Summary) -> Figure:
-    """Draw errors and gaps against the group, a column of panels per share of noise."""
-    noises = [CLEAN(summary), *([NOISY(summary)] if len(summary["noises"]) > 1 else [])]
+    """Draw errors against the group, a panel per share of noise."""
+    noises = _noises(summary)
     note = (
-        f"{ROWS} of the digits to train with, all in one batch, two hidden layers of 128, {summary['steps']} steps; "
-        f"mean and 95 % interval of {summary['seeds']} seeds, each arm at its best learning rate; the share dropped is "
-        f"the best on validation rows"
+        f"{ROWS} of the digits to train with, in one batch, two hidden layers of 128, {summary['steps']} steps; mean, "
+        f"95 % interval of {summary['seeds']} seeds (compared one by one); each arm at its best rate; ringed group and "
+        f"share dropped: the best on validation rows; groups of {USUAL}: near a usual batch of 32"
     )
-    names = [f"{what}, {_labels(noise)}" for what in ("errors", "gap") for noise in noises]
-    figure, grid = panels(_title(summary, noises), note, names, columns=len(noises), height=6.6, sharex=True)
-    for number, axes in enumerate(grid):
-        what, noise = ("test", "gap")[number // len(noises)], noises[number % len(noises)]
-        groups = _groups(summary, noise)
+    figure, grid = panels(_title(summary), note, [_labels(noise) for noise in noises], height=5)
+    for axes, noise in zip(grid, noises, strict=True):
+        groups, best = _groups(summary, noise), _best_group(summary, noise)
         sizes = [row["group"] for row in groups]
-        lines = {
-            "batch norm by groups": groups,
-            "no normalization": [_find(summary, noise, 0)] * 2,
-            "dropout, no normalization": [_best_dropout(summary, noise, 0)] * 2,
-            f"groups of {USUAL} and dropout": [_best_dropout(summary, noise, USUAL)] * 2,
+        levels = {
+            "no normalization": (_find(summary, noise, 0), OF_NONE),
+            "dropout, no normalization": (_best_dropout(summary, noise, 0), LOOKS[1]),
+            f"groups of {USUAL} and dropout": (_best_dropout(summary, noise, USUAL), LOOKS[3]),
         }
-        for place, ((label, rows), look) in enumerate(zip(lines.items(), LOOKS, strict=False)):
-            # What has no groups is a level; the bars at its ends stand side by side.
-            places = sizes if rows is groups else [sizes[0] * 0.8**place, sizes[-1] * 1.25**place]
-            draw_intervals(axes, places, [_percent(row, what) for row in rows], look, label)
-        axes.set(xscale="log")
+        draw_intervals(axes, sizes, [_errors(row) for row in groups], OF_BATCH_NORM, "batch norm by groups")
+        axes.plot([best["group"]], [_errors(best).mean], "o", markersize=14, markerfacecolor="none", color="0.3")
+        for label, (row, look) in levels.items():
+            draw_bands(axes, [sizes[0] / 1.4, sizes[-1] * 1.4], [_errors(row)] * 2, look, label)
+        axes.set(xscale="log", yscale="log", xlabel="rows of a group")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-        if number >= len(noises):
-            axes.set_xlabel("rows of a group")
-        if number % len(noises) == 0:
-            axes.set_ylabel("errors on test rows (%)" if what == "test" else "training less test (points)")
+        name_places(axes, (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 90))
+    grid[0].set_ylabel("errors on test rows (%), logarithmic")
     put_legend_beside(figure, *grid)
     return figure
+
+
+def _noises(summary: Summary) -> list[float]:
+    return sorted({CLEAN(summary["noises"]), NOISY(summary["noises"])})
 
 
 def _labels(noise: float) -> str:
     return f"{100 * noise:.0f} % of the labels noise" if noise else "labels as they are"
 
 
-def _errors(row: dict[str, Any]) -> str:
-    return f"{points(1 - float(np.mean(row['test'])))} %"
+def _title(summary: Summary) -> str:
+    """Return whether batch norm in its best groups beats none, and then the errors of both, and those with dropout."""
+    found: list[str] = []
+    errors, both = [], []
+    for noise in _noises(summary):
+        best, none = _best_group(summary, noise), _find(summary, noise, 0)
+        found.append(f"ith {_labels(noise)} {'it' if found else 'batch norm'} {_helps(_compare(best, none)[1])}")
+        errors.append(f"{_errors(best).mean:.1f} % (none {_errors(none).mean:.1f} %)")
+        both.append(f"{_errors(_best_dropout(summary, noise, USUAL)).mean:.1f} %")
+    return f"W{'; w'.join(found)}\nErrors: {' and '.join(errors)}; with dropout, too, {' and '.join(both)}"
 
 
-def _title(summary: Summary, noises: Sequence[float]) -> str:
-    lines = []
-    for noise in noises:
-        best, whole = _best_group(summary, noise), _find(summary, noise, ROWS)
-        errors = f"groups of {best['group']} err in {_errors(best)}, the whole batch of {ROWS} in {_errors(whole)}"
-        lines.append(f"{_labels(noise).capitalize()}: {errors}")
-    both, alone = (
-        " and ".join(_errors(_best_dropout(summary, noise, group)) for noise in noises) for group in (USUAL, 0)
-    )
-    return "\n".join([*lines, f"Groups of {USUAL} and dropout: {both}; dropout without batch norm: {alone}"])
+def _helps(by: Interval) -> str:
+    """Return in words what a difference in accuracy is."""
+    if decide(by, least=-SAME, most=SAME) == "holds":
+        return f"changes less than {points(SAME)} points"
+    return {"holds": "helps", "does not hold": "harms"}.get(decide(by, least=0), "may help or harm")
 
 
-def _percent(row: dict[str, Any], what: str) -> Interval:
-    """Return errors, or the gap, in percent."""
-    values = np.asarray(row[what])
-    return interval(100 * (1 - values if what == "test" else values))
+def _errors(row: dict[str, Any]) -> Interval:
+    """Return the errors in percent, where a logarithm shows them."""
+    found = interval(100 * (1 - np.asarray(row["test"])))
+    return Interval(*(min(100.0, max(0.1, end)) for end in (found.mean, found.low, found.high)))
 
 
 REGULARIZATION = Study(

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jbn.studies.intervals import Chosen, Interval, choose_rate, decide, interval, leave_open, points
+from jbn.studies.intervals import (
+    Chosen,
+    Interval,
+    choose_rate,
+    decide,
+    interval,
+    leave_open,
+    points,
+    say_better,
+    weigh,
+)
 
 
 def test_an_interval_is_that_of_students_t():
@@ -66,3 +76,14 @@ def test_the_rate_is_the_one_of_the_best_mean_and_an_edge_is_said():
 
 def test_shares_have_one_digit_and_no_sign_of_nothing():
     assert [points(value) for value in (0.98765, -0.0123, -0.0004, 0.0)] == ["98.8", "-1.2", "0.0", "0.0"]
+
+
+def test_a_difference_is_said_without_a_sign_and_weighed_by_what_is_called_the_same():
+    for found, said, place in (
+        (Interval(-0.456, -0.699, -0.214), "45.6 points worse (21.4 to 69.9)", "beyond"),
+        (Interval(0.004, -0.002, 0.009), "0.4 points better (-0.2 to 0.9)", "within"),
+        (Interval(-0.0001, -0.02, 0.02), "0.0 points better (-2.0 to 2.0)", "within or beyond"),
+        (Interval(0.02, 0.015, math.inf), "2.0 points better (1.5 to inf)", "beyond"),
+    ):
+        assert say_better(found) == said
+        assert weigh(found, 0.01) == f"{place} the 1.0 that are called the same"

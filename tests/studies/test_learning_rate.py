@@ -59,10 +59,37 @@ def test_claims_can_be_refuted_and_hold():
     assert verdicts(batch_norm=[0.85, 0.953, 0.98, 0.1]) == ["holds"] * 5
     # Batch norm is best, and best at all, where none is: at the smallest rate, and nothing else trains.
     worse = verdicts(batch_norm=[0.97, 0.2, 0.1, 0.1], none=[0.85, 0.90, 0.1, 0.1])
-    assert worse == ["does not hold", "does not hold", "holds", "holds", "does not hold"]
+    assert worse == ["does not hold", "does not hold", "holds", "holds", UNDECIDED]
     wrong = verdicts(batch_norm=[0.96, 0.97, 0.98, 0.1], none=[0.85, 0.95, 0.99, 0.9])
     assert wrong == ["does not hold", "does not hold", "does not hold", "holds", UNDECIDED]
     assert verdicts(batch_norm=[0.8, 0.99, 0.97, 0.9])[3] == "does not hold"
+
+
+def test_the_larger_rates_are_the_cause_where_they_give_the_larger_part():
+    # They give 0.02 of 0.03, of 0.09 and of nothing; and the best rate of batch norm may be the lower one.
+    for norm, none, verdict in (
+        ([0.85, 0.96, 0.98, 0.1], [0.85, 0.95, 0.1, 0.1], "holds"),
+        ([0.85, 0.96, 0.98, 0.1], [0.85, 0.89, 0.1, 0.1], "does not hold"),
+        ([0.85, 0.96, 0.9, 0.1], [0.85, 0.9, 0.95, 0.1], "does not hold"),
+    ):
+        assert verdicts(batch_norm=norm, none=none)[-1] == verdict
+    cells = measured(batch_norm=[0.85, 0.96, 0.98, 0.1], none=[0.85, 0.94, 0.1, 0.1])
+    cells[-1].numbers["test"][:, 1] += [-0.01, 0.01, -0.01, 0.01]
+    outcome = study.CLAIMS[-1].judge(study.summarize(cells))
+    assert outcome.verdict == UNDECIDED
+    assert (
+        "from 0.1, the best rate of none, to 1, its own, batch norm gains 2.0 (2.0 to 2.0)" in outcome.sentence.lower()
+    )
+
+
+def test_a_sentence_begins_with_the_rates_at_an_edge_of_the_grid_which_decide_nothing_against_their_arms():
+    cells = study.summarize(measured(batch_norm=[0.85, 0.95, 0.96, 0.97], none=[0.85, 0.9, 0.98, 0.1]))
+    better, little, _ = (claim.judge(cells) for claim in study.CLAIMS[2:])
+    assert better.sentence.startswith(
+        "The best rate is at an edge of the grid, and a better one may lie outside: batch"
+    )
+    assert (better.verdict, little.verdict) == (UNDECIDED, "holds")
+    assert little.sentence.startswith("At 1, the best rate without it")
 
 
 def test_larger_rates_that_gain_nothing_refute_the_claim():
@@ -106,7 +133,7 @@ def test_the_table_fits_its_terminal(width):
 def test_the_title_of_the_figure_says_what_came_out():
     figure = study.draw(study.summarize(measured(batch_norm=[0.85, 0.953, 0.98, 0.1])))
     assert " ".join(figure.get_suptitle().split()) == (
-        "Batch norm trains up to a rate of 1, none up to 0.1; "
-        "it is 0.3 points above none at none's best rate, 3.0 each at its own"
+        "Batch norm trains at larger rates: the largest is 1, of layer norm 0.1, of none 0.1 "
+        "Each at its best rate it is 3.0 points better than none; at none's best it is 0.3 points better"
     )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(study.ARMS)

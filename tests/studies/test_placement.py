@@ -52,7 +52,9 @@ def verdicts(**better):
 
 
 def test_claims_can_be_refuted_and_hold():
-    assert verdicts() == [UNDECIDED, UNDECIDED, "holds", "holds"]
+    assert verdicts() == ["does not hold", "does not hold", "holds", "holds"]
+    # What is called the same in one claim is in each of them, also where the interval excludes 0.
+    assert verdicts(after=-0.005, biased=0.005, unscaled=0.005) == verdicts()
     assert verdicts(after=-0.02, biased=-0.02, unscaled=0.02) == ["holds", *["does not hold"] * 3]
     assert verdicts(after=0.02)[:2] == ["does not hold", "holds"]
 
@@ -102,9 +104,30 @@ def test_the_table_fits_its_terminal(width):
 
 
 def test_the_title_of_the_figure_says_what_came_out():
-    for by, ending in ((0.02, "+2.0 points (+2.0 to +2.0) from before it: the interval excludes 0"), (0, "apart")):
-        figure = study.draw(study.summarize(measured(after=by)))
-        assert " ".join(figure.get_suptitle().split()).endswith(ending)
+    for by, title in (
+        (0.02, "Batch norm does better after the ReLU: after it 2.0 points better (2.0 to 2.0),"),
+        (-0.02, "Batch norm does better before the ReLU: after it 2.0 points worse (2.0 to 2.0),"),
+        (
+            0,
+            "Within 1.0 points batch norm does as well after the ReLU as before it: "
+            "after it 0.0 points better (0.0 to 0.0),",
+        ),
+    ):
+        figure = study.draw(study.summarize(measured(after=by, none=-0.3)))
+        seen = " ".join(figure.get_suptitle().split())
+        assert seen == f"{title} with no norm 30.0 points worse (30.0 to 30.0)"
+        assert [text.get_text().split(":")[0] for text in figure.axes[0].get_xticklabels()] == list(study.ARMS)
+
+
+def test_seeds_that_came_out_equal_lie_side_by_side():
+    np.testing.assert_array_equal(study._count_equal(np.array([0.1, 0.2, 0.3 - 0.2, 0.1])), [0, 0, 1, 2])
+
+
+def test_an_interval_wider_than_accuracies_can_lie_is_not_told():
+    cells = measured(seeds=2)
+    cells[0].numbers["test"] = cells[0].numbers["test"] * [[0.1], [1]]
+    rows = study.tabulate(study.summarize(cells)).rows
+    assert [row[2].split()[1] for row in rows] == ["±?", *["±0.6"] * 4]
 
 
 def test_what_is_best_at_an_edge_of_the_grid_loses_nothing_for_certain():
@@ -115,4 +138,7 @@ def test_what_is_best_at_an_edge_of_the_grid_loses_nothing_for_certain():
             after.numbers.update({name: after.numbers[name][:, places] for name in ("validation", "test")})
             outcome = study.CLAIMS[1].judge(study.summarize(cells))
             assert outcome.verdict == verdict
-            assert re.search(r"a better one may lie outside: after \((lowest|highest)\)\.$", outcome.sentence)
+            reason = (
+                r"The best rate is at an edge of the grid, and a better one may lie outside: after \((low|high)est\)"
+            )
+            assert re.match(reason, outcome.sentence)
