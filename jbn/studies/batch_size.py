@@ -1,5 +1,6 @@
 """``batch-size``: what small batches cost batch normalization, and what helps."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,17 +12,25 @@ from matplotlib.figure import Figure
 
 from jbn import renorm, renorm_schedule
 from jbn.core.choice import NormalizeBy
-from jbn.studies.figures import LOOKS, blank, draw_intervals, name_places, put_legend_beside
+from jbn.studies.figures import (
+    LOOKS,
+    OF_BATCH_NORM,
+    OF_LAYER_NORM,
+    OF_NONE,
+    blank,
+    draw_intervals,
+    name_places,
+    put_legend_beside,
+)
 from jbn.studies.intervals import (
     Interval,
     choose_rate,
-    decide,
+    conclude,
     interval,
-    leave_open,
     note_edges,
     points,
+    say_above,
     say_half,
-    say_points,
 )
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm, OfFlax
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
@@ -33,7 +42,6 @@ GROUPS = 8  # of 16 features each, as in Wu and He's table 3
 # Running statistics remember as many rows at every batch size: those of ten batches of 128.
 MEMORY = 10 * 128
 SEEN = ("validation", "test", "diverged")
-SMALLEST, LARGEST = 0, 1  # of the batch sizes at which an arm was trained
 # How far apart two accuracies may lie and still be called the same: in Wu and He's figure those of group norm, which
 # they call independent of the batch, lie 0.2 points apart on 50 000 images; here are a hundred times fewer.
 SAME = 0.01
@@ -59,6 +67,8 @@ ARMS = {
     "layer": Arm("layer norm", "layer norm"),
     "none": Arm("none", "a bias alone"),
 }
+# batch norm, layer norm and none as in all studies.
+OF_ARMS = (OF_BATCH_NORM, LOOKS[1], LOOKS[5], LOOKS[3], LOOKS[6], OF_LAYER_NORM, OF_NONE)
 OF_BATCHES = ("plain", "recal.", "renorm", "ghost")
 
 
@@ -183,19 +193,29 @@ def _find(summary: Summary, arm: str, batch_size: int) -> dict[str, Any]:
     return next(row for row in summary["arms"] if (row["arm"], row["batch_size"]) == (arm, batch_size))
 
 
-def _compare(summary: Summary, one: tuple[str, int], other: tuple[str, int]) -> tuple[str, Interval]:
-    """Return in words how two arms did, and by how much the first is better, seed by seed.
-
-    The interval is open where one of them may be better than it was seen to be.
-    """
+def _compare(
+    summary: Summary,
+    one: tuple[str, int],
+    other: tuple[str, int],
+    *more: str,
+    least: float = 0.0,
+    most: float = math.inf,
+) -> Outcome:
+    """Return how two arms did, with more sentences, and whether by so much the first is better, seed by seed."""
     first, second = _find(summary, *one), _find(summary, *other)
-    by = interval(np.subtract(first["test_accuracy"], second["test_accuracy"]))
-    shown = [
-        f"{arm} at {size}: {points(row['interval']['mean'])} %" for (arm, size), row in ((one, first), (other, second))
-    ]
-    edges = note_edges((f"{arm} at {size}", row["edge"]) for (arm, size), row in ((one, first), (other, second)))
-    sentence = " ".join([f"{', '.join(shown)}; difference {say_points(by)}.", *edges])
-    return sentence, leave_open(by, low=bool(second["edge"]), high=bool(first["edge"]))
+    by = _difference(summary, one, other)
+    shown = [f"{arm} at {size} {_accuracy(row)} %" for (arm, size), row in ((one, first), (other, second))]
+    sentence = f"{', '.join(shown)}: {say_above(by)}."
+    edges = [(f"{arm} at {size}", row["edge"]) for (arm, size), row in ((one, first), (other, second))]
+    return conclude(" ".join([sentence, *more]), by, edges, least=least, most=most)
+
+
+def _difference(summary: Summary, one: tuple[str, int], other: tuple[str, int]) -> Interval:
+    return interval(np.subtract(*(_find(summary, *each)["test_accuracy"] for each in (one, other))))
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    return points(row["interval"]["mean"])
 
 
 def _ends(summary: Summary, arm: str) -> tuple[int, int]:
@@ -204,36 +224,42 @@ def _ends(summary: Summary, arm: str) -> tuple[int, int]:
     return min(sizes), max(sizes)
 
 
-def _is_better(summary: Summary, one: tuple[str, int], other: tuple[str, int]) -> Outcome:
-    sentence, by = _compare(summary, one, other)
-    return Outcome(sentence, decide(by, least=0))
-
-
 def _falls(summary: Summary) -> Outcome:
     small, large = _ends(summary, "plain")
-    return _is_better(summary, ("plain", large), ("plain", small))
+    return _compare(summary, ("plain", large), ("plain", small))
 
 
-def _helps(arm: str, end: int) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether an arm beats plain at an end of the batch sizes at which it was trained."""
+def _mends(arm: str) -> Callable[[Summary], Outcome]:
+    """Return the judgement whether an arm beats plain at the smallest batch, told as a part of what plain loses."""
 
     def judge(summary: Summary) -> Outcome:
-        size = _ends(summary, arm)[end]
-        return _is_better(summary, (arm, size), ("plain", size))
+        small, large = _ends(summary, "plain")
+        gain = _difference(summary, (arm, small), ("plain", small)).mean
+        lost = _difference(summary, ("plain", large), ("plain", small)).mean
+        part = f"That is {points(gain)} of the {points(lost)} points that plain loses from {large} to {small} rows."
+        return _compare(summary, (arm, small), ("plain", small), *[part] * (gain > 0 and lost > 0))
 
     return judge
 
 
+def _is_better_large(summary: Summary) -> Outcome:
+    _, size = _ends(summary, "ghost")
+    return _compare(summary, ("ghost", size), ("plain", size))
+
+
 def _is_independent(summary: Summary) -> Outcome:
-    small, large = _ends(summary, "group")
-    sentence, by = _compare(summary, ("group", large), ("group", small))
+    sizes = [row["batch_size"] for row in summary["arms"] if row["arm"] == "group"]
+    # The source's sizes, or where these were not measured the nearest.
+    large, small = (min(sizes, key=lambda size: abs(math.log(size / said))) for said in (32, 2))
     steps = [summary["examples"] // size for size in (large, small)]
-    none = [points(_find(summary, "none", size)["interval"]["mean"]) for size in (large, small)]
+    none = [_accuracy(_find(summary, "none", size)) for size in (large, small)]
+    ends = [f"{_accuracy(_find(summary, 'group', size))} % at {size}" for size in (max(sizes), min(sizes))]
     why = (
-        f"The same is within {points(SAME)}. For as many rows seen the one makes {steps[0]} steps, the other "
-        f"{steps[1]}: without any normalization it is {none[0]} % and {none[1]} %."
+        f"The same is within {points(SAME)} points. For as many rows seen there are {steps[0]} and {steps[1]} steps: "
+        f"without any normalization it is {none[0]} % and {none[1]} %. Group norm has "
+        f"{' and '.join(ends)}."
     )
-    return Outcome(f"{sentence} {why}", decide(by, least=-SAME, most=SAME))
+    return _compare(summary, ("group", large), ("group", small), why, least=-SAME, most=SAME)
 
 
 CLAIMS = (
@@ -245,22 +271,22 @@ CLAIMS = (
     Claim(
         "Batch renormalization mends a part of it",
         "Ioffe 2017, section 4",
-        _helps("renorm", SMALLEST),
+        _mends("renorm"),
     ),
     Claim(
         "Statistics that are taken anew after training mend a part of it",
         "Wu and Johnson 2021, section 3",
-        _helps("recal.", SMALLEST),
+        _mends("recal."),
     ),
     Claim(
-        "Group norm does not depend on the batch",
+        "Group norm does not depend on the batch, from 2 rows to 32",
         "Wu and He 2018, figure 1: 24.1 % errors at 32 images and at 2",
         _is_independent,
     ),
     Claim(
         "A large batch does better with the statistics of small groups (ghost)",
         "Hoffer et al. 2017, algorithm 1 and table 1",
-        _helps("ghost", LARGEST),
+        _is_better_large,
     ),
 )
 
@@ -295,10 +321,12 @@ def draw(summary: Summary) -> Figure:
     """Draw errors on test rows against the batch size, a line per arm."""
     sizes = summary["batch_sizes"]
     small, _ = _ends(summary, "plain")
-    errors = {arm: points(1 - _find(summary, arm, small)["interval"]["mean"]) for arm in ("plain", "renorm", "group")}
+    wrong = {row["arm"]: 1 - row["interval"]["mean"] for row in summary["arms"] if row["batch_size"] == small}
+    errors = {arm: points(value) for arm, value in wrong.items()}
+    worst = "the most errors" if wrong["plain"] == max(wrong.values()) else "not the most errors"
     title = (
-        f"With {small} rows a batch, batch norm errs in {errors['plain']} % of the test rows,\n"
-        f"batch renormalization in {errors['renorm']} %, group norm in {errors['group']} %"
+        f"With {small} rows a batch, batch norm makes {worst}: {errors['plain']} %,\nbatch renormalization "
+        f"{errors['renorm']} %, group norm {errors['group']} %, no norm at all {errors['none']} %"
     )
     steps = [f"{summary['examples'] // size} steps of {size}" for size in (sizes[0], sizes[-1])]
     note = (
@@ -306,7 +334,7 @@ def draw(summary: Summary) -> Figure:
         f"learning rate;\n{summary['examples']} rows seen: {' or '.join(steps)}"
     )
     figure, axes = blank(title, note)
-    for number, ((name, arm), look) in enumerate(zip(ARMS.items(), LOOKS, strict=True)):
+    for number, ((name, arm), look) in enumerate(zip(ARMS.items(), OF_ARMS, strict=True)):
         rows = [row for row in summary["arms"] if row["arm"] == name]
         # Side by side, so that no interval hides another.
         places = [row["batch_size"] * 2 ** (0.05 * (number - (len(ARMS) - 1) / 2)) for row in rows]

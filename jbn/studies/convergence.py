@@ -9,17 +9,27 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jbn.studies.figures import LOOKS, draw_intervals, name_places, panels, put_legend_beside
+from jbn.studies.figures import (
+    LOOKS,
+    OF_BATCH_NORM,
+    OF_NONE,
+    draw_bands,
+    draw_intervals,
+    name_places,
+    panels,
+    put_legend_beside,
+)
 from jbn.studies.intervals import (
     Interval,
     choose_rate,
+    conclude,
     decide,
     interval,
     leave_open,
     note_edges,
     points,
+    say_above,
     say_half,
-    say_points,
 )
 from jbn.studies.networks import Activation, BatchNorm, Bias, Dense, FromZero, Network, Norm, Residual
 from jbn.studies.percentiles import percentiles, travel
@@ -51,6 +61,8 @@ CASES = {
     "residual": Case("residual", "2 residual blocks (digits)", "digits", 32, ("batch norm", "none", "from 0")),
 }
 ARMS = {"batch norm": "batch norm", "none": "none", "from 0": "none, from 0"}
+LABELS = ARMS | {"from 0": "none, branches\nbegin at 0"}  # in the figure
+OF_ARMS = {"batch norm": OF_BATCH_NORM, "none": OF_NONE, "from 0": LOOKS[1]}
 LEVEL = 0.9  # the accuracy to be reached
 
 
@@ -190,17 +202,15 @@ def _is_faster(case: str) -> Callable[[Summary], Outcome]:
     def judge(summary: Summary) -> Outcome:
         norm, none = _find(summary, case, "batch norm", "none")
         by = _speed_up(summary, case)
-        # What never gets there counts as if it had at the end. That is in its favour and may not decide anything; what
-        # is at an edge of the grid may need fewer steps than it was seen to need.
-        low, high = (not all(one["reached"]) or bool(other["edge"]) for one, other in ((norm, none), (none, norm)))
-        verdict = decide(leave_open(by, low=low, high=high), least=0)
         late = ", where a seed that is late counts as if it had got there with the last step"
         times, bound = _exp(by), late * (not all(none["reached"] + norm["reached"]))
         sentence = (
             f"To {points(LEVEL)} % of the test rows: {_say_steps(norm)}, {_say_steps(none)}; "
             f"{times.mean:.1f} ({times.low:.1f} to {times.high:.1f}) times as many without it{bound}."
         )
-        return Outcome(sentence, verdict)
+        # What never gets there counts as if it had at the end. That is in its favour and may not decide anything.
+        by = leave_open(by, low=not all(norm["reached"]), high=not all(none["reached"]))
+        return conclude(sentence, by, [(ARMS[row["arm"]], row["edge"]) for row in (norm, none)], least=0)
 
     return judge
 
@@ -216,21 +226,26 @@ def _ends(case: str, one: str, other: str, least: float) -> Callable[[Summary], 
 
     def judge(summary: Summary) -> Outcome:
         rows = _find(summary, case, one, other)
-        by, edges = interval(np.subtract(*(row["test_accuracy"] for row in rows))), [row["end_edge"] for row in rows]
+        by = interval(np.subtract(*(row["test_accuracy"] for row in rows)))
         said = [
             f"{ARMS[row['arm']]} {points(row['interval']['mean'])} %" for row in _find(summary, case, *CASES[case].arms)
         ]
         sentence = (
-            f"After {rows[0]['steps']} steps: {', '.join(said)}; '{ARMS[one]}' is {say_points(by)} above "
-            f"'{ARMS[other]}'."
+            f"After {rows[0]['steps']} steps: {', '.join(said)}; '{ARMS[one]}' is {say_above(by)} '{ARMS[other]}'."
         )
-        more = [f"As well is at most {points(-least)} points lower."] * bool(least)
-        more += note_edges(zip((ARMS[one], ARMS[other]), edges, strict=True))
-        # What is at an edge of the grid may be better than it was seen to be.
-        by = leave_open(by, low=bool(edges[1]), high=bool(edges[0]))
-        return Outcome(" ".join([sentence, *more]), decide(by, least=least))
+        same = f"As well is at most {points(-least)} points lower."
+        few = [_say_few(row) for row in rows if row["end_edge"]]
+        sentence = " ".join(part for part in (*few, sentence, same * bool(least)) if part)
+        return conclude(sentence, by, [(ARMS[row["arm"]], row["end_edge"]) for row in rows], least=least)
 
     return judge
+
+
+def _say_few(row: dict[str, Any]) -> str:
+    """Return that most seeds of an arm were not given steps enough, "" where they were."""
+    below, seeds = sum(value < LEVEL for value in row["test_accuracy"]), len(row["test_accuracy"])
+    few = f"{row['steps']} steps are few for it: {below} of {seeds} seeds end below {points(LEVEL)} %."
+    return few * (2 * below > seeds)
 
 
 def _is_stabler(summary: Summary) -> Outcome:
@@ -284,13 +299,14 @@ def tabulate(summary: Summary) -> Sheet:
     for row in summary["arms"]:
         end, way = Interval(**row["interval"]), np.asarray(row.get("travel", np.nan), float).mean()
         needed = f"{'' if all(row['reached']) else '≥'}{_steps(row).mean:.0f}"
-        texts = (f"{row['rate']:g}", needed, say_half(end), f"{way:.2f}")
-        rows.append((f"{CASES[row['case']].label}, {row['arm']}", *texts[:3], texts[3] if "travel" in row else "-"))
+        texts = (f"{row['rate']:g}", needed, f"{row['end_rate']:g}", say_half(end))
+        moves = f"{way:.2f}" if "travel" in row else "-"
+        rows.append((f"{CASES[row['case']].label}, {row['arm']}", *texts, moves))
     notes = [
         f"steps: to {LEVEL:.0%} of the test rows, geometric mean over {summary['seeds']} seeds, at the rate that needs "
-        "fewest on validation rows. ≥: some seeds do not get there, and count as the steps that were made.",
+        "fewest on validation rows (rate). ≥: some seeds do not get there, and count as the steps that were made.",
         "end: test accuracy (%) after all steps with its 95 % interval (Student's t), at the rate that ends highest on "
-        "validation rows.",
+        "validation rows (end rate).",
         "moves: the way of the 15th, 50th and 85th percentile of what a unit is given for validation rows, from look "
         "to look, over the mean distance of the outer two; median of the last hidden layer, mean over seeds. "
         "Batch norm takes the statistics of these rows, as in training.",
@@ -300,30 +316,34 @@ def tabulate(summary: Summary) -> Sheet:
     for name, what in (("edge", "of fewest steps"), ("end_edge", "that ends highest")):
         notes += note_edges(((f"{row['case']} {row['arm']}", row[name]) for row in summary["arms"]), f"The rate {what}")
     notes += note_diverged((f"{row['case']} {row['arm']}", row["diverged"]) for row in summary["arms"])
-    return Sheet(("network, norm", "rate", "steps", "end", "moves"), tuple(rows), tuple(notes))
+    return Sheet(("network, norm", "rate", "steps", "end rate", "end", "moves"), tuple(rows), tuple(notes))
 
 
 def draw(summary: Summary) -> Figure:
     """Draw accuracies over steps for each network, a unit's percentiles without and with batch norm, and steps."""
     times = [_say_times(summary, case) for case in CASES]
+    fewer = sum(_is_faster(case)(summary).verdict == "holds" for case in CASES)
     title = (
-        f"To reach {LEVEL:.0%} without batch norm, sigmoid units need {times[0]} times as many steps, "
-        f"ReLU units {times[1]} times, a residual network {times[2]} times"
+        f"Batch norm reaches {LEVEL:.0%} in fewer steps in {fewer} of {len(CASES)} networks: without it, sigmoid units "
+        f"need {times[0]} times as many, ReLU units {times[1]} times, a residual network {times[2]} times"
     )
     note = (
         f"Above: mean and 95 % interval of {summary['seeds']} seeds on test rows, each arm at the rate of its fewest "
-        f"steps. Below: the 15th, 50th and 85th percentile of what unit {UNIT} of the last hidden layer of sigmoids is "
-        "given (seed 0); the steps, with ≥ where some seeds do not get there. From 0: branches begin at 0."
+        f"steps. Below: the 15th, 50th and 85th percentile of what a sigmoid is given (unit {UNIT}, seed 0), and how "
+        "far they move in all, in distances of the outer two, of all units and seeds; ≥: some seeds do not get there."
     )
-    below = ["a sigmoid, none", "a sigmoid, batch norm", f"steps to {LEVEL:.0%}"]
-    figure, axes = panels(title, note, [*(case.what for case in CASES.values()), *below], columns=3, height=6.4)
+    units = _find(summary, "sigmoid", "none", "batch norm")
+    below = [f"a sigmoid, {row['arm']}:\nmoves {np.mean(row['travel']):.2f} distances" for row in units]
+    names = [*(case.what for case in CASES.values()), *below, f"steps to {LEVEL:.0%}"]
+    figure, axes = panels(title, note, names, columns=3, height=6.4)
     for name, place in zip(CASES, axes, strict=False):
         _draw_curves(place, [row for row in summary["arms"] if row["case"] == name])
-    units = _find(summary, "sigmoid", "none", "batch norm")
+        level = f"{LEVEL:.0%}, to be reached" * (place is axes[2])  # below the arms in the legend
+        place.axhline(100 * LEVEL, color="0.5", linewidth=0.8, label=level)
     _draw_units(axes[3:5], units)
     _draw_steps(axes[5], summary)
     axes[0].set_ylabel("test accuracy (%)")
-    axes[3].set_ylabel(f"input of unit {UNIT}")
+    axes[3].set_ylabel("input of a sigmoid")
     put_legend_beside(figure, *axes[:3])
     return figure
 
@@ -334,11 +354,6 @@ def _say_times(summary: Summary, case: str) -> str:
     return f"{late}{_exp(_speed_up(summary, case)).mean:.1f}"
 
 
-def _style(arm: str) -> dict[str, Any]:
-    look = LOOKS[list(ARMS).index(arm)]
-    return {"color": look.colour, "marker": look.marker, "linestyle": look.line}
-
-
 def _look_steps(row: dict[str, Any]) -> np.ndarray:
     return np.arange(1, row["looks"] + 1) * row["steps"] // row["looks"]
 
@@ -346,11 +361,8 @@ def _look_steps(row: dict[str, Any]) -> np.ndarray:
 def _draw_curves(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """Draw accuracies over steps, with bands."""
     for row in rows:
-        mean, low, high = (100 * np.array([each[end] for each in row["curve"]]) for end in ("mean", "low", "high"))
-        style = _style(row["arm"])
-        axes.plot(_look_steps(row), mean, label=ARMS[row["arm"]], linewidth=1.4, markersize=5, markevery=0.2, **style)
-        axes.fill_between(_look_steps(row), low, high, color=style["color"], alpha=0.2, linewidth=0)
-    axes.axhline(100 * LEVEL, color="0.5", linewidth=0.8)
+        curve = [Interval(*(100 * each[end] for end in ("mean", "low", "high"))) for each in row["curve"]]
+        draw_bands(axes, _look_steps(row).tolist(), curve, OF_ARMS[row["arm"]], LABELS[row["arm"]])
     axes.set(xlabel="steps", ylim=(0, 100))
 
 
@@ -358,7 +370,7 @@ def _draw_units(places: Sequence[Axes], rows: Sequence[dict[str, Any]]) -> None:
     """Draw the percentiles of a unit's input over steps, on one scale."""
     seen = [np.asarray(row["unit"], float) for row in rows]
     for axes, row, values in zip(places, rows, seen, strict=True):
-        colour = _style(row["arm"])["color"]
+        colour = OF_ARMS[row["arm"]].colour
         axes.fill_between(_look_steps(row), values[:, 0], values[:, 2], color=colour, alpha=0.2, linewidth=0)
         axes.plot(_look_steps(row), values, color=colour, linewidth=1.2)
         axes.set(xlabel="steps", ylim=(np.nanmin(seen) - 0.2, np.nanmax(seen) + 0.2))
@@ -368,13 +380,11 @@ def _draw_steps(axes: Axes, summary: Summary) -> None:
     """Draw the steps that each arm needs."""
     for number, arm in enumerate(ARMS):
         rows = [row for row in summary["arms"] if row["arm"] == arm]
-        places = [list(CASES).index(row["case"]) + 0.2 * (number - 1) for row in rows]
-        draw_intervals(axes, places, [_steps(row) for row in rows], replace(LOOKS[number], line=""), ARMS[arm])
+        places = [list(CASES).index(row["case"]) + 0.27 * (number - 1) for row in rows]
+        draw_intervals(axes, places, [_steps(row) for row in rows], replace(OF_ARMS[arm], line=""), LABELS[arm])
         for place, row in zip(places, rows, strict=True):
             if not all(row["reached"]):
-                axes.annotate(
-                    "≥", (place, _steps(row).mean), (-7, 0), textcoords="offset points", ha="right", va="center"
-                )
+                axes.annotate("≥", (place, _steps(row).high), (0, 6), textcoords="offset points", ha="center")
     axes.set(yscale="log", xlim=(-0.5, len(CASES) - 0.5))
     axes.set_xticks(range(len(CASES)), [case.label for case in CASES.values()])
     name_places(axes, (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000))

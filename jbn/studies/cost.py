@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from jbn import remat_policy
 from jbn.lab.models import NETWORKS
 from jbn.linen import BatchNorm
-from jbn.studies.figures import LOOKS, draw_intervals, panels, put_legend_beside
-from jbn.studies.intervals import Interval, decide, interval
+from jbn.studies.figures import LOOKS, OF_BATCH_NORM, OF_NONE, draw_intervals, panels, put_legend_beside
+from jbn.studies.intervals import Interval, decide, interval, points
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.timing import interleaved
 
@@ -70,11 +70,12 @@ class Arm:
 
 # By their names in the table.
 ARMS = {
-    "none": Arm("no norm, a bias", Bias),
+    "none": Arm("none, a bias", Bias),
     "Flax": Arm("batch norm of Flax", OfFlax),
     "jbn": Arm("batch norm of jbn", BatchNorm),
-    "jbn, remat": Arm("jbn, outputs of norms computed again (remat_policy)", BatchNorm, again=True),
+    "jbn, remat": Arm("jbn with\nremat_policy", BatchNorm, again=True),
 }
+OF_ARMS = (OF_NONE, LOOKS[1], OF_BATCH_NORM, LOOKS[3])
 OURS, LEANER = "jbn", "jbn, remat"
 
 
@@ -215,6 +216,11 @@ def share(row: dict[str, Any]) -> Interval:
     return interval(1 - 1 / np.asarray(row["by none"]))
 
 
+def more(row: dict[str, Any]) -> Interval:
+    """Return by which share of jbn's step a step takes longer."""
+    return interval(np.asarray(row[f"by {OURS}"]) - 1)
+
+
 def _percent(value: float) -> str:
     return f"{round(100 * value)}"  # never -0
 
@@ -236,7 +242,7 @@ def _is_significant(summary: Summary) -> Outcome:
     return Outcome(sentence, decide(shares[OURS], least=SIGNIFICANT))
 
 
-def _is_bound(summary: Summary) -> Outcome:
+def _moves_more(summary: Summary) -> Outcome:
     last = summary["networks"][-1]
     none, ours = find(summary, last, "none"), find(summary, last, OURS)
     # null, of a compiler that does not tell, becomes NaN, which decides nothing.
@@ -244,9 +250,9 @@ def _is_bound(summary: Summary) -> Outcome:
     rest, (flops, traffic) = float(before[0] / before[1]), after - before
     added = float(flops / traffic) if traffic > 0 else math.nan
     sentence = (
-        f"Of the {last}, by the compiler of this machine, a step without norms computes {rest:.2f} operations for each "
-        f"byte that it reads or writes, and what batch norm adds {added:.2f}. Less than half as many are taken for the "
-        "sign of what waits for memory where the rest does not; no wait was measured."
+        f"Counted by the compiler of this machine: a step of the {last} without norms computes {rest:.2f} operations "
+        f"for each byte that it reads or writes, and what batch norm adds {added:.2f}. Few is less than half as many. "
+        "Whether it waits for memory was not measured."
     )
     return Outcome(sentence, decide(Interval(added / rest, added / rest, added / rest), most=0.5))
 
@@ -265,11 +271,12 @@ def _saves(summary: Summary) -> Outcome:
 
 def _is_minor(summary: Summary) -> Outcome:
     last = summary["networks"][-1]
-    more = interval(np.asarray(find(summary, last, LEANER)["by jbn"]) - 1)
+    longer = more(find(summary, last, LEANER))
     sentence = (
-        f"A step of the {last} takes {100 * more.mean:.1f} ({100 * more.low:.1f} to {100 * more.high:.1f}) % more."
+        f"A step of the {last} takes {100 * longer.mean:.1f} ({100 * longer.low:.1f} to {100 * longer.high:.1f}) % "
+        "more than with jbn otherwise."
     )
-    return Outcome(sentence, decide(more, most=MINOR))
+    return Outcome(sentence, decide(longer, most=MINOR))
 
 
 IN_PLACE = "Bulò et al. 2018, abstract, of in-place activated batch norm; here jbn.remat_policy"
@@ -280,9 +287,9 @@ CLAIMS = (
         _is_significant,
     ),
     Claim(
-        "It is bound by the bandwidth of memory",
-        "Gitman and Ginsburg 2017, abstract",
-        _is_bound,
+        "It computes few operations for each byte that it moves, as what is bound by the bandwidth of memory does",
+        "Gitman and Ginsburg 2017, abstract: it is bound by the bandwidth of memory",
+        _moves_more,
     ),
     Claim(
         "Up to 50 % of the memory is saved where what norms return is not kept but found again",
@@ -301,41 +308,50 @@ def tabulate(summary: Summary) -> Sheet:
     """Return a row for each network and arm."""
     rows = []
     for row in summary["rows"]:
-        taken = share(row)
+        taken, longer = share(row), more(row)
         of_step = "-" if row["arm"] == "none" else f"{_percent(taken.mean)} ±{_percent(taken.half)}"
+        by_ours = "-" if row["arm"] in ("none", OURS) else f"{points(longer.mean)} ±{points(longer.half)}"
         needs = (f"{row[name] / 1e6:.3g}" if row[name] else "-" for name in ("kept", "temporaries", "traffic"))
-        rows.append((f"{row['network']}: {row['arm']}", f"{np.median(row['milliseconds']):.3g}", of_step, *needs))
+        rows.append((f"{row['network']}: {row['arm']}", of_step, by_ours, *needs))
+    none = [f"{name} {np.median(find(summary, name, 'none')['milliseconds']):.3g} ms" for name in summary["networks"]]
     shapes = [f"{name} {'×'.join(map(str, find(summary, name, OURS)['shape']))}" for name in summary["networks"]]
     notes = (
-        f"A training step (SGD with momentum, float32) on {summary['device']}, images {', '.join(shapes)}. ms: median. "
-        f"Share: percent of the step that is gone without norms, with a 95 % interval over {summary['repeats']} "
-        f"repeats (Student's t); in each the steps take turns {summary['rounds']} times, and a ratio is of one turn.",
+        f"A training step (SGD with momentum, float32) on {summary['device']}, images {', '.join(shapes)}, without "
+        f"norms {', '.join(none)} (median). share: percent of the step that is gone without norms; more: percent that "
+        f"it takes more than with jbn (-: less); with 95 % intervals over {summary['repeats']} repeats (Student's t). "
+        f"Each is of ratios of its own: in a repeat the steps take turns {summary['rounds']} times, a ratio is of one "
+        "turn, and their median counts, so that one does not follow from the other.",
         "MB: kept from the forward to the backward pass, by what is differentiated; temp: temporaries of the whole "
         "step; moved: read and written, both by the compiler of this machine.",
         "remat: jax.checkpoint with jbn.remat_policy(), which computes what norms return again. Losses and gradients "
         f"agree to {AGREE:g} before anything is timed; without norms they are others. What the compilers of "
         "TPUs and GPUs make of such steps: python -m benchmarks.passes chains, in a checkout.",
     )
-    return Sheet(("step", "ms", "share", "kept", "temp", "moved"), tuple(rows), notes)
+    return Sheet(("step", "share", "more", "kept", "temp", "moved"), tuple(rows), notes)
 
 
 def draw(summary: Summary) -> Figure:
     """Draw the share of the step, and what is kept for the backward pass, by networks and arms."""
     last = summary["networks"][-1]
-    ours, theirs = (share(find(summary, last, arm)) for arm in (OURS, "Flax"))
+    names = {"Flax": "Flax", OURS: "jbn", LEANER: "jbn with remat_policy", "none": "none"}
+    taken = {arm: _percent(share(find(summary, last, arm)).mean) for arm in names}
+    kept = {arm: find(summary, last, arm)["kept"] / find(summary, last, "none")["kept"] for arm in names}
+    least = min(kept, key=lambda arm: kept[arm])
+    others = [arm for arm in names if arm not in ("none", least)]
     title = (
-        f"Batch norm takes {_percent(ours.mean)} % of a training step of the {last} with jbn, "
-        f"{_percent(theirs.mean)} % with Flax"
+        f"In the {last}, {names[least]} keeps least for the backward pass: {kept[least]:.2f} times what "
+        f"none keeps ({', '.join(f'{names[arm]} {kept[arm]:.2f}' for arm in others)}), and takes {taken[least]} % "
+        f"of the step ({', '.join(f'{names[arm]} {taken[arm]} %' for arm in others)})"
     )
-    note = f"{summary['device']}; shares of the step with 95 % intervals of {summary['repeats']} repeats"
-    names = ("share of the step", "kept for the backward pass")
-    figure, (time, memory) = panels(title, note, names, height=4.6)
+    note = f"{summary['device']}; shares of the step with 95 % intervals of {summary['repeats']} repeats; "
+    note += "remat_policy: what norms return is computed again"
+    figure, (time, memory) = panels(title, note, ("share of the step", "kept for the backward pass"), height=4.9)
     places = np.arange(len(summary["networks"]))
-    for number, ((name, arm), look) in enumerate(zip(ARMS.items(), LOOKS, strict=False)):
+    for number, ((name, arm), look) in enumerate(zip(ARMS.items(), OF_ARMS, strict=True)):
         rows = [find(summary, network, name) for network in summary["networks"]]
         at = (places + 0.15 * (number - 1.5)).tolist()
         relative = [row["kept"] / find(summary, row["network"], "none")["kept"] for row in rows]
-        memory.plot(at, relative, look.marker, color=look.colour, markersize=7, label=arm.label)
+        memory.plot(at, relative, markersize=7, label=arm.label, **replace(look, line="none").style)
         if name != "none":
             scaled = [Interval(*(100 * value for value in asdict(share(row)).values())) for row in rows]
             draw_intervals(time, at, scaled, replace(look, line="none"), arm.label)

@@ -1,5 +1,6 @@
 """``inference``: by which statistics to evaluate, over training, and what a wrong momentum costs."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +13,15 @@ from matplotlib.figure import Figure
 
 from jbn import batch_norm, bn_init, debiased, update
 from jbn.core.numbers import Momentum
-from jbn.studies.figures import LOOKS, draw_intervals, name_places, panels, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval, note_edges, points, say_half, say_points
+from jbn.studies.figures import LOOKS, OF_BATCH_NORM, draw_bands, name_places, panels, put_legend_beside
+from jbn.studies.intervals import Interval, choose_rate, decide, interval, note_edges, points, say_above, say_half
 from jbn.studies.networks import BatchNorm, Dense
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CHANCE, CLASSES, PIXELS, Look, Parts, Plan, note_diverged, sweep
 
 WIDTHS = (PIXELS["digits"], 128, 128, CLASSES)
 BATCH_SIZES = SMALL, LARGE = 4, 40  # both divide the 360 test rows, so these can be evaluated in such batches
-# How far apart two accuracies may lie and still be called the same.
+# How far apart two accuracies may lie and still be called the same: what is better is better by more.
 SAME = 0.01
 
 
@@ -50,13 +51,13 @@ RUNNING = {
 }
 POPULATION, BATCHES, TEST = "population", "batches", "all test"
 READOUTS = (*RUNNING, POPULATION, BATCHES, TEST)
+# What is drawn: its label and its look, batch norm's for what it is evaluated by without a question asked.
 DRAWN = {
-    POPULATION: "all training rows",
-    "0.9": "momentum 0.9",
-    "0.99": "momentum 0.99",
-    "debiased": "momentum 0.99, debiased",
-    "0.1": "momentum 0.1",
-    BATCHES: "each batch of test rows",
+    "0.9": ("momentum 0.9 (PyTorch's\ndefault, which it calls 0.1)", OF_BATCH_NORM),
+    "0.99": ("momentum 0.99", LOOKS[3]),
+    "0.1": ("momentum 0.1", LOOKS[1]),
+    POPULATION: ("all training rows", LOOKS[6]),
+    BATCHES: ("each batch of test rows", LOOKS[5]),
 }
 
 
@@ -204,15 +205,17 @@ def _mean(summary: Summary, batch_size: int, when: str, name: str) -> float:
     return float(np.mean(summary["batches"][str(batch_size)][when][name]))
 
 
-def _compare(summary: Summary, batch_size: int, when: str, one: str, other: str) -> tuple[str, Interval]:
-    """Return in words how two readouts did, and by how much the first is better, seed by seed."""
+def _compare(
+    summary: Summary, batch_size: int, when: str, one: str, other: str, least: float = SAME, most: float = math.inf
+) -> Outcome:
+    """Return how two readouts did, and whether by so much the first is better, seed by seed."""
     found = summary["batches"][str(batch_size)][when]
     by = interval(np.subtract(found[one], found[other]))
-    shown = ", ".join(f"{name}: {points(_mean(summary, batch_size, when, name))} %" for name in (one, other))
-    return (
-        f"{_when(summary, batch_size, when)}: {shown}; difference {say_points(by)}.",
-        by,
+    shown = ", ".join(f"{name} {points(_mean(summary, batch_size, when, name))} %" for name in (one, other))
+    sentence = (
+        f"{_when(summary, batch_size, when)}: {shown}, which is {say_above(by)}; within {points(SAME)} is the same."
     )
+    return Outcome(sentence, decide(by, least=least, most=most))
 
 
 def _when(summary: Summary, batch_size: int, when: str) -> str:
@@ -223,26 +226,24 @@ def _when(summary: Summary, batch_size: int, when: str) -> str:
 
 
 def _is_better(batch_size: int, when: str, one: str, other: str) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether one readout beats another."""
+    """Return the judgement whether one readout beats another by more than what counts as the same."""
 
     def judge(summary: Summary) -> Outcome:
-        sentence, by = _compare(summary, batch_size, when, one, other)
-        return Outcome(sentence, decide(by, least=0))
+        return _compare(summary, batch_size, when, one, other)
 
     return judge
 
 
 def _batches_beat_population(summary: Summary) -> Outcome:
-    sentence, by = _compare(summary, SMALL, "end", BATCHES, POPULATION)
+    found = _compare(summary, SMALL, "end", BATCHES, POPULATION)
     why = (
         f"A feature of these layers has {SMALL} numbers in a batch; in convolutions it has one for each position more."
     )
-    return Outcome(f"{sentence} {why}", decide(by, least=0))
+    return Outcome(f"{found.sentence} {why}", found.verdict)
 
 
 def _agree(summary: Summary) -> Outcome:
-    sentence, by = _compare(summary, LARGE, "end", POPULATION, "0.9")
-    return Outcome(f"{sentence} The same is within {points(SAME)} points.", decide(by, least=-SAME, most=SAME))
+    return _compare(summary, LARGE, "end", POPULATION, "0.9", least=-SAME, most=SAME)
 
 
 MIXED = "Asked here; the two conventions: torch.nn.BatchNorm2d, the note on momentum"
@@ -268,12 +269,12 @@ CLAIMS = (
         _batches_beat_population,
     ),
     Claim(
-        "PyTorch's momentum 0.1 is 0.9 where it weighs the old value; taken for 0.1 it costs accuracy, large batches",
+        "PyTorch's momentum 0.1 (here 0.9), taken for the weight of the old value, costs accuracy with large batches",
         MIXED,
         _is_better(LARGE, "end", "0.9", "0.1"),
     ),
     Claim(
-        "PyTorch's momentum 0.1, taken for the weight of the old value, costs accuracy with small batches",
+        "PyTorch's momentum 0.1 (here 0.9), taken for the weight of the old value, costs accuracy with small batches",
         MIXED,
         _is_better(SMALL, "end", "0.9", "0.1"),
     ),
@@ -288,8 +289,8 @@ CLAIMS = (
         _is_better(LARGE, "whole", "debiased", "0.99"),
     ),
     Claim(
-        "The variance to evaluate with is the unbiased one, n/(n - 1) times that of small batches",
-        "Ioffe and Szegedy 2015, algorithm 2",
+        "With small batches the unbiased variance, n/(n - 1) times that of the batch, evaluates better",
+        "Asked here; Ioffe and Szegedy 2015, algorithm 2, evaluate with it",
         _is_better(SMALL, "end", "unbiased", "debiased"),
     ),
 )
@@ -308,7 +309,8 @@ def tabulate(summary: Summary) -> Sheet:
         f"early: the mean over the looks of the first quarter, of {summary['looks']} in all; end: after "
         f"{summary['examples']} rows. All of a batch size are readouts of the same networks, at the best of "
         f"{summary['rates']} rates by validation rows and the population's statistics.",
-        "A number: running statistics of this momentum, the weight of the old value; debiased: 0.99, right from the "
+        "A number: running statistics of this momentum, the weight of the old value; PyTorch's default 0.1 is the "
+        "arm 0.9; debiased: 0.99, right from the "
         "first step; unbiased: as debiased, with the variance of PyTorch; population: all training rows as one batch; "
         "batches: batches of test rows, as many as in training; all test: all test rows as one batch.",
     ]
@@ -324,27 +326,30 @@ def _cell(values: Sequence[float]) -> str:
 
 def draw(summary: Summary) -> Figure:
     """Draw errors on test rows over the steps, a panel per batch size."""
-    early, end = (
-        [points(1 - _mean(summary, LARGE, when, name)) for name in ("0.99", "0.9", POPULATION)]
-        for when in ("early", "end")
-    )
-    wrong, right = (points(1 - _mean(summary, SMALL, "end", name)) for name in ("0.1", "0.9"))
+
+    def errors(batch_size: int, when: str, *names: str) -> list[str]:
+        return [points(1 - _mean(summary, batch_size, when, name)) for name in names]
+
+    early, end = (errors(LARGE, when, POPULATION, "0.9", "0.99") for when in ("early", "end"))
+    right, wrong = errors(SMALL, "end", "0.9", "0.1")
+    lags = "lag" if _is_better(LARGE, "early", "0.9", "0.99")(summary).verdict == "holds" else "do not lag for certain"
     title = (
-        f"{_when(summary, LARGE, 'early')}: by momentum 0.99 errors are {early[0]} %, by 0.9 {early[1]} %,\nby all "
-        f"training rows {early[2]} %; at the end they are {end[0]}, {end[1]} and {end[2]} %.\n"
-        f"Batches of {SMALL}: 0.1, which is what PyTorch calls 0.9, ends with {wrong} %, 0.9 with {right} %"
+        f"Running statistics of a large momentum {lags} early: {_when(summary, LARGE, 'early').lower()}, errors are "
+        f"{early[2]} % by 0.99, {early[1]} % by 0.9, {early[0]} % by all training rows (at the end {end[2]}, {end[1]} "
+        f"and {end[0]} %). With batches of {SMALL}, momentum 0.1 ends with {wrong} %, 0.9 with {right} %"
     )
     note = (
-        f"digits, two hidden layers of 128; the same networks evaluated by several statistics; mean and 95 % interval "
-        f"of {summary['seeds']} seeds; the learning rate falls to 0"
+        "momentum: weight of the old value; PyTorch's default 0.1 is the arm 0.9. digits, two hidden layers of 128; "
+        f"the same networks by several statistics; mean and 95 % interval of {summary['seeds']} seeds; the learning "
+        "rate falls to 0"
     )
     names = [f"batches of {size} rows" for size in summary["batches"]]
     figure, grid = panels(title, note, names, columns=1, height=7.5)
     for axes, (size, found) in zip(grid, summary["batches"].items(), strict=True):
         steps = summary["examples"] // int(size)
         places = [steps * look / summary["looks"] for look in range(1, summary["looks"] + 1)]
-        for (name, label), look in zip(DRAWN.items(), LOOKS, strict=False):
-            draw_intervals(axes, places, [_error(each) for each in found["curves"][name]], look, label)
+        for name, (label, look) in DRAWN.items():
+            draw_bands(axes, places, [_error(each) for each in found["curves"][name]], look, label)
         axes.set(yscale="log", ylabel="errors on test rows (%)")
         name_places(axes, (1, 2, 3, 5, 10, 20, 50, 90))
     grid[-1].set_xlabel("steps")

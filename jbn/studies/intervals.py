@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from jbn.studies.study import Verdict
+from jbn.studies.study import Outcome, Verdict
 
 LEVEL = 0.95
 
@@ -92,6 +92,30 @@ def note_edges(found: Iterable[tuple[str, str]], what: str = "The best rate") ->
     return [f"{what} is at an edge of the grid, and a better one may lie outside: {', '.join(named)}."] * bool(named)
 
 
+def conclude(
+    sentence: str,
+    found: Interval,
+    edges: Sequence[tuple[str, str]],
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> Outcome:
+    """Return what a difference between two arms decides: nothing against one whose best rate is at an edge.
+
+    Args:
+        sentence: what came out. Where an edge alone keeps it from deciding, it begins with that.
+        found: by how much the first arm is better.
+        edges: of the first arm and of the second one the name, and ``Chosen.edge``.
+        least: as ``decide`` has it.
+        most: the same.
+    """
+    (_, first), (_, second) = edges
+    verdict = decide(leave_open(found, low=bool(second), high=bool(first)), least=least, most=most)
+    reasons = note_edges(edges)
+    leads = verdict != decide(found, least=least, most=most)
+    return Outcome(" ".join([*reasons, sentence] if leads else [sentence, *reasons]), verdict)
+
+
 def points(value: float) -> str:
     """Return a share in percent, with one digit behind the point and never -0.0."""
     return f"{round(100 * value, 1) + 0:.1f}"
@@ -114,6 +138,17 @@ def weigh(found: Interval, same: float) -> str:
     verdict = decide(found, least=-same, most=same)
     place = {"holds": "within", "does not hold": "beyond"}.get(verdict, "within or beyond")
     return f"{place} the {points(same)} that are called the same"
+
+
+def say_above(found: Interval) -> str:
+    """Return a difference of shares in words that say its sign: what is below is not a negative number above.
+
+    >>> say_above(Interval(-0.05, -0.06, -0.03))
+    '5.0 (3.0 to 6.0) points below'
+    """
+    if round(100 * found.mean, 1) >= 0:  # 0.0 is above
+        return f"{say_points(found)} above"
+    return f"{say_points(Interval(-found.mean, -found.high, -found.low))} below"
 
 
 def say_half(found: Interval) -> str:

@@ -80,6 +80,16 @@ def test_claims_can_be_refuted_and_hold():
     assert verdicts(against) == ["does not hold"] * 5
 
 
+def test_group_norm_is_judged_between_the_sizes_of_its_source_and_a_part_says_how_much():
+    better = {"group_1": 0.2, "group_128": -0.2, "plain_1": -0.3, "renorm_1": -0.2}
+    summary = study.summarize(list(measured(batch_sizes=(1, 2, 32, 128), **better).values()))
+    _, mends, _, independent, _ = [claim.judge(summary) for claim in study.CLAIMS]
+    assert independent.verdict == "holds"
+    assert independent.sentence.startswith("group at 32 90.3 %, group at 2 90.3 %: 0.0 (0.0 to 0.0) points above.")
+    assert independent.sentence.endswith("Group norm has 70.3 % at 128 and 110.3 % at 1.")
+    assert mends.sentence.endswith("That is 10.0 of the 30.0 points that plain loses from 128 to 1 rows.")
+
+
 def test_the_rate_is_chosen_by_validation_rows_and_judged_by_test_rows():
     cell = measured(seeds=2)["plain", 2]
     numbers = {
@@ -121,8 +131,8 @@ def test_the_title_of_the_figure_says_what_came_out():
     cells = measured(plain_2=-0.3, renorm_2=-0.1, group_2=0.05)
     figure = study.draw(study.summarize(list(cells.values())))
     title = " ".join(figure.get_suptitle().split())
-    expected = "batch norm errs in 39.7 % of the test rows, batch renormalization in 19.7 %, group norm in 4.7 %"
-    assert title == f"With 2 rows a batch, {expected}"
+    expected = "batch renormalization 19.7 %, group norm 4.7 %, no norm at all 9.7 %"
+    assert title == f"With 2 rows a batch, batch norm makes the most errors: 39.7 %, {expected}"
     (axes,) = figure.axes
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == [arm.label for arm in study.ARMS.values()]

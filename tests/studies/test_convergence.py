@@ -130,7 +130,7 @@ def test_the_table_fits_its_terminal(width):
         show_sheet(Console(file=file, width=width), type(sheet)(sheet.heading, sheet.rows))
         lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
-    assert sum(bool(re.search(r"50 +92\.\d ±0\.\d", line)) for line in lines) == len(sheet.rows)
+    assert sum(bool(re.search(r"50 +0\.2 +92\.\d ±0\.\d", line)) for line in lines) == len(sheet.rows)
 
 
 def test_the_title_of_the_figure_says_what_came_out():
@@ -138,10 +138,30 @@ def test_the_title_of_the_figure_says_what_came_out():
     figure = study.draw(study.summarize(measured(steps=steps, ends={("residual", "none"): 0.5})))
     title = " ".join(figure.get_suptitle().split())
     assert title == (
-        "To reach 90% without batch norm, sigmoid units need 2.5 times as many steps, ReLU units 2.0 times, "
-        "a residual network at least 5.0 times"
+        "Batch norm reaches 90% in fewer steps in 3 of 3 networks: without it, sigmoid units need 2.5 times as many, "
+        "ReLU units 2.0 times, a residual network at least 5.0 times"
     )
     assert len(figure.axes) == 6
+    figure = study.draw(study.summarize(measured(steps={("relu", "none"): 60}, travels={"none": 3.0})))
+    assert "in fewer steps in 1 of 3 networks" in " ".join(figure.get_suptitle().split())
+    moves = [axes.get_title("left").split("\n")[-1] for axes in figure.axes[3:5]]
+    assert moves == ["moves 3.00 distances", "moves 1.00 distances"]
+
+
+def test_a_verdict_that_an_edge_leaves_open_begins_with_the_reason():
+    summary = study.summarize(measured(steps=everywhere(50, 20), ends={("residual", "from 0"): 0.5}))
+    *_, faster, ends = [claim.judge(summary) for claim in study.CLAIMS]
+    assert [each.verdict for each in (faster, ends)] == ["does not hold"] * 2
+    assert "'none, from 0' is 42.0 (42.0 to 42.0) points below 'batch norm'" in ends.sentence
+    for row in summary["arms"]:
+        row["edge"], row["end_edge"] = "lowest" * (row["arm"] == "batch norm"), "highest" * (row["arm"] == "from 0")
+    *_, faster, ends = [claim.judge(summary) for claim in study.CLAIMS]
+    assert [each.verdict for each in (faster, ends)] == [UNDECIDED] * 2
+    reason = "The best rate is at an edge of the grid, and a better one may lie outside:"
+    assert faster.sentence.startswith(f"{reason} batch norm (lowest). To 90.0 %")
+    assert ends.sentence.startswith(
+        f"{reason} none, from 0 (highest). 100 steps are few for it: 4 of 4 seeds end below"
+    )
 
 
 def test_travel_is_in_units_of_the_distance():
