@@ -16,8 +16,19 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
     Others may write the same file at the same time, such as each process of a run: each has a partial file of its own,
     and holds a lock on it, of which the system lets go however the process ends. Those that nobody holds are removed.
+
+    What the system says names ``path``: of a full disk it names no file, and of a folder that cannot be written to the
+    one aside, which nobody knows.
     """
-    path = Path(os.path.realpath(path))
+    try:
+        _replace(Path(os.path.realpath(path)), write)
+    except OSError as error:
+        if error.errno is None:  # a library's own, not the system's
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     _remove_left(path.parent)
     with _open_partial(path.parent) as (partial, file):
         write(file)

@@ -81,14 +81,17 @@ def address_pair(tree: Any) -> Addresses:
 
 
 def address_modules(tree: Any) -> Addresses:
-    """Read params and state of Haiku; running averages belong to the norm above them."""
+    """Read params and state of Haiku; running averages belong to the norm above them.
+
+    A module that somebody calls ``mean_ema`` has other arrays than such an average.
+    """
     paths = flatten(_read_pair(tree, "(params, state) of hk.transform_with_state"))[0]
     if any(len(path) != 3 for path in paths):
         raise TypeError("is no tree of Haiku; expected (params, state), each {module: {name: array}}.")
     found: Addresses = []
     for _, module, name in paths:
         keys = tuple(module.split("/"))
-        average = keys[-2:] in (("~", "mean_ema"), ("~", "var_ema"))
+        average = keys[-2:] in (("~", "mean_ema"), ("~", "var_ema")) and name in ("hidden", "average", "counter")
         found.append((keys[:-2], f"{keys[-1]}/{name}") if average else (keys, name))
     return found
 

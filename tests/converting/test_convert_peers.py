@@ -143,6 +143,25 @@ def test_modules_of_haiku_in_modules(hk):
     assert jax.tree.structure(again) == jax.tree.structure(tree)
 
 
+def test_a_layer_of_haiku_called_as_an_average_of_its_norms(hk):
+    class Net(hk.Module):
+        def __init__(self):
+            super().__init__("net")
+            self.dense, self.norm = hk.Linear(3, name="mean_ema"), hk.BatchNorm(True, True, 0.9, name="var_ema")
+
+        def __call__(self, x):
+            return self.norm(self.dense(x), True)
+
+    tree = hk.transform_with_state(lambda x: Net()(x)).init(jax.random.key(0), jnp.ones((2, 2)))
+    found = jbn.convert(tree, "haiku", "linen", names={"net/~": ""})
+    assert {name: {*layer} for name, layer in found["params"].items()} == {
+        "mean_ema": {"kernel", "bias"},
+        "var_ema": {"scale", "bias"},
+    }
+    again = jbn.convert(found, "linen", "haiku", like=tree, names={"": "net/~"})
+    assert jax.tree.structure(again) == jax.tree.structure(tree)
+
+
 # Equinox
 
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -88,6 +89,19 @@ def test_a_link_to_nothing_is_named(tmp_path):
     (tmp_path / "run").symlink_to("nowhere/run")
     with pytest.raises(OptionError, match=r"'.*run' is a link to what is not there; expected a directory"):
         claim(tmp_path / "run", TrainOptions()).__enter__()
+
+
+def test_a_full_disk_is_refused_in_one_line(tmp_path):
+    """Closing the file would write once more what did not get in, and its error be the one that is seen."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        with pytest.raises(OptionError) as caught:
+            claim(tmp_path / "run", TrainOptions()).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    expected = f"cannot write to '{tmp_path / 'run'}' (File too large); expected a directory to write to"
+    assert caught.value.message == expected
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

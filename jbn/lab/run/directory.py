@@ -84,9 +84,10 @@ def claim(out: Path, new: Options | None = None) -> Iterator[None]:
             if new is not None:
                 _refuse_run(out)  # before anything is made
                 out.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((out / LOCK).open("a+", encoding="utf-8", errors="replace"))
+            # Without a buffer, which on a full disk would be written, and fail, once more where the file is closed.
+            file = held.enter_context((out / LOCK).open("ab+", buffering=0))
         file.seek(0)
-        alone, said = lock(file) is not False, file.read().strip()
+        alone, said = lock(file) is not False, file.read().decode(errors="replace").strip()
         if not alone:
             who, fix = said or "another process", "wait until it has ended, or take another --out"
             raise OptionError("--out", f"{who} writes to '{out}'; {fix}")
@@ -95,7 +96,7 @@ def claim(out: Path, new: Options | None = None) -> Iterator[None]:
             raise OptionError("--out", f"{found}; take another --out")
         with _writable(out):
             file.truncate(0)
-            print(f"process {os.getpid()} on {node()}", file=file, flush=True)
+            file.write(f"process {os.getpid()} on {node()}\n".encode())
             if new is not None:
                 _refuse_run(out)  # another process may have begun and ended meanwhile
                 write_json(out / OPTIONS, asdict(new))
