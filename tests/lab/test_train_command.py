@@ -184,7 +184,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_layer_is_named(tmp_path)
     [
         (["--model", "vgg"], "--model", "'vgg'", "expected dense, conv or resnet"),
         (["--data", "nowhere"], "--data", "'nowhere'", "expected a folder of .npz files"),
-        (["--validation", "nowhere"], "--validation", "without --data", "expected both"),
+        (
+            ["--validation", "nowhere"],
+            "--validation",
+            "beside --data digits",
+            "expected --data DIR, or no --validation",
+        ),
         (["--epochs", "0"], "--epochs", "'0'", "from 1 to 100000"),
         (["--epochs", "2.5"], "--epochs", "'2.5'", "a whole number"),
         (["--batch-size", "1"], "--batch-size", "'1'", "from 2"),

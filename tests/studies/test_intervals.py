@@ -10,12 +10,20 @@ from jbn.studies.intervals import (
     Chosen,
     Interval,
     choose_rate,
+<<<<<<< HEAD
+=======
+    conclude,
+>>>>>>> fig3
     decide,
     interval,
     leave_open,
     points,
+<<<<<<< HEAD
     say_better,
     weigh,
+=======
+    say_above,
+>>>>>>> fig3
 )
 
 
@@ -78,6 +86,7 @@ def test_shares_have_one_digit_and_no_sign_of_nothing():
     assert [points(value) for value in (0.98765, -0.0123, -0.0004, 0.0)] == ["98.8", "-1.2", "0.0", "0.0"]
 
 
+<<<<<<< HEAD
 def test_a_difference_is_said_without_a_sign_and_weighed_by_what_is_called_the_same():
     for found, said, place in (
         (Interval(-0.456, -0.699, -0.214), "45.6 points worse (21.4 to 69.9)", "beyond"),
@@ -87,3 +96,28 @@ def test_a_difference_is_said_without_a_sign_and_weighed_by_what_is_called_the_s
     ):
         assert say_better(found) == said
         assert weigh(found, 0.01) == f"{place} the 1.0 that are called the same"
+=======
+@pytest.mark.parametrize(
+    ("by", "first", "second", "verdict", "leads"),
+    [
+        (0.1, "", "", "holds", False),
+        (0.1, "highest", "", "holds", False),
+        (0.1, "", "lowest", "not decided within the intervals", True),
+        (-0.1, "highest", "", "not decided within the intervals", True),
+        (-0.1, "", "highest", "does not hold", False),
+        (0.0, "highest", "", "not decided within the intervals", False),
+    ],
+)
+def test_an_edge_decides_nothing_against_its_arm_and_leads_where_it_alone_does_so(by, first, second, verdict, leads):
+    found = conclude("A beats b.", Interval(by, by - 0.01, by + 0.01), [("a", first), ("b", second)], least=0)
+    assert found.verdict == verdict
+    assert found.sentence.startswith("The best rate is at an edge") == leads
+    assert found.sentence.endswith("A beats b.") == (leads or not (first or second))
+
+
+@pytest.mark.parametrize(("mean", "said"), [(0.02, "2.0 (1.0 to 3.0) points above"), (-1e-5, "-0"), (-0.02, "below")])
+def test_what_is_below_is_not_a_negative_number_above(mean, said):
+    found = say_above(Interval(mean, mean - 0.01, mean + 0.01))
+    assert found.startswith("0.0 (-1.0 to 1.0) points above") if said == "-0" else said in found
+    assert not found.startswith("-")
+>>>>>>> fig3
