@@ -10,20 +10,14 @@ from jbn.studies.intervals import (
     Chosen,
     Interval,
     choose_rate,
-<<<<<<< HEAD
-=======
     conclude,
->>>>>>> fig3
     decide,
     interval,
     leave_open,
     points,
-<<<<<<< HEAD
     say_better,
     weigh,
-=======
     say_above,
->>>>>>> fig3
 )
 
 
@@ -86,7 +80,6 @@ def test_shares_have_one_digit_and_no_sign_of_nothing():
     assert [points(value) for value in (0.98765, -0.0123, -0.0004, 0.0)] == ["98.8", "-1.2", "0.0", "0.0"]
 
 
-<<<<<<< HEAD
 def test_a_difference_is_said_without_a_sign_and_weighed_by_what_is_called_the_same():
     for found, said, place in (
         (Interval(-0.456, -0.699, -0.214), "45.6 points worse (21.4 to 69.9)", "beyond"),
@@ -96,7 +89,8 @@ def test_a_difference_is_said_without_a_sign_and_weighed_by_what_is_called_the_s
     ):
         assert say_better(found) == said
         assert weigh(found, 0.01) == f"{place} the 1.0 that are called the same"
-=======
+
+
 @pytest.mark.parametrize(
     ("by", "first", "second", "verdict", "leads"),
     [
@@ -120,4 +114,3 @@ def test_what_is_below_is_not_a_negative_number_above(mean, said):
     found = say_above(Interval(mean, mean - 0.01, mean + 0.01))
     assert found.startswith("0.0 (-1.0 to 1.0) points above") if said == "-0" else said in found
     assert not found.startswith("-")
->>>>>>> fig3
