@@ -15,9 +15,9 @@ from jbn.studies.intervals import (
     interval,
     leave_open,
     points,
+    say_above,
     say_better,
     weigh,
-    say_above,
 )
 
 
