@@ -143,6 +143,7 @@ def weigh(found: Interval, same: float) -> str:
 def say_above(found: Interval) -> str:
     """Return a difference of shares in words that say its sign: what is below is not a negative number above.
 
+    >>> from jbn.studies.intervals import Interval, say_above
     >>> say_above(Interval(-0.05, -0.06, -0.03))
     '5.0 (3.0 to 6.0) points below'
     """

@@ -368,7 +368,7 @@ def test_a_wrong_size_is_refused_by_the_function_too():
 def test_a_study_is_whole(study):
     assert study.question.endswith("?")
     assert study.claims
-    assert all(re.search(r"\b(19|20)\d\d\b", claim.source) for claim in study.claims)
+    assert all(re.search(r"\b(19|20)\d\d\b|^Asked here", claim.source) for claim in study.claims)
     for size in ("quick", "default", "full"):
         cells = study.cells(size)
         assert len({cell.name for cell in cells}) == len(cells)
