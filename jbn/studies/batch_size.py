@@ -331,7 +331,8 @@ def draw(summary: Summary) -> Figure:
     steps = [f"{summary['examples'] // size} steps of {size}" for size in (sizes[0], sizes[-1])]
     note = (
         f"digits, three hidden layers of 128; mean and 95 % interval of {summary['seeds']} seeds; each arm at its best "
-        f"learning rate;\n{summary['examples']} rows seen: {' or '.join(steps)}"
+        f"learning rate;\n{summary['examples']} rows seen: {' or '.join(steps)}; claims compare arms seed by seed: "
+        "intervals that overlap may tell them apart"
     )
     figure, axes = blank(title, note)
     for number, ((name, arm), look) in enumerate(zip(ARMS.items(), OF_ARMS, strict=True)):

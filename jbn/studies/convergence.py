@@ -330,7 +330,8 @@ def draw(summary: Summary) -> Figure:
     note = (
         f"Above: mean and 95 % interval of {summary['seeds']} seeds on test rows, each arm at the rate of its fewest "
         f"steps. Below: the 15th, 50th and 85th percentile of what a sigmoid is given (unit {UNIT}, seed 0), and how "
-        "far they move in all, in distances of the outer two, of all units and seeds; ≥: some seeds do not get there."
+        "far they move in all, in distances of the outer two, of all units and seeds; ≥: some seeds do not get there, "
+        "so what is slower than the steps allow is left open."
     )
     units = _find(summary, "sigmoid", "none", "batch norm")
     below = [f"a sigmoid, {row['arm']}:\nmoves {np.mean(row['travel']):.2f} distances" for row in units]

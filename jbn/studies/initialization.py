@@ -321,9 +321,9 @@ def draw(summary: Summary) -> Figure:
     edges = sum(bool(row["edge"]) for row in summary["cells"])
     note = (
         f"Accuracy on test rows of digits (%), means of {summary['seeds']} seeds, each cell at its own best of "
-        f"{summary['rates']} learning rates ({edges} at an edge of the grid); {summary['steps']} steps of {BATCH} "
-        "rows. Gain: of all kernels, 1 as He et al. 2015 draw them for ReLU. Gradients: of kernels, in a network of "
-        f"{summary['deep']['layers']} layers."
+        f"{summary['rates']} learning rates (in {edges} cells an edge of the grid: a better one may lie outside); "
+        f"{summary['steps']} steps of {BATCH} rows. Gain: of all kernels, 1 as He et al. 2015 draw them for ReLU. "
+        f"Gradients: of kernels, in a network of {summary['deep']['layers']} layers."
     )
     figure, grid = panels(_title(summary), note, [LABELS[arm] for arm in ARMS], height=4.2, sharey=True)
     for axes, values in zip(grid, means.values(), strict=True):

@@ -140,7 +140,7 @@ def test_the_rates_are_those_of_validation_rows():
     assert row["to_level"] == [410] * 4
     assert row["never"] == 4
     note = " ".join(study.draw(study.summarize(cells)).get_supxlabel().split())
-    assert note.endswith("With the best rate at an edge of the grid: layer norm, γ = 1.")
+    assert note.endswith("The best rate of 'layer norm, γ = 1' is at an edge of the grid.")
     notes = " ".join(study.tabulate(study.summarize(cells)).notes)
     assert "a better one may lie outside: layer norm (lowest)." in notes
     assert "Seeds that never came to 85%, and count as 410 steps: 4 of layer norm." in notes
