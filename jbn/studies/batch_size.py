@@ -29,7 +29,7 @@ from jbn.studies.intervals import (
     interval,
     note_edges,
     points,
-    say_above,
+    say_better,
     say_half,
 )
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm, OfFlax
@@ -205,7 +205,7 @@ def _compare(
     first, second = _find(summary, *one), _find(summary, *other)
     by = _difference(summary, one, other)
     shown = [f"{arm} at {size} {_accuracy(row)} %" for (arm, size), row in ((one, first), (other, second))]
-    sentence = f"{', '.join(shown)}: {say_above(by)}."
+    sentence = f"{', '.join(shown)}: {say_better(by)}."
     edges = [(f"{arm} at {size}", row["edge"]) for (arm, size), row in ((one, first), (other, second))]
     return conclude(" ".join([sentence, *more]), by, edges, least=least, most=most)
 

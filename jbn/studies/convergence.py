@@ -28,7 +28,7 @@ from jbn.studies.intervals import (
     leave_open,
     note_edges,
     points,
-    say_above,
+    say_better,
     say_half,
 )
 from jbn.studies.networks import Activation, BatchNorm, Bias, Dense, FromZero, Network, Norm, Residual
@@ -230,10 +230,9 @@ def _ends(case: str, one: str, other: str, least: float) -> Callable[[Summary], 
         said = [
             f"{ARMS[row['arm']]} {points(row['interval']['mean'])} %" for row in _find(summary, case, *CASES[case].arms)
         ]
-        sentence = (
-            f"After {rows[0]['steps']} steps: {', '.join(said)}; '{ARMS[one]}' is {say_above(by)} '{ARMS[other]}'."
-        )
-        same = f"As well is at most {points(-least)} points lower."
+        beats = f"'{ARMS[one]}' is {say_better(by)} than '{ARMS[other]}'"
+        sentence = f"After {rows[0]['steps']} steps: {', '.join(said)}; {beats}."
+        same = f"As well is at most {points(-least)} points worse."
         few = [_say_few(row) for row in rows if row["end_edge"]]
         sentence = " ".join(part for part in (*few, sentence, same * bool(least)) if part)
         return conclude(sentence, by, [(ARMS[row["arm"]], row["end_edge"]) for row in rows], least=least)

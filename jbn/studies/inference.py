@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from jbn import batch_norm, bn_init, debiased, update
 from jbn.core.numbers import Momentum
 from jbn.studies.figures import LOOKS, OF_BATCH_NORM, draw_bands, name_places, panels, put_legend_beside
-from jbn.studies.intervals import Interval, choose_rate, decide, interval, note_edges, points, say_above, say_half
+from jbn.studies.intervals import Interval, choose_rate, decide, interval, note_edges, points, say_better, say_half
 from jbn.studies.networks import BatchNorm, Dense
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CHANCE, CLASSES, PIXELS, Look, Parts, Plan, note_diverged, sweep
@@ -213,7 +213,7 @@ def _compare(
     by = interval(np.subtract(found[one], found[other]))
     shown = ", ".join(f"{name} {points(_mean(summary, batch_size, when, name))} %" for name in (one, other))
     sentence = (
-        f"{_when(summary, batch_size, when)}: {shown}, which is {say_above(by)}; within {points(SAME)} is the same."
+        f"{_when(summary, batch_size, when)}: {shown}; {one} is {say_better(by)}; within {points(SAME)} is the same."
     )
     return Outcome(sentence, decide(by, least=least, most=most))
 

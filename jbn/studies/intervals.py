@@ -92,6 +92,17 @@ def note_edges(found: Iterable[tuple[str, str]], what: str = "The best rate") ->
     return [f"{what} is at an edge of the grid, and a better one may lie outside: {', '.join(named)}."] * bool(named)
 
 
+def open_at_edges(found: Interval, edges: Sequence[tuple[str, str]]) -> Interval:
+    """Return by how much one arm is better than another, open where one may be better than it was seen to be.
+
+    Args:
+        found: the difference, as it was seen.
+        edges: of the first arm and of the second one the name, and ``Chosen.edge``.
+    """
+    (_, first), (_, second) = edges
+    return leave_open(found, low=bool(second), high=bool(first))
+
+
 def conclude(
     sentence: str,
     found: Interval,
@@ -103,17 +114,14 @@ def conclude(
     """Return what a difference between two arms decides: nothing against one whose best rate is at an edge.
 
     Args:
-        sentence: what came out. Where an edge alone keeps it from deciding, it begins with that.
+        sentence: what came out; edges are said before it, for they may be why it decides nothing.
         found: by how much the first arm is better.
-        edges: of the first arm and of the second one the name, and ``Chosen.edge``.
+        edges: as ``open_at_edges`` has them.
         least: as ``decide`` has it.
         most: the same.
     """
-    (_, first), (_, second) = edges
-    verdict = decide(leave_open(found, low=bool(second), high=bool(first)), least=least, most=most)
-    reasons = note_edges(edges)
-    leads = verdict != decide(found, least=least, most=most)
-    return Outcome(" ".join([*reasons, sentence] if leads else [sentence, *reasons]), verdict)
+    verdict = decide(open_at_edges(found, edges), least=least, most=most)
+    return Outcome(" ".join([*note_edges(edges), sentence]), verdict)
 
 
 def points(value: float) -> str:
@@ -127,7 +135,12 @@ def say_points(found: Interval) -> str:
 
 
 def say_better(found: Interval) -> str:
-    """Return by how much one arm is better than another in words that need no sign of the mean."""
+    """Return by how much one arm is better than another in words that need no sign of the mean.
+
+    >>> from jbn.studies.intervals import Interval, say_better
+    >>> say_better(Interval(-0.05, -0.06, -0.03))
+    '5.0 points worse (3.0 to 6.0)'
+    """
     if round(100 * found.mean, 1) < 0:
         return f"{points(-found.mean)} points worse ({points(-found.high)} to {points(-found.low)})"
     return f"{points(found.mean)} points better ({points(found.low)} to {points(found.high)})"
@@ -138,18 +151,6 @@ def weigh(found: Interval, same: float) -> str:
     verdict = decide(found, least=-same, most=same)
     place = {"holds": "within", "does not hold": "beyond"}.get(verdict, "within or beyond")
     return f"{place} the {points(same)} that are called the same"
-
-
-def say_above(found: Interval) -> str:
-    """Return a difference of shares in words that say its sign: what is below is not a negative number above.
-
-    >>> from jbn.studies.intervals import Interval, say_above
-    >>> say_above(Interval(-0.05, -0.06, -0.03))
-    '5.0 (3.0 to 6.0) points below'
-    """
-    if round(100 * found.mean, 1) >= 0:  # 0.0 is above
-        return f"{say_points(found)} above"
-    return f"{say_points(Interval(-found.mean, -found.high, -found.low))} below"
 
 
 def say_half(found: Interval) -> str:

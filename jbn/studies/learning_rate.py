@@ -12,9 +12,9 @@ from jbn.studies.figures import OF_BATCH_NORM, OF_LAYER_NORM, OF_NONE, blank, dr
 from jbn.studies.intervals import (
     Interval,
     choose_rate,
+    conclude,
     decide,
     interval,
-    leave_open,
     note_edges,
     points,
     say_better,
@@ -22,7 +22,7 @@ from jbn.studies.intervals import (
     say_points,
 )
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm, OfFlax
-from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
+from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary, Verdict
 from jbn.studies.training import CHANCE, CLASSES, PIXELS, Plan, sweep, unseen
 
 WIDTHS = (PIXELS["digits"], 128, 128, 128, CLASSES)
@@ -147,52 +147,48 @@ def _best_rates(summary: Summary) -> tuple[int, int]:
     return summary["arms"]["batch norm"]["best"], summary["arms"]["none"]["best"]
 
 
-def _edges(summary: Summary, *arms: str) -> tuple[str, dict[str, bool]]:
-    """Return a sentence about best rates at an edge, and which ends of an interval of gains are open by them.
-
-    What is at an edge of the grid may be better than it was seen to be.
-    """
-    edge = {arm: summary["arms"][arm]["edge"] for arm in arms}
-    reason = "".join(f"{note} " for note in note_edges(edge.items()))
-    return reason, {"low": bool(edge.get("none")), "high": bool(edge.get("batch norm"))}
+def _edges(summary: Summary) -> list[tuple[str, str]]:
+    return [(arm, summary["arms"][arm]["edge"]) for arm in ("batch norm", "none")]
 
 
 def _best_is_better(summary: Summary) -> Outcome:
-    (norm, none), rates, (reason, ends) = _best_rates(summary), summary["rates"], _edges(summary, "batch norm", "none")
+    (norm, none), rates = _best_rates(summary), summary["rates"]
     by = _gain(summary, norm, none)
     sentence = f"Each at its best rate, batch norm ({rates[norm]:g}) is {say_better(by)} than none ({rates[none]:g})."
-    return Outcome(f"{reason}{sentence}", decide(leave_open(by, **ends), least=0))
+    return conclude(sentence, by, _edges(summary), least=0)
 
 
 def _gains_little(summary: Summary) -> Outcome:
-    (_, none), (reason, ends) = _best_rates(summary), _edges(summary, "none")
+    (_, none), (_, edge) = _best_rates(summary), _edges(summary)
     by = _gain(summary, none, none)
     sentence = (
-        f"{reason}At {summary['rates'][none]:g}, the best rate without it, batch norm is {say_better(by)} than none; "
+        f"At {summary['rates'][none]:g}, the best rate without it, batch norm is {say_better(by)} than none; "
         f"little is at most {points(LITTLE)}."
     )
-    return Outcome(sentence, decide(leave_open(by, **ends), most=LITTLE))
+    # Batch norm is taken at the rate of none, wherever its own best one lies.
+    return conclude(sentence, by, [("batch norm", ""), edge], most=LITTLE)
 
 
 def _gains_by_larger(summary: Summary) -> Outcome:
     """Judge whether the larger rate gives more than what is there at the same rate; that it gives something is less."""
-    (norm, none), rates, (reason, ends) = _best_rates(summary), summary["rates"], _edges(summary, "batch norm", "none")
+    (norm, none), rates, edges = _best_rates(summary), summary["rates"], _edges(summary)
     by_rate = interval(_at(summary, "batch norm", norm) - _at(summary, "batch norm", none))
+    verdicts: tuple[Verdict, Verdict] = ("does not hold", "not decided within the intervals")
     if norm < none:
-        sentence = f"{reason}The best rate of batch norm, {rates[norm]:g}, is below that of none, {rates[none]:g}."
-        return Outcome(sentence, "not decided within the intervals" if ends["high"] else "does not hold")
+        sentence = f"The best rate of batch norm, {rates[norm]:g}, is below that of none, {rates[none]:g}."
+        return Outcome(" ".join([*note_edges(edges), sentence]), verdicts[bool(edges[0][1])])
     same = _gain(summary, none, none)
     more = interval(
         _at(summary, "batch norm", norm) - 2 * _at(summary, "batch norm", none) + _at(summary, "none", none)
     )
     sentence = (
-        f"{reason}From {rates[none]:g}, the best rate of none, to {rates[norm]:g}, its own, batch norm gains "
-        f"{say_points(by_rate)}; at the same rate, {rates[none]:g}, it is {say_points(same)} above none. A cause is "
+        f"From {rates[none]:g}, the best rate of none, to {rates[norm]:g}, its own, batch norm gains "
+        f"{say_points(by_rate)}; at the same rate, {rates[none]:g}, it is {say_better(same)} than none. A cause is "
         f"what gives the larger part: the larger rate gives {say_points(more)} more."
     )
-    verdicts = [decide(leave_open(each, **ends), least=0) for each in (by_rate, more)]
-    refuted, undecided = "does not hold", "not decided within the intervals"
-    return Outcome(sentence, next((each for each in (refuted, undecided) if each in verdicts), "holds"))
+    # Both must hold: the least certain of the two decides.
+    found = [conclude(sentence, each, edges, least=0) for each in (by_rate, more)]
+    return next((each for word in verdicts for each in found if each.verdict == word), found[0])
 
 
 CLAIMS = (

@@ -1,5 +1,6 @@
 """``placement``: batch normalization before or after the activation, and which parameters beside it are of use."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,10 +16,10 @@ from jbn.studies.figures import LOOKS, OF_BATCH_NORM, OF_NONE, blank, draw_inter
 from jbn.studies.intervals import (
     Interval,
     choose_rate,
-    decide,
+    conclude,
     interval,
-    leave_open,
     note_edges,
+    open_at_edges,
     points,
     say_better,
     say_half,
@@ -139,33 +140,29 @@ def _better(summary: Summary, one: str, other: str) -> Interval:
     return interval(np.subtract(*(summary["arms"][arm]["test_accuracy"] for arm in (one, other))))
 
 
-def _compare(summary: Summary, one: str, other: str) -> tuple[str, Interval]:
-    """Return ``_better`` in words, and open where one of them may be better than it was seen to be."""
+def _compare(
+    summary: Summary, one: str, other: str, *more: str, least: float = -SAME, most: float = math.inf
+) -> Outcome:
+    """Return how two arms did, with more sentences, and whether by so much the first is better, seed by seed."""
     by = _better(summary, one, other)
     means = [f"{arm} {points(summary['arms'][arm]['interval']['mean'])} %" for arm in (one, other)]
-    edge = {arm: summary["arms"][arm]["edge"] for arm in (one, other)}
-    bound = leave_open(by, low=bool(edge[other]), high=bool(edge[one]))
-    sentence = f"{', '.join(means)}: {one} is {say_better(by)}, {weigh(bound, SAME)}."
-    return " ".join([*note_edges(edge.items()), sentence]), bound
+    edges = [(arm, summary["arms"][arm]["edge"]) for arm in (one, other)]
+    sentence = f"{', '.join(means)}: {one} is {say_better(by)}, {weigh(open_at_edges(by, edges), SAME)}."
+    return conclude(" ".join([sentence, *more]), by, edges, least=least, most=most)
 
 
 def _is_better(one: str, other: str) -> Callable[[Summary], Outcome]:
     """Return the judgement whether an arm beats another by more than what is called the same."""
-
-    def judge(summary: Summary) -> Outcome:
-        sentence, by = _compare(summary, one, other)
-        return Outcome(sentence, decide(by, least=SAME))
-
-    return judge
+    return lambda summary: _compare(summary, one, other, least=SAME)
 
 
 def _is_of_no_use(arm: str) -> Callable[[Summary], Outcome]:
     """Return the judgement whether an arm, with a parameter more or less, is the same as the plain one."""
 
     def judge(summary: Summary) -> Outcome:
-        (said, by), moved = _compare(summary, arm, "before"), summary["arms"][arm]["bias"]
-        bias = f" No bias is larger than {moved:.1g} after training." if ARMS[arm].bias else ""
-        return Outcome(f"{said}{bias}", decide(by, least=-SAME, most=SAME))
+        moved = summary["arms"][arm]["bias"]
+        bias = [f"No bias is larger than {moved:.1g} after training."] * ARMS[arm].bias
+        return _compare(summary, arm, "before", *bias, most=SAME)
 
     return judge
 
@@ -263,12 +260,12 @@ def _count_equal(values: np.ndarray) -> np.ndarray:
 
 def _title(summary: Summary) -> str:
     """Return whether the place matters, with how far the two are apart, and how far it is to no norm."""
-    _, by = _compare(summary, "after", "before")
+    by, verdict = _better(summary, "after", "before"), _compare(summary, "after", "before", most=SAME).verdict
     found = {
         "holds": f"Within {points(SAME)} points batch norm does as well after the ReLU as before it",
         "does not hold": f"Batch norm does better {'before' if by.mean < 0 else 'after'} the ReLU",
         "not decided within the intervals": "It is not decided whether batch norm does as well after the ReLU",
-    }[decide(by, least=-SAME, most=SAME)]
+    }[verdict]
     after, none = (say_better(_better(summary, arm, "before")) for arm in ("after", "none"))
     return f"{found}: after it {after}, with no norm {none}"
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jbn.studies.figures import LOOKS, OF_BATCH_NORM, OF_LAYER_NORM, OF_NONE, Look
-from jbn.studies.intervals import Interval, decide, interval, leave_open, note_edges, points, say_points
+from jbn.studies.intervals import Interval, decide, interval, leave_open, note_edges, open_at_edges, points, say_points
 from jbn.studies.sequences import Norms, Tanh
 from jbn.studies.study import Claim, Outcome, Summary, Verdict
 
@@ -154,9 +154,8 @@ def by_accuracy(summary: Summary, better: str, worse: str) -> tuple[str, Interva
     rows = one, other = [find_lstm(summary, arm) for arm in (better, worse)]
     by = interval(np.subtract(one["accuracy"], other["accuracy"]))
     shown = ", ".join(f"{row['arm']}: {points(float(np.mean(row['accuracy'])))} %" for row in rows)
-    sentence = " ".join([*note_edges((r["arm"], r["edge"]) for r in rows), f"{shown}; difference {say_points(by)}."])
-    # What is at an edge of the grid may be better than it was seen to be.
-    return sentence, leave_open(by, low=bool(other["edge"]), high=bool(one["edge"]))
+    edges = [(row["arm"], row["edge"]) for row in rows]
+    return " ".join([*note_edges(edges), f"{shown}; difference {say_points(by)}."]), open_at_edges(by, edges)
 
 
 def say_steps(row: dict[str, Any]) -> str:
@@ -175,9 +174,9 @@ def by_steps(summary: Summary, better: str, worse: str, share: float = 0) -> tup
     shown = ", ".join(f"{row['arm']}: {say_steps(row)}" for row in rows)
     more = interval((1 - share) * np.asarray(other["to_level"]) - one["to_level"])
     sentence = f"Steps to {LEVEL:.0%}, {shown}; fewer by {by.mean:.0f} ({by.low:.0f} to {by.high:.0f})."
-    sentence = " ".join([*note_edges((row["arm"], row["soonest_edge"]) for row in rows), sentence])
-    low, high = (row["never"] > 0 or bool(beside["soonest_edge"]) for row, beside in ((one, other), (other, one)))
-    return sentence, leave_open(more, low=low, high=high)
+    edges = [(row["arm"], row["soonest_edge"]) for row in rows]
+    more = leave_open(more, low=one["never"] > 0, high=other["never"] > 0)
+    return " ".join([*note_edges(edges), sentence]), open_at_edges(more, edges)
 
 
 def _is_better(better: str, worse: str) -> Callable[[Summary], Outcome]:

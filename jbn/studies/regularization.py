@@ -20,10 +20,12 @@ from jbn.studies.figures import (
 from jbn.studies.intervals import (
     Interval,
     choose_rate,
+    conclude,
     decide,
     interval,
     leave_open,
     note_edges,
+    open_at_edges,
     points,
     say_better,
     say_half,
@@ -190,20 +192,17 @@ def _mean(row: dict[str, Any], what: str = "test") -> str:
     return points(float(np.mean(row[what])))
 
 
-def _note_edges(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return note_edges((row["arm"], row["edge"]) for row in rows)
+def _better(one: dict[str, Any], other: dict[str, Any]) -> tuple[Interval, list[tuple[str, str]]]:
+    """Return by how much an arm is better than another, seed by seed, and their edges."""
+    return interval(np.subtract(one["test"], other["test"])), [(row["arm"], row["edge"]) for row in (one, other)]
 
 
-def _compare(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, Interval]:
-    """Return in words how two arms did, and by how much the first is better, seed by seed.
-
-    The interval is open where one of them may be better than it was seen to be.
-    """
-    by = interval(np.subtract(one["test"], other["test"]))
-    bound = leave_open(by, low=bool(other["edge"]), high=bool(one["edge"]))
+def _compare(one: dict[str, Any], other: dict[str, Any], *more: str, least: float) -> Outcome:
+    """Return how two arms did, with more sentences, and whether by so much the first is better."""
+    by, edges = _better(one, other)
     shown = ", ".join(f"{row['arm']}: {_mean(row)} %" for row in (one, other))
-    sentence = f"{shown}; {one['arm']} is {say_better(by)}, {weigh(bound, SAME)}."
-    return " ".join([*_note_edges((one, other)), sentence]), bound
+    sentence = f"{shown}; {one['arm']} is {say_better(by)}, {weigh(open_at_edges(by, edges), SAME)}."
+    return conclude(" ".join([sentence, *more]), by, edges, least=least)
 
 
 # Which share of noise a judgement is about, out of those of a summary.
@@ -229,7 +228,7 @@ def _gap_falls(noise: Noise) -> Callable[[Summary], Outcome]:
         ways = "though not at each" if (np.diff(gaps.mean(1)) < 0).any() else "at each"
         shown = ", ".join(f"{row['arm']}: {_mean(row, 'gap')}" for row in rows)
         sentence = f"Training less test, {shown} points; with each doubling it grows by {say_points(by)}, {ways} step."
-        edges = _note_edges(rows)
+        edges = note_edges((row["arm"], row["edge"]) for row in rows)
         verdict = decide(leave_open(by, low=bool(edges), high=bool(edges)), least=0)
         return Outcome(" ".join([*edges, sentence, *([without] if poor else [])]), verdict)
 
@@ -248,9 +247,8 @@ def _is_better(noise: Noise, one: Pick, other: Pick) -> Callable[[Summary], Outc
 
     def judge(summary: Summary) -> Outcome:
         share = noise(summary["noises"])
-        sentence, by = _compare(one(summary, share), other(summary, share))
-        chosen = " The group is the best on validation rows." if one is _best_group else ""
-        return Outcome(f"{sentence}{chosen}", decide(by, least=SAME))
+        chosen = ["The group is the best on validation rows."] * (one is _best_group)
+        return _compare(one(summary, share), other(summary, share), *chosen, least=SAME)
 
     return judge
 
@@ -260,10 +258,10 @@ def _dropout_can_go(noise: Noise) -> Callable[[Summary], Outcome]:
 
     def judge(summary: Summary) -> Outcome:
         share = noise(summary["noises"])
-        sentence, by = _compare(_find(summary, share, USUAL), _best_dropout(summary, share, USUAL))
         without, dropped = _find(summary, share, 0), _best_dropout(summary, share, 0)
         beside = f"Without batch norm: {_mean(without)} %, {dropped['arm']}: {_mean(dropped)} %."
-        return Outcome(f"{sentence} {beside}", decide(by, least=-SAME))
+        rows = _find(summary, share, USUAL), _best_dropout(summary, share, USUAL)
+        return _compare(*rows, beside, least=-SAME)
 
     return judge
 
@@ -383,10 +381,12 @@ def _title(summary: Summary) -> str:
     errors, both = [], []
     for noise in _noises(summary):
         best, none = _best_group(summary, noise), _find(summary, noise, 0)
-        found.append(f"ith {_labels(noise)} {'it' if found else 'batch norm'} {_helps(_compare(best, none)[1])}")
+        found.append(
+            f"ith {_labels(noise)} {'it' if found else 'batch norm'} {_helps(open_at_edges(*_better(best, none)))}"
+        )
         errors.append(f"{_errors(best).mean:.1f} % (none {_errors(none).mean:.1f} %)")
         both.append(f"{_errors(_best_dropout(summary, noise, USUAL)).mean:.1f} %")
-    return f"W{'; w'.join(found)}\nErrors: {' and '.join(errors)}; with dropout, too, {' and '.join(both)}"
+    return f"W{'; w'.join(found)}\nErrors: {' and '.join(errors)}; groups of {USUAL} with dropout {' and '.join(both)}"
 
 
 def _helps(by: Interval) -> str:

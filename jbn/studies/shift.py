@@ -12,7 +12,7 @@ from jax import Array
 from matplotlib.figure import Figure
 
 from jbn.studies.figures import LOOKS, OF_BATCH_NORM, OF_NONE, Look, draw_bands, name_places, panels
-from jbn.studies.intervals import Chosen, Interval, choose_rate, decide, interval, leave_open, note_edges
+from jbn.studies.intervals import Chosen, Interval, choose_rate, conclude, decide, interval, note_edges
 from jbn.studies.networks import BatchNorm, Bias, Dense, Norm
 from jbn.studies.noise import Noisy
 from jbn.studies.steps import drift, landscape, loss_at, shift_of_gradients, size_of
@@ -255,8 +255,7 @@ def _compare(name: str, one: str, other: str, *, least: float = -math.inf, most:
         if by and name not in QUANTITIES:
             # An accuracy at an edge of the grid may be better than it was seen to be.
             edges = [(row["arm"], row["edge"]) for arm in (one, other) for row in summary["arms"] if row["arm"] == arm]
-            by = leave_open(by, low=bool(edges[1][1]), high=bool(edges[0][1]))
-            sentence = " ".join([*note_edges(edges), sentence])
+            return conclude(sentence, by, edges, least=least, most=most)
         return Outcome(sentence, decide(by, least=least, most=most) if by else "not decided within the intervals")
 
     return judge

@@ -152,7 +152,7 @@ def test_a_verdict_that_an_edge_leaves_open_begins_with_the_reason():
     summary = study.summarize(measured(steps=everywhere(50, 20), ends={("residual", "from 0"): 0.5}))
     *_, faster, ends = [claim.judge(summary) for claim in study.CLAIMS]
     assert [each.verdict for each in (faster, ends)] == ["does not hold"] * 2
-    assert "'none, from 0' is 42.0 (42.0 to 42.0) points below 'batch norm'" in ends.sentence
+    assert "'none, from 0' is 42.0 points worse (42.0 to 42.0) than 'batch norm'" in ends.sentence
     for row in summary["arms"]:
         row["edge"], row["end_edge"] = "lowest" * (row["arm"] == "batch norm"), "highest" * (row["arm"] == "from 0")
     *_, faster, ends = [claim.judge(summary) for claim in study.CLAIMS]

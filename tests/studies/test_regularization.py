@@ -127,7 +127,7 @@ def test_the_title_of_the_figure_says_what_came_out():
     title = " ".join(figure.get_suptitle().split())
     assert title == (
         "With labels as they are batch norm helps; with 40 % of the labels noise it harms "
-        "Errors: 14.7 % (none 19.7 %) and 19.7 % (none 17.7 %); with dropout, too, 19.7 % and 19.7 %"
+        "Errors: 14.7 % (none 19.7 %) and 19.7 % (none 17.7 %); groups of 40 with dropout 19.7 % and 19.7 %"
     )
     assert len(figure.axes) == 2
     assert len(figure.legends[0].get_texts()) == 4
