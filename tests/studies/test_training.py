@@ -42,6 +42,7 @@ def test_no_row_is_in_two_parts_and_classes_have_equal_shares(data):
     other = np.concatenate([part.images.reshape(len(part.labels), -1) for part in DATA[data](4)])
     assert whole.shape == (sum(sizes), PIXELS[data])
     np.testing.assert_array_equal(np.sort(whole @ np.arange(PIXELS[data])), np.sort(other @ np.arange(PIXELS[data])))
+    assert (whole.min(), whole.max()) == (0, 1)
     shares = [np.bincount(part.labels, minlength=10) / len(part.labels) for part in split]
     np.testing.assert_allclose(shares, np.broadcast_to(shares[0], (3, 10)), atol=0.01)
 
@@ -82,6 +83,15 @@ def test_training_is_gradient_descent_and_looks_see_it_on_the_way(decay):
             for value, other in zip(jax.tree.leaves(params), jax.tree.leaves(found["params"]), strict=True):
                 np.testing.assert_allclose(other[1, 1, look], value, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["loss"][1, 1], np.mean(np.reshape(losses, (2, 2)), 1), rtol=1e-5)
+
+
+def test_seeds_may_begin_elsewhere():
+    network = Dense((64, 5, 10), Bias())
+    both, second = (
+        sweep(network, Plan((0.1,), seeds, 2, 4, first_seed=first), {}) for seeds, first in ((2, 3), (1, 4))
+    )
+    np.testing.assert_allclose(both["loss"][1:], second["loss"], rtol=1e-5)
+    assert both["loss"][0] != both["loss"][1]
 
 
 def test_the_loss_is_the_cross_entropy():
