@@ -54,7 +54,7 @@ def _section(result: Result) -> str:
     notes = [*map(_plain, result.sheet.notes), f"{result.made}. All numbers: [{RESULTS}]({name}/{RESULTS})."]
     parts = [
         f"## {name}\n\n{question}\n",
-        f"![{question}]({name}/{FIGURE})\n",
+        f"![{_plain(result.title)}]({name}/{FIGURE})\n",
         readme.markdown(["the claim", "here", "what came out"], claims),
         numbers,
         "".join(f"- {note}\n" for note in notes),

@@ -101,9 +101,9 @@ def rates_of(extent: Extent, batch_size: int) -> list[float]:
 def reason_of_none(arm: str, batch_size: int) -> str:
     """Return why an arm is not measured at a batch size, "" where it is."""
     if batch_size == 1 and arm in OF_BATCHES:
-        return "one row has no variance, and would be normalized to 0 in every feature"
+        return "batch norms at 1 row: it has no variance, and would be normalized to 0 in every feature"
     if arm == "ghost" and batch_size <= GHOST:
-        return "plain, as the batch is no larger than a group"
+        return f"ghost up to {GHOST} rows: it is plain, as the batch is no larger than a group"
     return ""
 
 
@@ -299,13 +299,13 @@ def tabulate(summary: Summary) -> Sheet:
         texts = [_cell(found[arm, batch_size]) if (arm, batch_size) in found else "-" for arm in ARMS]
         rows.append((str(batch_size), *texts))
     missing = [(arm, size) for size in summary["batch_sizes"] for arm in ARMS if (arm, size) not in found]
-    reasons = {reason_of_none(arm, size): arm for arm, size in missing}
+    reasons = dict.fromkeys(reason_of_none(arm, size) for arm, size in missing)
     arms = "; ".join(f"{name}: {arm.what}" for name, arm in ARMS.items())
     notes = [
         f"Test accuracy (%) with its 95 % interval over {summary['seeds']} seeds (Student's t), by rows a batch. "
         f"Each arm at its own best of {summary['rates']} rates, by validation rows; {summary['examples']} rows seen.",
         f"{arms}.",
-        *(f"-: {reason}." for reason in reasons if reason),
+        *(f"No number of {reason}." for reason in reasons if reason),
     ]
     name = {id(row): f"{row['arm']} at {row['batch_size']}" for row in summary["arms"]}
     notes += note_edges((name[id(row)], row["edge"]) for row in summary["arms"])
@@ -328,11 +328,12 @@ def draw(summary: Summary) -> Figure:
         f"With {small} rows a batch, batch norm makes {worst}: {errors['plain']} %,\nbatch renormalization "
         f"{errors['renorm']} %, group norm {errors['group']} %, no norm at all {errors['none']} %"
     )
-    steps = [f"{summary['examples'] // size} steps of {size}" for size in (sizes[0], sizes[-1])]
+    steps = [f"{summary['examples'] // size} of {size}" for size in (sizes[0], sizes[-1])]
     note = (
         f"digits, three hidden layers of 128; mean and 95 % interval of {summary['seeds']} seeds; each arm at its best "
-        f"learning rate;\n{summary['examples']} rows seen: {' or '.join(steps)}; claims compare arms seed by seed: "
-        "intervals that overlap may tell them apart"
+        f"learning rate; {summary['examples']} rows seen: the larger the batch, the fewer steps "
+        f"({' or '.join(steps)}), which alone may add errors; batch norm needs 2 rows; ghost has groups of {GHOST}; "
+        "claims compare arms seed by seed: intervals that overlap may tell them apart"
     )
     figure, axes = blank(title, note)
     for number, ((name, arm), look) in enumerate(zip(ARMS.items(), OF_ARMS, strict=True)):

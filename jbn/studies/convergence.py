@@ -329,8 +329,9 @@ def draw(summary: Summary) -> Figure:
     note = (
         f"Above: mean and 95 % interval of {summary['seeds']} seeds on test rows, each arm at the rate of its fewest "
         f"steps. Below: the 15th, 50th and 85th percentile of what a sigmoid is given (unit {UNIT}, seed 0), and how "
-        "far they move in all, in distances of the outer two, of all units and seeds; ≥: some seeds do not get there, "
-        "so what is slower than the steps allow is left open."
+        f"far they move in all, in distances of the outer two, of all units and seeds. Steps to {LEVEL:.0%}: until a "
+        "seed is first there, geometric mean; the mean curve crosses elsewhere. ≥: some seeds do not get there; such a "
+        "seed counts as all the steps made."
     )
     units = _find(summary, "sigmoid", "none", "batch norm")
     below = [f"a sigmoid, {row['arm']}:\nmoves {np.mean(row['travel']):.2f} distances" for row in units]

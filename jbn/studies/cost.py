@@ -25,7 +25,7 @@ from jbn.studies.timing import interleaved
 # Of the loss and of the norm of its gradient: float32 in another order through all layers.
 AGREE = 1e-3
 SIGNIFICANT = 0.1  # share of the step
-HALF = 0.5  # of what is kept
+HALF = 0.5  # of the temporaries
 MINOR = 0.02  # of the time
 
 
@@ -72,11 +72,12 @@ class Arm:
 ARMS = {
     "none": Arm("none, a bias", Bias),
     "Flax": Arm("batch norm of Flax", OfFlax),
-    "jbn": Arm("batch norm of jbn", BatchNorm),
+    "jbn": Arm("batch norm of jbn\n(this library)", BatchNorm),
     "jbn, remat": Arm("jbn with\nremat_policy", BatchNorm, again=True),
 }
 OF_ARMS = (OF_NONE, LOOKS[1], OF_BATCH_NORM, LOOKS[3])
 OURS, LEANER = "jbn", "jbn, remat"
+MEMORY = ("kept", "temporaries")
 
 
 @dataclass(frozen=True)
@@ -225,20 +226,26 @@ def _percent(value: float) -> str:
     return f"{round(100 * value)}"  # never -0
 
 
-def _span(found: Interval) -> str:
-    return f"{_percent(found.mean)} ({_percent(found.low)} to {_percent(found.high)}) %"
+def _span(found: Interval, digits: int = 0) -> str:
+    mean, low, high = (f"{round(100 * value, digits) + 0:.{digits}f}" for value in (found.mean, found.low, found.high))
+    return f"{mean} ({low} to {high}) %"
+
+
+def _elsewhere(summary: Summary, say: Callable[[str], str]) -> str:
+    """Return what is said of the networks other than the last one, "" where there are none."""
+    return ", ".join(f"{name} {say(name)}" for name in summary["networks"][:-1])
 
 
 def _is_significant(summary: Summary) -> Outcome:
     last = summary["networks"][-1]
     shares = {arm: share(find(summary, last, arm)) for arm in ("Flax", OURS)}
-    others = [f"{name} {_percent(share(find(summary, name, OURS)).mean)} %" for name in summary["networks"][:-1]]
+    others = _elsewhere(summary, lambda name: _span(share(find(summary, name, OURS))))
     sentence = (
         f"Of a step of the {last}, {_span(shares['Flax'])} with Flax's batch norm, {_span(shares[OURS])} with jbn's; "
         f"significant is {_percent(SIGNIFICANT)} %."
     )
     if others:
-        sentence += f" jbn's in other networks: {', '.join(others)}."
+        sentence += f" jbn's in other networks: {others}."
     return Outcome(sentence, decide(shares[OURS], least=SIGNIFICANT))
 
 
@@ -257,25 +264,45 @@ def _moves_more(summary: Summary) -> Outcome:
     return Outcome(sentence, decide(Interval(added / rest, added / rest, added / rest), most=0.5))
 
 
-def _saves(summary: Summary) -> Outcome:
+def _beside(summary: Summary, network: str, what: str, arm: str, other: str = "none") -> float:
+    """Return the bytes of an arm as a multiple of those of another; NaN where the compiler tells none."""
+    ours, theirs = (find(summary, network, each)[what] for each in (arm, other))
+    return float(ours / theirs) if ours and theirs else math.nan
+
+
+def _say_less(ratio: float) -> str:
+    return f"{_percent(abs(1 - ratio))} % {'more' if round(ratio, 2) > 1 else 'less'}"
+
+
+def _say_bytes(summary: Summary, what: str, begin: str, beside: str = "") -> str:
     last = summary["networks"][-1]
-    kept = {arm: find(summary, last, arm)["kept"] for arm in ARMS}
-    saved = 1 - kept[LEANER] / kept["Flax"]  # which keeps what the norms of most libraries keep
-    shown = ", ".join(f"{arm} {_size(value)}" for arm, value in kept.items())
-    sentence = (
-        f"Kept of a step of the {last}: {shown}. Of what Flax keeps, {_percent(saved)} % are saved, of what jbn keeps "
-        f"otherwise {_percent(1 - kept[LEANER] / kept[OURS])} %."
-    )
-    return Outcome(sentence, decide(Interval(saved, saved, saved), least=HALF))
+    shown = ", ".join(f"{_size(find(summary, last, arm)[what])} ({arm})" for arm in ARMS)
+    of_flax, of_ours = (_say_less(_beside(summary, last, what, LEANER, other)) for other in ("Flax", OURS))
+    return f"{begin} {shown}. The last is {of_flax} than Flax's{beside}, {of_ours} than jbn's otherwise."
+
+
+def _saves(summary: Summary) -> Outcome:
+    """Judge what a step holds at its peak, for which there must be room; Flax keeps what most libraries keep."""
+    kept = _say_bytes(summary, "kept", "Kept for the backward pass, by what is differentiated, are")
+    of_flax = {name: _beside(summary, name, "temporaries", LEANER, "Flax") for name in summary["networks"]}
+    least = float(np.min([*of_flax.values()]))
+    if math.isnan(least):
+        return Outcome(
+            f"The compiler does not tell what a step has at its peak. {kept}", "not decided within the intervals"
+        )
+    others = _elsewhere(summary, lambda name: _say_less(of_flax[name]))
+    begin = f"At its peak a step of the {summary['networks'][-1]}, compiled for this machine, has temporaries of"
+    peak = _say_bytes(summary, "temporaries", begin, f" (in other networks: {others})" * bool(others))
+    most = f"To save up to {_percent(HALF)} % is to save as much in one network at least."
+    return Outcome(f"{peak} {kept} {most}", decide(Interval(1 - least, 1 - least, 1 - least), least=HALF))
 
 
 def _is_minor(summary: Summary) -> Outcome:
     last = summary["networks"][-1]
     longer = more(find(summary, last, LEANER))
-    sentence = (
-        f"A step of the {last} takes {100 * longer.mean:.1f} ({100 * longer.low:.1f} to {100 * longer.high:.1f}) % "
-        "more than with jbn otherwise."
-    )
+    others = _elsewhere(summary, lambda name: _span(more(find(summary, name, LEANER)), 1))
+    sentence = f"A step of the {last} takes {_span(longer, 1)} more than with jbn otherwise"
+    sentence += f"; in other networks: {others}." if others else "."
     return Outcome(sentence, decide(longer, most=MINOR))
 
 
@@ -296,7 +323,7 @@ CLAIMS = (
         IN_PLACE,
         _saves,
     ),
-    Claim("That takes only 0.8 to 2 % more time", IN_PLACE, _is_minor),
+    Claim("To find it again takes only 0.8 to 2 % more time", IN_PLACE, _is_minor),
 )
 
 
@@ -322,7 +349,7 @@ def tabulate(summary: Summary) -> Sheet:
         f"Each is of ratios of its own: in a repeat the steps take turns {summary['rounds']} times, a ratio is of one "
         "turn, and their median counts, so that one does not follow from the other.",
         "MB: kept from the forward to the backward pass, by what is differentiated; temp: temporaries of the whole "
-        "step; moved: read and written, both by the compiler of this machine.",
+        "step at its peak; moved: read and written, both by the compiler of this machine.",
         "remat: jax.checkpoint with jbn.remat_policy(), which computes what norms return again. Losses and gradients "
         f"agree to {AGREE:g} before anything is timed; without norms they are others. What the compilers of "
         "TPUs and GPUs make of such steps: python -m benchmarks.passes chains, in a checkout.",
@@ -330,39 +357,51 @@ def tabulate(summary: Summary) -> Sheet:
     return Sheet(("step", "share", "more", "kept", "temp", "moved"), tuple(rows), notes)
 
 
+NAMES = {"Flax": "Flax", OURS: "jbn", LEANER: "jbn with remat_policy"}
+
+
 def draw(summary: Summary) -> Figure:
-    """Draw the share of the step, and what is kept for the backward pass, by networks and arms."""
-    last = summary["networks"][-1]
-    names = {"Flax": "Flax", OURS: "jbn", LEANER: "jbn with remat_policy", "none": "none"}
-    taken = {arm: _percent(share(find(summary, last, arm)).mean) for arm in names}
-    kept = {arm: find(summary, last, arm)["kept"] / find(summary, last, "none")["kept"] for arm in names}
-    least = min(kept, key=lambda arm: kept[arm])
-    others = [arm for arm in names if arm not in ("none", least)]
-    title = (
-        f"In the {last}, {names[least]} keeps least for the backward pass: {kept[least]:.2f} times what "
-        f"none keeps ({', '.join(f'{names[arm]} {kept[arm]:.2f}' for arm in others)}), and takes {taken[least]} % "
-        f"of the step ({', '.join(f'{names[arm]} {taken[arm]} %' for arm in others)})"
+    """Draw the share of the step, what is kept for the backward pass, and what is held at the peak."""
+    note = (
+        f"{summary['device']}; share: what is gone without norms, so none has no mark; 95 % intervals of "
+        f"{summary['repeats']} repeats. Kept: by what is differentiated; at the peak: temporaries of the whole step, "
+        "compiled for this machine. remat_policy, of jbn: what norms return is not kept, but computed again"
     )
-    note = f"{summary['device']}; shares of the step with 95 % intervals of {summary['repeats']} repeats; "
-    note += "remat_policy: what norms return is computed again"
-    figure, (time, memory) = panels(title, note, ("share of the step", "kept for the backward pass"), height=4.9)
+    names = ("share of the step", "kept for the backward pass", "held at the peak")
+    figure, (time, *memory) = panels(_title(summary), note, names, height=4.9)
     places = np.arange(len(summary["networks"]))
     for number, ((name, arm), look) in enumerate(zip(ARMS.items(), OF_ARMS, strict=True)):
         rows = [find(summary, network, name) for network in summary["networks"]]
         at = (places + 0.15 * (number - 1.5)).tolist()
-        relative = [row["kept"] / find(summary, row["network"], "none")["kept"] for row in rows]
-        memory.plot(at, relative, markersize=7, label=arm.label, **replace(look, line="none").style)
+        for axes, what in zip(memory, MEMORY, strict=True):
+            bytes_beside = [_beside(summary, network, what, name) for network in summary["networks"]]
+            axes.plot(at, bytes_beside, markersize=6, label=arm.label, **replace(look, line="none").style)
         if name != "none":
             scaled = [Interval(*(100 * value for value in asdict(share(row)).values())) for row in rows]
             draw_intervals(time, at, scaled, replace(look, line="none"), arm.label)
     time.axhline(0, color="0.4", linewidth=0.8)
     time.set(ylabel="share of the step (%)")
-    memory.set(ylabel="bytes, without norms = 1", ylim=(0, None))
-    for axes in (time, memory):
+    memory[0].set_ylabel("bytes, without norms = 1")
+    for axes in (time, *memory):
         axes.set_xticks(places, summary["networks"])
         axes.set_xlim(-0.5, len(places) - 0.5)
-    put_legend_beside(figure, memory)
+        axes.set_ylim((min(0, axes.get_ylim()[0]), None))
+    put_legend_beside(figure, *memory)
     return figure
+
+
+def _title(summary: Summary) -> str:
+    """Say which norm keeps least and which holds least at the peak, and the share of the step of each."""
+    last = summary["networks"][-1]
+    told = []
+    for what, verb in zip(MEMORY, ("keeps least for the backward pass", "holds least at the peak"), strict=True):
+        found = {name: _beside(summary, last, what, arm) for arm, name in NAMES.items()}
+        if not any(map(math.isnan, found.values())):
+            least = min(found, key=lambda name: found[name])
+            others = ", ".join(f"{name} {value:.2f}" for name, value in found.items() if name != least)
+            told.append(f"{least} {verb}, {found[least]:.2f} times{' as much as none' * (not told)} ({others})")
+    shares = ", ".join(f"{name} {_percent(share(find(summary, last, arm)).mean)} %" for arm, name in NAMES.items())
+    return f"In the {last}, {'; '.join(told)}. Shares of the step: {shares}"
 
 
 COST = Study(

@@ -45,7 +45,7 @@ LOOKS = (
     Look("#D55E00", "^", "-"),
     Look("#56B4E9", "D", (0, (1, 1))),
     Look("#009E73", "v", (0, (6, 1, 1, 1)), hollow=True),
-    Look("#CC79A7", "P", (0, (3, 1, 1, 1, 1, 1))),
+    Look("#CC79A7", "P", (0, (3, 1, 1, 1, 1, 1)), hollow=True),
     Look("#777777", "X", (0, (2, 2)), hollow=True),
 )
 # What is in most studies looks the same in all of them.

@@ -221,7 +221,11 @@ def _compare(
 def _when(summary: Summary, batch_size: int, when: str) -> str:
     steps = summary["examples"] // batch_size
     early = steps * max(1, summary["looks"] // 4) // summary["looks"]
-    words = {"early": f"in the first {early} steps", "whole": f"over all {steps} steps", "end": f"after {steps} steps"}
+    words = {
+        "early": f"on average over the first {early} steps",
+        "whole": f"on average over all {steps} steps",
+        "end": f"after {steps} steps",
+    }
     return f"Batches of {batch_size}, {words[when]}"
 
 
@@ -246,7 +250,8 @@ def _agree(summary: Summary) -> Outcome:
     return _compare(summary, LARGE, "end", POPULATION, "0.9", least=-SAME, most=SAME)
 
 
-MIXED = "Asked here; the two conventions: torch.nn.BatchNorm2d, the note on momentum"
+MIXED = "PyTorch's momentum 0.1 (here 0.9), taken for the weight of the old value, costs accuracy"
+CONVENTIONS = "Asked here; the two conventions: torch.nn.BatchNorm2d, the note on momentum"
 CLAIMS = (
     Claim(
         "Early in training the statistics of the population evaluate better than running ones",
@@ -264,18 +269,19 @@ CLAIMS = (
         _agree,
     ),
     Claim(
-        "Networks that small batches have trained do better by the statistics of such batches than by the population's",
+        f"Networks that batches of {SMALL} have trained do better by the statistics of such batches than by the "
+        "population's",
         "Wu and Johnson 2021, section 4, with convolutions",
         _batches_beat_population,
     ),
     Claim(
-        "PyTorch's momentum 0.1 (here 0.9), taken for the weight of the old value, costs accuracy with large batches",
-        MIXED,
+        f"{MIXED} with batches of {LARGE}",
+        CONVENTIONS,
         _is_better(LARGE, "end", "0.9", "0.1"),
     ),
     Claim(
-        "PyTorch's momentum 0.1 (here 0.9), taken for the weight of the old value, costs accuracy with small batches",
-        MIXED,
+        f"{MIXED} with batches of {SMALL}",
+        CONVENTIONS,
         _is_better(SMALL, "end", "0.9", "0.1"),
     ),
     Claim(
@@ -289,7 +295,7 @@ CLAIMS = (
         _is_better(LARGE, "whole", "debiased", "0.99"),
     ),
     Claim(
-        "With small batches the unbiased variance, n/(n - 1) times that of the batch, evaluates better",
+        f"With batches of {SMALL} the unbiased variance, n/(n - 1) times that of the batch, evaluates better",
         "Asked here; Ioffe and Szegedy 2015, algorithm 2, evaluate with it",
         _is_better(SMALL, "end", "unbiased", "debiased"),
     ),
@@ -350,9 +356,8 @@ def draw(summary: Summary) -> Figure:
         places = [steps * look / summary["looks"] for look in range(1, summary["looks"] + 1)]
         for name, (label, look) in DRAWN.items():
             draw_bands(axes, places, [_error(each) for each in found["curves"][name]], look, label)
-        axes.set(yscale="log", ylabel="errors on test rows (%)")
+        axes.set(yscale="log", xlabel="steps", ylabel="errors on test rows (%)")
         name_places(axes, (1, 2, 3, 5, 10, 20, 50, 90))
-    grid[-1].set_xlabel("steps")
     put_legend_beside(figure, *grid)
     return figure
 

@@ -199,8 +199,8 @@ def _trains_at_more(summary: Summary) -> Outcome:
     told = {arm: _tell(interval(_trained(summary, arm)), ".0f") for arm in ARMS}
     verdict = decide(bounds, least=0)
     sentence = (
-        f"Of {len(_pairs(summary))} pairs of gain and depth {told['batch']} % come to {TRAINED} % of the test rows "
-        f"with batch norm, {told['none']} % without; difference {_tell(by, '.0f')} points."
+        f"Of {len(_pairs(summary))} pairs of gain and depth {told['batch']} % reach {TRAINED} % accuracy on test "
+        f"rows with batch norm, {told['none']} % without; difference {_tell(by, '.0f')} points."
     )
     edges = {arm: sum(bool(row["edge"]) for row in summary["cells"] if row["arm"] == arm) for arm in ARMS}
     if any(edges.values()):
@@ -317,13 +317,17 @@ def tabulate(summary: Summary) -> Sheet:
 def draw(summary: Summary) -> Figure:
     """Draw accuracies on test rows by gain and depth, a panel per arm."""
     means = {arm: _grid(summary, arm).mean(0) for arm in ARMS}
+    growth = {arm: f"{np.mean(summary['growth'][arm]):.3f}" for arm in ARMS}
     gains, depths = summary["gains"], summary["depths"]
-    edges = sum(bool(row["edge"]) for row in summary["cells"])
+    counts = [(LABELS[arm], sum(bool(row["edge"]) for row in summary["cells"] if row["arm"] == arm)) for arm in ARMS]
+    edges = ", ".join(f"{count} cells of '{label}'" for label, count in counts if count)
+    edges = f" (at an edge of the grid in {edges}: a better one may lie outside)" * bool(edges)
     note = (
         f"Accuracy on test rows of digits (%), means of {summary['seeds']} seeds, each cell at its own best of "
-        f"{summary['rates']} learning rates (in {edges} cells an edge of the grid: a better one may lie outside); "
-        f"{summary['steps']} steps of {BATCH} rows. Gain: of all kernels, 1 as He et al. 2015 draw them for ReLU. "
-        f"Gradients: of kernels, in a network of {summary['deep']['layers']} layers."
+        f"{summary['rates']} learning rates{edges}; {summary['steps']} steps of {BATCH} rows. The title counts pairs "
+        "in each seed: cells counted here may differ. Gain: of all kernels, 1 as He et al. 2015 draw them for ReLU. "
+        f"Not drawn: before training the gradient of a kernel is {growth['batch']} times that of the next layer's with "
+        f"batch norm, {growth['none']} times without, in a network of {summary['deep']['layers']} layers."
     )
     figure, grid = panels(_title(summary), note, [LABELS[arm] for arm in ARMS], height=4.2, sharey=True)
     for axes, values in zip(grid, means.values(), strict=True):
@@ -336,15 +340,13 @@ def draw(summary: Summary) -> Figure:
 
 
 def _title(summary: Summary) -> str:
-    """Say at how many pairs of gain and depth networks train, and how gradients grow."""
+    """Say at how many pairs of gain and depth networks train."""
     by, _ = _gain_by_batch_norm(summary)
     more = ("about as many", "more", "fewer")[int(by.low > 0) - int(by.high < 0)]
     share = {arm: f"{_trained(summary, arm).mean():.0f}" for arm in ARMS}
-    growth = {arm: f"{np.mean(summary['growth'][arm]):.3f}" for arm in ARMS}
     return (
-        f"Batch norm trains at {more} gains and depths: {share['batch']} % of the pairs come to {TRAINED} % of the "
-        f"test rows, without it {share['none']} %. Before training the gradient of a layer is {growth['batch']} times "
-        f"that of the next one with batch norm, {growth['none']} times without"
+        f"Batch norm trains at {more} gains and depths: {share['batch']} % of the pairs reach {TRAINED} % accuracy on "
+        f"test rows, without it {share['none']} %"
     )
 
 

@@ -149,7 +149,7 @@ def say_better(found: Interval) -> str:
 def weigh(found: Interval, same: float) -> str:
     """Return in words whether two arms are called the same: where they are less than ``same`` apart."""
     verdict = decide(found, least=-same, most=same)
-    place = {"holds": "within", "does not hold": "beyond"}.get(verdict, "within or beyond")
+    place = {"holds": "within", "does not hold": "beyond"}.get(verdict, "perhaps beyond")
     return f"{place} the {points(same)} that are called the same"
 
 

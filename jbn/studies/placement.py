@@ -151,9 +151,9 @@ def _compare(
     return conclude(" ".join([sentence, *more]), by, edges, least=least, most=most)
 
 
-def _is_better(one: str, other: str) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether an arm beats another by more than what is called the same."""
-    return lambda summary: _compare(summary, one, other, least=SAME)
+def _is_better(one: str, other: str, *more: str, least: float) -> Callable[[Summary], Outcome]:
+    """Return the judgement whether an arm beats another by more than so much."""
+    return lambda summary: _compare(summary, one, other, *more, least=least)
 
 
 def _is_of_no_use(arm: str) -> Callable[[Summary], Outcome]:
@@ -169,14 +169,14 @@ def _is_of_no_use(arm: str) -> Callable[[Summary], Outcome]:
 
 CLAIMS = (
     Claim(
-        "Before the activation is the better place",
+        f"Before the activation is the better place, by more than {points(SAME)} points",
         "Ioffe and Szegedy 2015, section 3.2: there the distribution is likely more symmetric",
-        _is_better("before", "after"),
+        _is_better("before", "after", least=SAME),
     ),
     Claim(
         "After the activation is slightly better",
         "Mishkin et al. 2016, section 3: on ImageNet",
-        _is_better("after", "before"),
+        _is_better("after", "before", "Slightly is by any number above 0.", least=0),
     ),
     Claim(
         "A bias before the norm is of no use",
@@ -259,15 +259,12 @@ def _count_equal(values: np.ndarray) -> np.ndarray:
 
 
 def _title(summary: Summary) -> str:
-    """Return whether the place matters, with how far the two are apart, and how far it is to no norm."""
-    by, verdict = _better(summary, "after", "before"), _compare(summary, "after", "before", most=SAME).verdict
-    found = {
-        "holds": f"Within {points(SAME)} points batch norm does as well after the ReLU as before it",
-        "does not hold": f"Batch norm does better {'before' if by.mean < 0 else 'after'} the ReLU",
-        "not decided within the intervals": "It is not decided whether batch norm does as well after the ReLU",
-    }[verdict]
-    after, none = (say_better(_better(summary, arm, "before")) for arm in ("after", "none"))
-    return f"{found}: after it {after}, with no norm {none}"
+    """Return how far the two places are apart, whether that is called the same, and how far it is to no norm."""
+    by, none = (_better(summary, arm, "before") for arm in ("after", "none"))
+    place = weigh(open_at_edges(by, [(arm, summary["arms"][arm]["edge"]) for arm in ("after", "before")]), SAME)
+    return (
+        f"After the ReLU batch norm is {say_better(by)} than before it, {place}; with no norm it is {say_better(none)}"
+    )
 
 
 PLACEMENT = Study(

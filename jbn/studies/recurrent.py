@@ -17,6 +17,7 @@ from jbn.studies.intervals import Interval, choose_rate, interval, note_edges, p
 from jbn.studies.recurrent_claims import (
     ARMS,
     CLAIMS,
+    EDGES,
     LARGE,
     LEVEL,
     SCALES,
@@ -32,7 +33,6 @@ from jbn.studies.sequences import Effort, Reader, Sequences, split, steps_to, tr
 from jbn.studies.study import Cell, Measured, Numbers, Settings, Sheet, Size, Study, Summary
 
 CLASSES, ROWS = 10, 64
-EDGES = ("edge", "soonest_edge")
 # What the figure shows of the tanh networks.
 SHOWN: dict[str, tuple[float, str, Look]] = {
     "BN, γ = 1, orthogonal": (1.0, "orthogonal", LOOKS[3]),
@@ -195,7 +195,8 @@ def tabulate(summary: Summary) -> Sheet:
         "pixels each. tanh: not trained, 64 steps, a pixel each; one norm of both parts, the identity for a recurrent "
         "kernel, or two norms, or an orthogonal kernel; tanh'=1: the derivative is taken for 1.",
     ]
-    notes += note_edges(dict.fromkeys((row["arm"], row[edge]) for row in summary["lstm"] for edge in EDGES))
+    for edge, rate in EDGES.items():
+        notes += note_edges(((row["arm"], row[edge]) for row in summary["lstm"]), rate)
     never = [f"{row['never']} of {row['arm']}" for row in summary["lstm"] if row["never"]]
     if never:
         most = summary["steps"] + summary["look"]
@@ -226,8 +227,9 @@ def draw(summary: Summary) -> Figure:
         "identity or an orthogonal matrix for a recurrent kernel. BN: batch norm. Claims compare arms seed by seed: "
         "intervals that overlap may tell them apart."
     )
-    edges = [f"'{ARMS[row['arm']].label}'" for row in summary["lstm"] if any(row[edge] for edge in EDGES)]
-    note += f" The best rate of {', '.join(edges)} is at an edge of the grid." * bool(edges)
+    for edge, rate in EDGES.items():
+        at_edges = [f"'{ARMS[row['arm']].label}'" for row in summary["lstm"] if row[edge]]
+        note += f" {rate} of {', '.join(at_edges)} is at an edge of the grid." * bool(at_edges)
     names = ("LSTMs: accuracy", "LSTMs: how soon", "tanh networks, not trained: gradient")
     figure, (accuracy, steps, begun) = panels(_title(summary), note, names, height=4.6)
     rows = [find_lstm(summary, arm) for arm in ARMS if arm in {row["arm"] for row in summary["lstm"]}]
@@ -238,8 +240,8 @@ def draw(summary: Summary) -> Figure:
             axes.errorbar(found.mean, place, xerr=found.half, capsize=3, markersize=7, **style)
         axes.set_yticks(range(len(rows)), [ARMS[row["arm"]].label for row in rows] if axes is accuracy else [])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-    accuracy.set_xlabel("test rows correct (%)")
-    steps.set_xlabel(f"steps to {LEVEL:.0%} of test rows")
+    accuracy.set_xlabel("test accuracy (%)")
+    steps.set_xlabel(f"steps to {LEVEL:.0%}")
     measured = {(row["scale"], row["network"]): row["path"] for row in summary["tanh"]}
     for label, (scale, network, look) in SHOWN.items():
         if path := measured.get((scale, network)):
@@ -251,7 +253,7 @@ def draw(summary: Summary) -> Figure:
 
 
 def _title(summary: Summary) -> str:
-    """Say which γ is sooner and which more accurate, and what the gradient of tanh networks is multiplied by."""
+    """Say which γ is sooner and which more accurate, and what is left of the gradient of tanh networks."""
     small, large = (find_lstm(summary, arm) for arm in (SMALL, LARGE))
     told = by_steps(summary, LARGE, SMALL)[1], by_accuracy(summary, SMALL, LARGE)[1]
     speed, quality = (int(by.low > 0) - int(by.high < 0) for by in told)
@@ -263,7 +265,7 @@ def _title(summary: Summary) -> str:
     )
     kinds = {"": "with an identity kernel", "orthogonal": "with an orthogonal one"}
     left = [
-        f"{factor(interval(row['first']).mean)} {kinds[row['network']]}"
+        f"{kinds[row['network']]} {factor(interval(row['first']).mean)} times"
         for row in summary["tanh"]
         if row["scale"] == 1 and row["network"] in kinds
     ]
@@ -271,7 +273,7 @@ def _title(summary: Summary) -> str:
         f"With batch norm an LSTM learns {('about as fast', 'faster', 'more slowly')[speed]} at γ = 1 than at γ = 0.1 "
         f"({say_steps(large)} against {say_steps(small)} steps), and at γ = 0.1 it ends "
         f"{('about as', 'more', 'less')[quality]} accurate ({accuracy[SMALL]} against {accuracy[LARGE]} %){without}. "
-        f"Back in time the gradient of tanh networks at γ = 1 is multiplied by {', by '.join(left)}"
+        f"In tanh networks at γ = 1 the gradient of the first step in time is {', '.join(left)} that of the last"
     )
 
 

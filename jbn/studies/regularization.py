@@ -11,7 +11,6 @@ from jbn.studies.figures import (
     LOOKS,
     OF_BATCH_NORM,
     OF_NONE,
-    draw_bands,
     draw_intervals,
     name_places,
     panels,
@@ -211,28 +210,38 @@ CLEAN, NOISY = min, max
 
 
 def _gap_falls(noise: Noise) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether the gap rises with the group: the slope of each seed over the logarithm.
+    """Return the judgement whether the gap rises with the group: the slope of each seed, among groups of one rate.
 
-    What cannot fit the training rows, with labels as they are, has a small gap for this reason, and no part in it.
+    The rate moves the gap too. What cannot fit the training rows, with labels as they are, has a small gap for this
+    reason, and no part in it.
     """
 
     def judge(summary: Summary) -> Outcome:
         fits = {row["group"]: float(np.mean(row["training"])) for row in _groups(summary, CLEAN(summary["noises"]))}
         rows = [row for row in _groups(summary, noise(summary["noises"])) if fits[row["group"]] >= 1 - SAME]
         poor = ", ".join(f"bn {group} ({points(fit)} %)" for group, fit in fits.items() if fit < 1 - SAME)
-        without = f"Groups that fit less than {1 - SAME:.0%} of the training rows have no part in it: {poor}."
-        if len(rows) < 2:
-            return Outcome(without, "not decided within the intervals")
-        gaps = np.array([row["gap"] for row in rows])
-        by = interval(np.polyfit(np.log2([row["group"] for row in rows]), gaps, 1)[0])
-        ways = "though not at each" if (np.diff(gaps.mean(1)) < 0).any() else "at each"
-        shown = ", ".join(f"{row['arm']}: {_mean(row, 'gap')}" for row in rows)
-        sentence = f"Training less test, {shown} points; with each doubling it grows by {say_points(by)}, {ways} step."
+        unfit = f"Groups that fit less than {1 - SAME:.0%} of the training rows where labels are as they are"
+        beside = [f"{unfit} have no part in it: {poor}."] * bool(poor)
+        if (by := _slope(rows)) is None:
+            return Outcome(" ".join(["No two groups have the same rate.", *beside]), "not decided within the intervals")
+        gaps: dict[float, list[str]] = {}
+        for row in rows:
+            gaps.setdefault(row["rate"], []).append(f"{row['arm']}: {_mean(row, 'gap')}")
+        shown = "; ".join(f"at rate {rate:g} {', '.join(each)}" for rate, each in gaps.items())
+        sentence = f"Training less test, {shown} points; at the same rate it grows by {say_points(by)} a doubling."
         edges = note_edges((row["arm"], row["edge"]) for row in rows)
         verdict = decide(leave_open(by, low=bool(edges), high=bool(edges)), least=0)
-        return Outcome(" ".join([*edges, sentence, *([without] if poor else [])]), verdict)
+        return Outcome(" ".join([*edges, sentence, *beside]), verdict)
 
     return judge
+
+
+def _slope(rows: Sequence[dict[str, Any]]) -> Interval | None:
+    """Return by how much the gap grows with each doubling of the group, among those of one rate; None for no two."""
+    same = np.equal.outer(*[[row["rate"] for row in rows]] * 2)
+    # From the middle of those of its rate.
+    doublings = (np.eye(len(rows)) - same / same.sum(1, keepdims=True)) @ np.log2([row["group"] for row in rows])
+    return interval(doublings @ [row["gap"] for row in rows] / (doublings @ doublings)) if doublings.any() else None
 
 
 Pick = Callable[[Summary, float], dict[str, Any]]
@@ -266,7 +275,7 @@ def _dropout_can_go(noise: Noise) -> Callable[[Summary], Outcome]:
     return judge
 
 
-LUO = "Luo et al. 2019, section 2"
+LUO = "Luo et al. 2019, section 2: the noise of batch statistics regularizes, and less the larger the batch"
 HOFFER = "Hoffer et al. 2017, algorithm 1 and table 1"
 IOFFE = "Ioffe and Szegedy 2015, section 3.4: removed, or reduced in strength; here removed"
 CLAIMS = (
@@ -281,12 +290,12 @@ CLAIMS = (
         _is_better(NOISY, _best_group, _arm(0)),
     ),
     Claim(
-        "The noise of batch statistics regularizes, and less the larger the batch: training and test come apart",
+        "At the same rate training and test come apart the more the larger the batch",
         LUO,
         _gap_falls(CLEAN),
     ),
     Claim(
-        "Where labels are noise, too, training and test come apart the more the larger the batch",
+        "At the same rate training and test come apart the more the larger the batch where labels are noise, too",
         LUO,
         _gap_falls(NOISY),
     ),
@@ -314,22 +323,16 @@ def tabulate(summary: Summary) -> Sheet:
     """Return accuracies on test rows and gaps, a row per arm, two columns per share of noise."""
     names = list(dict.fromkeys(row["arm"] for row in summary["arms"]))
     found = {(row["arm"], row["noise"]): row for row in summary["arms"]}
-    heading = [f"{what} {noise:.0%}" for noise in summary["noises"] for what in ("test", "gap")]
-    rows = [
-        (
-            name,
-            *(say_half(interval(found[name, noise][what])) for noise in summary["noises"] for what in ("test", "gap")),
-        )
-        for name in names
-    ]
+    heading = [f"{what} {noise:.0%}" for noise in summary["noises"] for what in ("rate", "test", "gap")]
+    rows = [(name, *(text for noise in summary["noises"] for text in _texts(found[name, noise]))) for name in names]
     notes = [
-        f"Test: accuracy (%) on test rows; gap: the accuracy on training rows, with the labels that training saw, less "
-        f"that (below 0 where noise among these labels is not learned: test labels have none); each with its 95 % "
-        f"interval over {summary['seeds']} seeds (Student's t). Beside them, the share of the {ROWS} training labels "
-        f"that are drawn anew.",
+        f"Rate: the best of {summary['rates']} by validation rows; test: accuracy (%) on test rows; gap: the accuracy "
+        "on training rows, with the labels that training saw, less that (below 0 where noise among these labels is not "
+        f"learned: test labels have none); each with its 95 % interval over {summary['seeds']} seeds (Student's t). "
+        f"Beside them, the share of the {ROWS} training labels that are drawn anew.",
         f"bn: batch norm by the statistics of so many rows of the whole batch of {ROWS}; drop: dropout of this share "
-        f"after each activation; none: a bias alone. Each at its own best of {summary['rates']} rates, by validation "
-        f"rows, {summary['steps']} steps. Where labels are noise a low rate regularizes too, and any arm may have it.",
+        f"after each activation; none: a bias alone. {summary['steps']} steps. Where labels are noise a low rate "
+        "regularizes too, and any arm may have it.",
     ]
     at = {id(row): f"{row['arm']} at {row['noise']:.0%}" for row in summary["arms"]}
     notes += note_edges((at[id(row)], row["edge"]) for row in summary["arms"])
@@ -337,9 +340,13 @@ def tabulate(summary: Summary) -> Sheet:
     return Sheet(("arm", *heading), tuple(rows), tuple(notes))
 
 
+def _texts(row: dict[str, Any]) -> tuple[str, ...]:
+    return f"{row['rate']:g}", *(say_half(interval(row[what])) for what in ("test", "gap"))
+
+
 def draw(summary: Summary) -> Figure:
     """Draw errors against the group, a panel per share of noise."""
-    noises = _noises(summary)
+    noises = sorted({min(summary["noises"]), max(summary["noises"])})
     note = (
         f"{ROWS} of the digits to train with, in one batch, two hidden layers of 128, {summary['steps']} steps; mean, "
         f"95 % interval of {summary['seeds']} seeds (compared one by one); each arm at its best rate; ringed group and "
@@ -352,12 +359,13 @@ def draw(summary: Summary) -> Figure:
         levels = {
             "no normalization": (_find(summary, noise, 0), OF_NONE),
             "dropout, no normalization": (_best_dropout(summary, noise, 0), LOOKS[1]),
-            f"groups of {USUAL} and dropout": (_best_dropout(summary, noise, USUAL), LOOKS[3]),
+            f"batch norm by groups\nof {USUAL}, dropout": (_best_dropout(summary, noise, USUAL), LOOKS[3]),
         }
         draw_intervals(axes, sizes, [_errors(row) for row in groups], OF_BATCH_NORM, "batch norm by groups")
         axes.plot([best["group"]], [_errors(best).mean], "o", markersize=14, markerfacecolor="none", color="0.3")
-        for label, (row, look) in levels.items():
-            draw_bands(axes, [sizes[0] / 1.4, sizes[-1] * 1.4], [_errors(row)] * 2, look, label)
+        for number, (label, (row, look)) in enumerate(levels.items(), 1):
+            # Side by side at both ends, so that in grey, too, each interval is seen to be that of its line.
+            draw_intervals(axes, [sizes[0] / 1.4**number, sizes[-1] * 1.4**number], [_errors(row)] * 2, look, label)
         axes.set(xscale="log", yscale="log", xlabel="rows of a group")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
@@ -365,10 +373,6 @@ def draw(summary: Summary) -> Figure:
     grid[0].set_ylabel("errors on test rows (%), logarithmic")
     put_legend_beside(figure, *grid)
     return figure
-
-
-def _noises(summary: Summary) -> list[float]:
-    return sorted({CLEAN(summary["noises"]), NOISY(summary["noises"])})
 
 
 def _labels(noise: float) -> str:
@@ -379,14 +383,16 @@ def _title(summary: Summary) -> str:
     """Return whether batch norm in its best groups beats none, and then the errors of both, and those with dropout."""
     found: list[str] = []
     errors, both = [], []
-    for noise in _noises(summary):
+    for noise in sorted({min(summary["noises"]), max(summary["noises"])}):
         best, none = _best_group(summary, noise), _find(summary, noise, 0)
         found.append(
             f"ith {_labels(noise)} {'it' if found else 'batch norm'} {_helps(open_at_edges(*_better(best, none)))}"
         )
-        errors.append(f"{_errors(best).mean:.1f} % (none {_errors(none).mean:.1f} %)")
-        both.append(f"{_errors(_best_dropout(summary, noise, USUAL)).mean:.1f} %")
-    return f"W{'; w'.join(found)}\nErrors: {' and '.join(errors)}; groups of {USUAL} with dropout {' and '.join(both)}"
+        errors.append(f"{_errors(best).mean:.1f} (none {_errors(none).mean:.1f})")
+        both.append(f"{_errors(_best_dropout(summary, noise, USUAL)).mean:.1f}")
+    return (
+        f"W{'; w'.join(found)}\nErrors, %: {' and '.join(errors)}; groups of {USUAL} with dropout {' and '.join(both)}"
+    )
 
 
 def _helps(by: Interval) -> str:

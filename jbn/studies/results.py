@@ -53,6 +53,7 @@ class Result:
         claims: each with what came out.
         sheet: the table.
         figure: the bytes of a PNG file.
+        title: of the figure, what came out in a sentence or two.
         seeds: how many; None where the summary does not say.
         versions: of python and packages, by name.
         device: on which it was carried out.
@@ -63,6 +64,7 @@ class Result:
     claims: tuple[Judged, ...]
     sheet: Sheet
     figure: bytes
+    title: str
     seeds: int | None
     versions: dict[str, str]
     device: str
@@ -141,6 +143,7 @@ def _parse(study: Study, content: dict[str, Any], figure: bytes) -> Result:
         tuple(Judged(**each) for each in content["claims"]),
         study.tabulate(content["summary"]),
         figure,
+        " ".join(study.draw(content["summary"]).get_suptitle().split()),
         seeds if isinstance(seeds, int) else None,
         {str(name): str(each) for name, each in content["versions"].items()},
         str(content["device"]),

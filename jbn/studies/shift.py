@@ -57,7 +57,7 @@ QUANTITIES = {
 }
 # As a sentence has them, where the table has no room for it.
 SAID = {
-    "training": "accuracy on training rows",
+    "training": "accuracy on training rows, on average over the steps",
     "change": "change of the gradient",
     "loss_far": "loss range over the same share of the norm",
     "change_far": "change of the gradient in its own length, over the same share of the norm",
@@ -386,7 +386,8 @@ def draw(summary: Summary) -> Figure:
     ends = [end for axes in grid[1:3] for end in axes.get_ylim()]
     for axes in grid[1:]:
         axes.set_ylim((min(ends), max(ends)) if axes in grid[1:3] else None)
-        name_places(axes, [digit * 10.0**power for power in range(-6, 4) for digit in (1, 3)])
+        digits = (1, 3) if np.divide(*axes.get_ylim()) < 1 / 30 else (1, 2, 5)
+        name_places(axes, [digit * 10.0**power for power in range(-6, 4) for digit in digits])
     grid[-1].legend(loc="center left", bbox_to_anchor=(1.15, 0.5), frameon=False, handlelength=4).set_in_layout(False)
     return figure
 
@@ -401,8 +402,9 @@ def _title(summary: Summary) -> str:
     return (
         f"With noise after batch norm a ReLU's inputs drift {('as much as', 'more than', 'less than')[drifts]} without "
         f"norm ({drift[2]} against {drift[0]} deviations), {'yet' if drifts * accuracies > 0 else 'and'} it trains "
-        f"{('as fast', 'faster', 'more slowly')[accuracies]} (accuracy {seen[2]} against {seen[0]} %). Batch norm "
-        f"alone fixes their mean and deviation ({drift[1]}; sums in front of it {sums[1]}): {seen[1]} %"
+        f"{('as fast', 'faster', 'more slowly')[accuracies]} (accuracy {seen[2]} against {seen[0]} % on average over "
+        f"the steps). Batch norm alone fixes their mean and deviation ({drift[1]}; sums in front of it {sums[1]}): "
+        f"{seen[1]} %"
     )
 
 

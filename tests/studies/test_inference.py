@@ -103,9 +103,9 @@ def test_the_title_of_the_figure_says_what_came_out():
     figure = study.draw(study.summarize(measured(**better)))
     title = " ".join(figure.get_suptitle().split())
     assert title == (
-        "Running statistics of a large momentum lag early: batches of 40, in the first 2 steps, errors are 39.7 % by "
-        "0.99, 29.7 % by 0.9, 19.7 % by all training rows (at the end 19.7, 19.7 and 19.7 %). With batches of 4, "
-        "momentum 0.1 ends with 49.7 %, 0.9 with 19.7 %"
+        "Running statistics of a large momentum lag early: batches of 40, on average over the first 2 steps, errors "
+        "are 39.7 % by 0.99, 29.7 % by 0.9, 19.7 % by all training rows (at the end 19.7, 19.7 and 19.7 %). With "
+        "batches of 4, momentum 0.1 ends with 49.7 %, 0.9 with 19.7 %"
     )
     same = study.draw(study.summarize(measured())).get_suptitle()
     assert "a large momentum do not lag for certain early" in " ".join(same.split())

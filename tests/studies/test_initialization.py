@@ -156,12 +156,18 @@ def test_the_table_fits_its_terminal(width):
 def test_the_figure_writes_each_number_and_its_title_says_what_came_out():
     figure = study.draw(study.summarize(measured({("none", 0.1): 0.1, ("batch", 10.0): 0.6})))
     title = " ".join(figure.get_suptitle().split())
-    assert "trains at more gains and depths: 100 % of the pairs come to 50 % of the test rows, without it 67 %" in title
-    assert title.endswith("is 1.000 times that of the next one with batch norm, 1.000 times without")
+    assert (
+        "trains at more gains and depths: 100 % of the pairs reach 50 % accuracy on test rows, without it 67 %" in title
+    )
+    assert "grid" not in figure.get_supxlabel()
     for accuracy, word in (({("batch", 0.1): 0.1}, "fewer"), ({}, "about as many")):
-        title = study.draw(study.summarize(measured(accuracy, growth=1.2))).get_suptitle()
-        assert f"trains at {word} gains" in " ".join(title.split())
-        assert "is 1.200 times that of the next" in " ".join(title.split())
+        summary = study.summarize(measured(accuracy, growth=1.2))
+        summary["cells"][0]["edge"] = "lowest"
+        other = study.draw(summary)
+        assert f"trains at {word} gains" in " ".join(other.get_suptitle().split())
+        note = " ".join(other.get_supxlabel().split())
+        assert "(at an edge of the grid in 1 cells of 'no norm': a better one may lie outside)" in note
+        assert "Not drawn: before training the gradient of a kernel is 1.200 times that of the next layer's" in note
     none, batch = figure.axes
     assert [text.get_text() for text in none.texts] == ["10", "80", "80"] * 2
     assert [text.get_text() for text in batch.texts] == ["80", "80", "60"] * 2

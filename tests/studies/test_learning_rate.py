@@ -90,6 +90,7 @@ def test_a_sentence_begins_with_the_rates_at_an_edge_of_the_grid_which_decide_no
     )
     assert (better.verdict, little.verdict) == (UNDECIDED, "holds")
     assert little.sentence.startswith("At 1, the best rate without it")
+    assert little.sentence.endswith("At 0.01, in as many steps, it is 0.0 points better (0.0 to 0.0).")
     # Where that of none is at an edge, more of none would be nearer: this gain is too large, and refutes nothing.
     cells = study.summarize(measured(batch_norm=[0.85, 0.95, 0.96, 0.98], none=[0.85, 0.9, 0.92, 0.95]))
     assert study.CLAIMS[3].judge(cells).verdict == UNDECIDED

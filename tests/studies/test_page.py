@@ -83,6 +83,7 @@ def test_the_page_shows_all_that_came_out(out):
     assert made.startswith(f"Made at size default, 17 seeds, on {content['device']}, with python ")
     assert all(f"{name} {version}" in made for name, version in content["versions"].items())
     assert "data:image/png;base64,iVBOR" in whole.find("figure/img").get("src")
+    assert whole.find("figure/img").get("alt") == "Means rise with their number"
     assert [whole.find("figure/img").get(side) for side in ("width", "height")] == ["990", "594"]
 
 

@@ -74,12 +74,29 @@ def test_groups_that_cannot_fit_the_training_rows_have_no_part_in_the_gap():
     cells[0].numbers["training"][:] = 0.5
     outcome = study.CLAIMS[2].judge(study.summarize(cells))
     assert outcome.verdict == "holds"
-    assert outcome.sentence.startswith("Training less test, bn 4:")
-    assert "points, though not at each step." in outcome.sentence
-    assert outcome.sentence.endswith("less than 99% of the training rows have no part in it: bn 2 (50.0 %).")
+    assert outcome.sentence.startswith("Training less test, at rate 0.2 bn 4:")
+    where = "of the training rows where labels are as they are"
+    assert outcome.sentence.endswith(f"less than 99% {where} have no part in it: bn 2 (50.0 %).")
     outcome = study.CLAIMS[3].judge(study.summarize(measured(gap=0.1)))
     assert outcome == study.Outcome(outcome.sentence, UNDECIDED)
     assert "no part in it: bn 2 (90.0 %), bn 4 (90.0 %)" in outcome.sentence
+
+
+def test_only_groups_of_one_rate_tell_how_the_gap_grows():
+    """At either rate the gap is the smaller the larger the group, and yet larger at the rate of the larger ones."""
+    gap = {"bn2_0": 0.0, "bn4_0": 0.01, "bn8_0": 0.02, "bn20_0": -0.06, "bn40_0": -0.05, "bn200_0": -0.04}
+    outcome = study.CLAIMS[2].judge(summary := study.summarize(measured(**gap)))
+    assert outcome.verdict == "holds"
+    for row in summary["arms"]:
+        row["rate"] = 0.4 if row["group"] < 20 else 0.1
+    outcome = study.CLAIMS[2].judge(summary)
+    assert outcome.verdict == "does not hold"
+    shown = "at rate 0.4 bn 2: 19.7, bn 4: 18.7, bn 8: 17.7; at rate 0.1 bn 20: 25.7, bn 40: 24.7, bn 200: 23.7 points"
+    assert shown in outcome.sentence
+    for row in summary["arms"]:
+        row["rate"] = row["group"]
+    outcome = study.CLAIMS[2].judge(summary)
+    assert (outcome.verdict, outcome.sentence) == (UNDECIDED, "No two groups have the same rate.")
 
 
 def test_a_sentence_begins_with_the_rates_at_an_edge_of_the_grid_which_decide_nothing_against_their_arms():
@@ -119,7 +136,8 @@ def test_the_table_fits_its_terminal(width):
     show_sheet(console, type(sheet)(sheet.heading, sheet.rows))
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
-    assert sum("80.3 ±0.4" in line for line in lines) == len(sheet.rows)
+    # Where it is narrow a text breaks between its words.
+    assert sum(("80.3 ±0.4" if width == 80 else "80.3") in line for line in lines) == len(sheet.rows)
 
 
 def test_the_title_of_the_figure_says_what_came_out():
@@ -127,7 +145,7 @@ def test_the_title_of_the_figure_says_what_came_out():
     title = " ".join(figure.get_suptitle().split())
     assert title == (
         "With labels as they are batch norm helps; with 40 % of the labels noise it harms "
-        "Errors: 14.7 % (none 19.7 %) and 19.7 % (none 17.7 %); groups of 40 with dropout 19.7 % and 19.7 %"
+        "Errors, %: 14.7 (none 19.7) and 19.7 (none 17.7); groups of 40 with dropout 19.7 and 19.7"
     )
     assert len(figure.axes) == 2
     assert len(figure.legends[0].get_texts()) == 4

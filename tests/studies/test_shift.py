@@ -126,7 +126,7 @@ def test_the_figure_shows_every_arm_and_its_title_says_what_came_out():
         r"norm \(([\d.]+) against ([\d.]+) deviations\),.* deviation \(([\d.]+); sums in front of it ([\d.]+)", title
     )
     assert [round(float(value), 2) for value in moved[0]] == [1.5, 0.5, 0.05, 0.5]
-    seen = re.findall(r"accuracy ([\d.]+) against ([\d.]+) %.*: ([\d.]+) %$", title)
+    seen = re.findall(r"accuracy ([\d.]+) against ([\d.]+) % on average over the steps.*: ([\d.]+) %$", title)
     assert [round(float(value)) for value in seen[0]] == [40, 50, 50]
     assert len(figure.axes) == 5
     for axes in figure.axes:
