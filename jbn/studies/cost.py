@@ -385,7 +385,7 @@ def draw(summary: Summary) -> Figure:
     for axes in (time, *memory):
         axes.set_xticks(places, summary["networks"])
         axes.set_xlim(-0.5, len(places) - 0.5)
-        axes.set_ylim((min(0, axes.get_ylim()[0]), None))
+        axes.set_ylim(min(0, axes.get_ylim()[0]))
     put_legend_beside(figure, *memory)
     return figure
 
@@ -393,7 +393,7 @@ def draw(summary: Summary) -> Figure:
 def _title(summary: Summary) -> str:
     """Say which norm keeps least and which holds least at the peak, and the share of the step of each."""
     last = summary["networks"][-1]
-    told = []
+    told: list[str] = []
     for what, verb in zip(MEMORY, ("keeps least for the backward pass", "holds least at the peak"), strict=True):
         found = {name: _beside(summary, last, what, arm) for arm, name in NAMES.items()}
         if not any(map(math.isnan, found.values())):

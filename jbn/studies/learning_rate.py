@@ -277,7 +277,7 @@ def _title(summary: Summary) -> str:
     beside = "".join(f", of {arm} {each}" for arm, each in zip([*summary["arms"]][1:], others, strict=True))
     own, same = (say_better(_gain(summary, at, none)) for at in (norm, none))
     return (
-        f"Batch norm trains at {larger}: the largest is {limit}{beside}\n"
+        f"Batch norm trains at {larger}: the largest is {limit}{beside}.\n"
         f"Each at its best rate it is {own} than none,\nat the best rate of none {same}"
     )
 

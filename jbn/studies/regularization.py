@@ -391,7 +391,7 @@ def _title(summary: Summary) -> str:
         errors.append(f"{_errors(best).mean:.1f} (none {_errors(none).mean:.1f})")
         both.append(f"{_errors(_best_dropout(summary, noise, USUAL)).mean:.1f}")
     return (
-        f"W{'; w'.join(found)}\nErrors, %: {' and '.join(errors)}; groups of {USUAL} with dropout {' and '.join(both)}"
+        f"W{'; w'.join(found)}.\nErrors, %: {' and '.join(errors)}; groups of {USUAL} with dropout {' and '.join(both)}"
     )
 
 

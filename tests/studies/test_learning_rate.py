@@ -137,7 +137,7 @@ def test_the_table_fits_its_terminal(width):
 def test_the_title_of_the_figure_says_what_came_out():
     figure = study.draw(study.summarize(measured(batch_norm=[0.85, 0.953, 0.98, 0.1])))
     assert " ".join(figure.get_suptitle().split()) == (
-        "Batch norm trains at larger rates: the largest is 1, of layer norm 0.1, of none 0.1 "
+        "Batch norm trains at larger rates: the largest is 1, of layer norm 0.1, of none 0.1. "
         "Each at its best rate it is 3.0 points better (3.0 to 3.0) than none, "
         "at the best rate of none 0.3 points better (0.3 to 0.3)"
     )

@@ -122,6 +122,15 @@ def test_a_rate_at_an_edge_decides_nothing_against_its_arm_and_is_said_first():
         assert outcome.sentence.startswith(f"The rate {rate} is at an edge of the grid")
 
 
+def test_only_the_rate_that_is_at_an_edge_is_said_to_be():
+    summary = study.summarize(measured())
+    summary["lstm"][0]["soonest_edge"] = "highest"
+    assert "that ends most accurate" not in study.draw(summary).get_supxlabel()
+    notes = " ".join(study.tabulate(summary).notes)
+    assert "The rate of fewest steps is at an edge of the grid" in notes
+    assert "The rate that ends most accurate" not in notes
+
+
 def test_the_same_share_of_steps_helps_and_is_substantial():
     def of_steps(level):
         found = verdicts(measured(level=level))

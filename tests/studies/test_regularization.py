@@ -144,13 +144,13 @@ def test_the_title_of_the_figure_says_what_came_out():
     figure = study.draw(study.summarize(measured(bn2_0=0.05, bn8_40=-0.1, none_40=0.02)))
     title = " ".join(figure.get_suptitle().split())
     assert title == (
-        "With labels as they are batch norm helps; with 40 % of the labels noise it harms "
+        "With labels as they are batch norm helps; with 40 % of the labels noise it harms. "
         "Errors, %: 14.7 (none 19.7) and 19.7 (none 17.7); groups of 40 with dropout 19.7 and 19.7"
     )
     assert len(figure.axes) == 2
     assert len(figure.legends[0].get_texts()) == 4
     title = study.draw(study.summarize(measured(noises=(0.4,)))).get_suptitle()
-    assert title.startswith("With 40\N{NO-BREAK SPACE}% of the labels noise batch norm changes less than 1.0 points\n")
+    assert title.startswith("With 40\N{NO-BREAK SPACE}% of the labels noise batch norm changes less than 1.0 points.\n")
 
 
 def test_dropout_keeps_the_mean_and_drops_others_at_each_step():
