@@ -1,12 +1,14 @@
 """``BatchNorm`` for Flax Linen, and for any model the contexts ``replace`` and ``freeze`` and the tools."""
 
+from jbn.version import install
+
 try:
     import flax as flax
 except ModuleNotFoundError as error:
     if error.name != "flax":  # one that is there and lacks something else says so itself
         raise
     raise ModuleNotFoundError(
-        'jbn.linen needs Flax, which is not installed: pip install "jbn[flax]"', name="flax"
+        f"jbn.linen needs Flax, which is not installed: {install('flax')}", name="flax"
     ) from error
 
 from jbn.folding.links import Folds as Folds

@@ -1,12 +1,14 @@
 """``BatchNorm`` for Flax NNX; ``replace``, ``freeze`` and ``recalibrate`` in place, the other tools for a copy."""
 
+from jbn.version import install
+
 try:
     import flax as flax
 except ModuleNotFoundError as error:
     if error.name != "flax":  # one that is there and lacks something else says so itself
         raise
     raise ModuleNotFoundError(
-        'jbn.nnx needs Flax, which is not installed: pip install "jbn[flax]"', name="flax"
+        f"jbn.nnx needs Flax, which is not installed: {install('flax')}", name="flax"
     ) from error
 
 from jbn.folding.links import Folds as Folds
