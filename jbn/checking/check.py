@@ -1,5 +1,7 @@
 """``check``: a self-test of this library on the devices at hand, against float64."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

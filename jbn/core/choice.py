@@ -1,5 +1,7 @@
 """What x is normalized by: the statistics of the batch, or what a function of them and the running ones returns."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +28,7 @@ class Correction(NamedTuple):
 _MEAN_AND_VAR = ("pilot", "offset", "var")
 
 NormalizeBy: TypeAlias = Callable[[Moments, Moments, float], Moments | Correction]
+"""A function of the moments of the batch, those of the state and ε; it returns what to normalize by."""
 
 
 class Basis(NamedTuple):

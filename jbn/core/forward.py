@@ -1,5 +1,7 @@
 """The public functions: ``bn_init``, ``bn_forward``, and without a state ``batch_norm`` and ``moments``."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar, overload
@@ -22,6 +24,8 @@ from jbn.core.prepare import (
     Axis,
     AxisName,
     Groups,
+    ParamsLike,
+    StateLike,
     read_choice,
     read_operands,
     read_pilot,
@@ -32,7 +36,7 @@ from jbn.core.prepare import (
 from jbn.core.state import Observation, advance, replace_arrays
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, show_overflow, statistics
 
-StateT = TypeVar("StateT")
+StateT = TypeVar("StateT", bound=StateLike)
 
 
 class Params(NamedTuple):
@@ -120,7 +124,7 @@ def bn_init(
 
 
 def bn_forward(
-    params: Any,
+    params: ParamsLike,
     state: StateT,
     x: ArrayLike,
     train: bool,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, MutableMapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from jbn.core.statistics import Moments, merge
 from jbn.core.sums import divide
 
 StateT = TypeVar("StateT")
-Upstream = Literal["batch", "recalibrated"]
+Upstream: TypeAlias = Literal["batch", "recalibrated"]
+"""What layers normalize by while a model is observed; ``jbn.recalibrate`` says what each means."""
 
 
 def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool) -> tuple[Array, Array, Array]:

@@ -1,11 +1,14 @@
 """``BatchNorm`` as a Linen module: it creates variables and calls ``bn_forward``; it holds no arithmetic."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import initializers
+from flax.typing import Initializer
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -13,10 +16,8 @@ from jbn.core.checks import arithmetic_dtype, cast_array, cast_mask, read_flag, 
 from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward, moments
 from jbn.core.numbers import Momentum, check_momentum, is_schedule, read_epsilon
-from jbn.core.prepare import fill_affine
+from jbn.core.prepare import AxisName, Groups, fill_affine
 from jbn.linen.freezing import frozen_at
-
-Initializer = Callable[..., Any]
 
 
 class BatchNorm(nn.Module):
@@ -78,8 +79,8 @@ class BatchNorm(nn.Module):
     use_scale: bool = True
     bias_init: Initializer = initializers.zeros
     scale_init: Initializer = initializers.ones
-    axis_name: Any = None
-    axis_index_groups: Any = None
+    axis_name: AxisName | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     activation: Callable[[Array], Array] | None = None

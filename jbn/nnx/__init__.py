@@ -7,9 +7,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "flax":  # one that is there and lacks something else says so itself
         raise
-    raise ModuleNotFoundError(
-        f"jbn.nnx needs Flax, which is not installed: {install('flax')}", name="flax"
-    ) from error
+    raise ModuleNotFoundError(f"jbn.nnx needs Flax, which is not installed: {install('flax')}", name="flax") from error
 
 from jbn.folding.links import Folds as Folds
 from jbn.nnx.editing import freeze as freeze

@@ -1,5 +1,7 @@
 """``BatchNorm`` as an NNX module: it holds variables and calls ``bn_forward``; it holds no arithmetic."""
 
+from __future__ import annotations
+
 import inspect
 import warnings
 from collections.abc import Callable

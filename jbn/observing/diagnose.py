@@ -1,6 +1,8 @@
 """``diagnose``: what is wrong with the statistics of a model, layer by layer."""
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,8 @@ from jax.interpreters import partial_eval
 from jbn.core.numbers import is_schedule, read_epsilon, read_momentum
 from jbn.core.state import Observation
 from jbn.observing.findings import Examination, Finding, LayerStatistics, find_unobserved, in_words, indices
-from jbn.observing.survey import ForeignLayers, Layer, Seen, Statistics, Survey, Vector, survey
-from jbn.paths import Keys, count_of, flatten, join, name_few
+from jbn.observing.survey import Apply, Batch, ForeignLayers, Layer, Seen, Statistics, Survey, Vector, survey
+from jbn.paths import ArrayTree, Keys, count_of, flatten, join, name_few
 
 # A fit of the prior whose standard error is larger tells nothing: the prior and the batch are too much alike.
 _UNTOLD = 0.1
@@ -36,10 +38,10 @@ class Diagnosis:
 
 
 def diagnose(
-    apply: Callable[[Any, Any, Any], Any],
-    params: Any,
-    state: Any,
-    batch: Any,
+    apply: Apply,
+    params: ArrayTree,
+    state: ArrayTree,
+    batch: Batch,
     *,
     epsilon: float = 1e-5,
     momentum: float | None = None,

@@ -1,5 +1,7 @@
 """What the statistics of a layer say about it: thresholds, each with its reason, and a sentence for each finding."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
