@@ -19,10 +19,15 @@ from jbn.core.statistics import Moments
 
 
 class Correction(NamedTuple):
-    """What follows the normalization by the statistics of the batch, and precedes γ and β: scale · x̂ + shift."""
+    """What follows the normalization by the statistics of the batch, and precedes γ and β: scale · x̂ + shift.
 
-    scale: Array  # (features,)
-    shift: Array  # (features,)
+    Attributes:
+        scale: real numbers, (features,) or one for all features.
+        shift: likewise, in standard deviations of the batch.
+    """
+
+    scale: Array
+    shift: Array
 
 
 _MEAN_AND_VAR = ("pilot", "offset", "var")

@@ -40,25 +40,43 @@ StateT = TypeVar("StateT", bound=StateLike)
 
 
 class Params(NamedTuple):
-    """What a layer learns, per feature; either may be absent: ``Params(scale, bias)``."""
+    """What a layer learns, per feature; either may be absent: ``Params(scale, bias)``.
 
-    scale: Array | None  # γ, (features,); or of the rank of x, one for each example or position
-    bias: Array | None  # β, likewise
+    Attributes:
+        scale: γ, (features,) or of the rank of x, one for each example or position; floating point. None for 1.
+        bias: β, likewise. None for 0.
+    """
+
+    scale: Array | None
+    bias: Array | None
 
 
 class State(NamedTuple):
-    """What a layer remembers, per feature: ``State(mean, var)``."""
+    """What a layer remembers, per feature: ``State(mean, var)``.
 
-    mean: Array  # (features,), float32 or wider
-    var: Array  # (features,), biased unless trained with unbiased=True
+    Attributes:
+        mean: running mean, (features,), float32 or float64, in the unit of x.
+        var: running variance, (features,), of the same dtype, ≥ 0, in the unit of x squared; biased unless trained with
+            ``unbiased=True``.
+    """
+
+    mean: Array
+    var: Array
 
 
 class CountedState(NamedTuple):
-    """A state that counts how often it moved, for a momentum that depends on it: ``CountedState(mean, var, count)``."""
+    """A state that counts how often it moved, for a momentum that depends on it: ``CountedState(mean, var, count)``.
 
-    mean: Array  # (features,), float32 or wider
-    var: Array  # (features,), biased unless trained with unbiased=True
-    count: Array  # type: ignore[assignment]  # (), int32: the number of updates done; hides a method of tuples
+    Attributes:
+        mean: running mean, (features,), float32 or float64, in the unit of x.
+        var: running variance, (features,), of the same dtype, ≥ 0, in the unit of x squared; biased unless trained with
+            ``unbiased=True``.
+        count: the number of updates done, an int32 scalar ≥ 0.
+    """
+
+    mean: Array
+    var: Array
+    count: Array  # type: ignore[assignment]  # it hides a method of tuples
 
 
 # An exported program that takes or returns them is read by whoever has imported jbn, under these names.

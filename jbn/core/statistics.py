@@ -36,9 +36,9 @@ class Moments:
     Attributes:
         count: the number of rows, () or, where a mask tells features apart, (features,); float32 or float64, ≥ 0.
         pilot: a number near the mean, (features,), of the same dtype; carries no gradient.
-        offset: mean - pilot, (features,).
-        var: the variance, divided by count, (features,), ≥ 0.
-        rest: the number of rows - count, of the shape of count.
+        offset: mean - pilot, (features,), of the same dtype.
+        var: the variance, divided by the number of rows, (features,), of the same dtype, ≥ 0.
+        rest: the number of rows - count, of the shape and dtype of count.
 
     >>> import jbn
     >>> jbn.Moments.empty(3).mean.shape

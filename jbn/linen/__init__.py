@@ -1,4 +1,12 @@
-"""``BatchNorm`` for Flax Linen, and for any model the contexts ``replace`` and ``freeze`` and the tools."""
+"""Batch normalization in Flax Linen: the layer, contexts for models that have others, and tools for whole models.
+
+``BatchNorm`` goes in the place of ``flax.linen.BatchNorm``. Contexts: ``replace`` lets the norms of any model compute
+with jbn, ``freeze`` keeps them as they are while the model trains; both say which layers they ``Found``.
+
+Tools for a model and its variables: ``recalibrate`` (exact statistics after training), ``diagnose`` (what is wrong with
+it), ``fold`` (norms inside the layers beside them) and ``foldable`` (which they would be), which say so in ``Folds``,
+and ``record`` (what each layer takes and returns, for ``jbn.compare``).
+"""
 
 from jbn.version import install
 
@@ -23,3 +31,7 @@ from jbn.linen.replacing import replace as replace
 from jbn.replacing import Found as Found
 
 __all__ = ["BatchNorm", "Folds", "Found", "diagnose", "fold", "foldable", "freeze", "recalibrate", "record", "replace"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -29,7 +29,7 @@ class BatchNorm(nn.Module):
     order, shapes and dtypes are Flax's, so that its checkpoints load unchanged; a function as ``momentum`` adds
     ``count``. What differs in the figures is listed in the README.
 
-    Args:
+    Attributes:
         use_running_average: whether to use the statistics in ``batch_stats``; here or at the call, not at both.
         axis: the axis or axes of the features.
         momentum: weight of the old statistics, 0 to 1; or a function of the number of updates done that returns it,

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 from flax.core import FrozenDict, unfreeze
 from flax.core.scope import CollectionFilter, in_filter
+from flax.core.scope import DenyList as DenyList  # for typing.get_type_hints: CollectionFilter names it as text
 from flax.typing import RNGSequences, VariableDict
 from jax import Array
 

@@ -26,12 +26,19 @@ _LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 
 
 class Folded(nnx.Module):
-    """What is left of a norm that ``fold`` has folded: its residual, its activation and its mask; called as it was."""
+    """What is left of a norm that ``fold`` has folded: its residual, its activation and its mask; called as it was.
+
+    Attributes:
+        use_running_average: whether it evaluates, which is all that it can: a call in training raises.
+        activation: f, a function of one array, applied last; or None.
+        dtype: dtype of y; for None that of x, and for a norm of Flax float32 at least.
+        ours: whether it was jbn's, so that y is 0 where ``mask`` is False.
+    """
 
     use_running_average: bool
     activation: Activation | None
     dtype: DTypeLike | None
-    ours: bool  # whether it was jbn's
+    ours: bool
 
     def __call__(
         self,
