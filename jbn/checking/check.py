@@ -16,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jbn.checking.report import Report, Row
-from jbn.core.forward import Params, State, bn_forward
+from jbn.core.forward import bn_forward
+from jbn.core.state import Params, State
 from jbn.paths import count_of
 from jbn.version import __version__
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
-from jbn.core.forward import CountedState, Params, State
+from jbn.core.state import CountedState, Params, State
 from jbn.paths import flatten, read_keys
 
 

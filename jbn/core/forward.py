@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.export import register_namedtuple_serialization
 from jax.numpy import asarray, broadcast_to, ones, zeros
 from jax.typing import ArrayLike, DTypeLike
 
@@ -33,56 +32,10 @@ from jbn.core.prepare import (
     read_sharing,
     read_state,
 )
-from jbn.core.state import Observation, advance, replace_arrays
+from jbn.core.state import CountedState, Observation, Params, State, advance, replace_arrays
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, show_overflow, statistics
 
 StateT = TypeVar("StateT", bound=StateLike)
-
-
-class Params(NamedTuple):
-    """What a layer learns, per feature; either may be absent: ``Params(scale, bias)``.
-
-    Attributes:
-        scale: γ, (features,) or of the rank of x, one for each example or position; floating point. None for 1.
-        bias: β, likewise. None for 0.
-    """
-
-    scale: Array | None
-    bias: Array | None
-
-
-class State(NamedTuple):
-    """What a layer remembers, per feature: ``State(mean, var)``.
-
-    Attributes:
-        mean: running mean, (features,), float32 or float64, in the unit of x.
-        var: running variance, (features,), of the same dtype, ≥ 0, in the unit of x squared; biased unless trained with
-            ``unbiased=True``.
-    """
-
-    mean: Array
-    var: Array
-
-
-class CountedState(NamedTuple):
-    """A state that counts how often it moved, for a momentum that depends on it: ``CountedState(mean, var, count)``.
-
-    Attributes:
-        mean: running mean, (features,), float32 or float64, in the unit of x.
-        var: running variance, (features,), of the same dtype, ≥ 0, in the unit of x squared; biased unless trained with
-            ``unbiased=True``.
-        count: the number of updates done, an int32 scalar ≥ 0.
-    """
-
-    mean: Array
-    var: Array
-    count: Array  # type: ignore[assignment]  # it hides a method of tuples
-
-
-# An exported program that takes or returns them is read by whoever has imported jbn, under these names.
-register_namedtuple_serialization(Params, serialized_name="jbn.Params")
-register_namedtuple_serialization(State, serialized_name="jbn.State")
-register_namedtuple_serialization(CountedState, serialized_name="jbn.CountedState")
 
 
 @overload

@@ -16,10 +16,10 @@ from jax.typing import DTypeLike
 
 from jbn.converting.trees import AnyArray, as_numpy, narrow
 from jbn.core import checks
-from jbn.core.forward import Params
 from jbn.core.layout import Layout
 from jbn.core.numbers import read_epsilon
 from jbn.core.prepare import ParamsLike, StateLike
+from jbn.core.state import Params
 from jbn.paths import count_of
 
 Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
