@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class Call:
 Record: TypeAlias = dict[str, Call]
 """The calls of a model by path, in the order in which they returned."""
 
-ForeignModel: TypeAlias = Any
+ForeignModel: TypeAlias = Annotated[Any, "a model of PyTorch, Keras or Haiku"]
 """A ``torch.nn.Module``, a ``keras.Model``, or what ``hk.transform`` or ``hk.transform_with_state`` returned."""
 
 

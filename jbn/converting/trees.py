@@ -1,7 +1,7 @@
 """Where libraries keep the arrays of a model: the address of each leaf of a tree, arrays of any kind, new trees."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Annotated, Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class AnyArray(Protocol):
         """Its dtype, as its library has them."""
 
 
-LibraryTree: TypeAlias = Any
+LibraryTree: TypeAlias = Annotated[Any, "arrays as a library holds them"]
 """The arrays of a layer or a model as its library holds them; ``jbn.convert`` has a table of what that is."""
 
 Array = np.ndarray[Any, np.dtype[Any]]

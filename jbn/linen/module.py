@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +11,7 @@ from flax.typing import Initializer
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jbn.core.activation import Activation
 from jbn.core.checks import arithmetic_dtype, cast_array, cast_mask, read_flag, read_layout
 from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward, moments
@@ -83,7 +83,7 @@ class BatchNorm(nn.Module):
     axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
-    activation: Callable[[Array], Array] | None = None
+    activation: Activation | None = None
     group_size: int | None = None
     unbiased: bool = False
     normalize_by: NormalizeBy | None = None

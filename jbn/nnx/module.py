@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from jbn.core.activation import Activation
 from jbn.core.axes import forbid_transformations
 from jbn.core.checks import OneValue, cast_array, cast_mask, read_flag
 from jbn.core.choice import NormalizeBy
@@ -104,7 +105,7 @@ class BatchNorm(nnx.BatchNorm):
         self,
         num_features: int,
         *,
-        activation: Callable[[Array], Array] | None = None,
+        activation: Activation | None = None,
         group_size: int | None = None,
         unbiased: bool = False,
         normalize_by: NormalizeBy | None = None,

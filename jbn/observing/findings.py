@@ -62,7 +62,7 @@ class LayerStatistics:
             nothing tells.
         gap_by_prior: the gap between the batch and the mixture of prior and batch in these shares, in the unit of gap.
         gap_beyond_prior: the gap between that mixture and the running statistics, in the unit of gap.
-        ratio: |batch_mean| / √batch_var.
+        ratio: the distance of batch_mean from 0, in standard deviations of the batch, ≥ 0.
     """
 
     path: str

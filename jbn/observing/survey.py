@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jbn.paths import ArrayTree, Keys, flatten, join, name_few
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
-Batch: TypeAlias = Any
+Batch: TypeAlias = Annotated[Any, "what a model is called with once"]
 """What a model is called with once: an array, or any tree of them."""
 
 Apply: TypeAlias = Callable[[ArrayTree, ArrayTree, Batch], ArrayTree]
