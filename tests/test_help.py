@@ -158,7 +158,7 @@ def test_help_names_a_kind_of_argument_and_does_not_spell_it_out():
     assert "params: ParamsLike" in signature
     assert "momentum: Momentum" in signature
     assert "Union[" not in signature
-    assert "class Any" not in pydoc.plain(pydoc.render_doc(importlib.import_module("jbn.typing")))
+    assert "class Any(" not in pydoc.plain(pydoc.render_doc(importlib.import_module("jbn.typing")))
 
 
 def sources() -> list[str]:

@@ -55,7 +55,8 @@ def test_badges_open_the_notebook_that_they_are_in():
 
 
 def test_a_hosted_lesson_installs_what_the_messages_name():
-    ((cell,),) = [found for path in NOTEBOOKS if (found := re.findall(r"^SOURCE = (.*)$", "\n".join(texts(read(path))), re.MULTILINE))]
+    sources = "\n".join(cell.source for path in NOTEBOOKS for cell in codes(read(path)))
+    (cell,) = re.findall(r"^SOURCE = (.*)$", sources, re.MULTILINE)
     assert cell == {".": '[*glob("jbn-*.whl"), ".."][0]'}.get(SOURCE, f'"{SOURCE}"')
 
 
