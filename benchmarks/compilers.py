@@ -42,6 +42,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jbn.version import install
+
 # XLA's GpuTargetConfig, in those fields that every jax up to 0.12 knows.
 _GPU_CONFIG = """gpu_device_info { %s
     threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -76,7 +78,7 @@ def missing(target: str) -> str | None:
         return f"{target} needs jax 0.9: the GPU compiler of jax {jax.__version__} does not show its program"
     needed = {"cpu": (), "tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc")}
     absent = " and ".join(name for name in needed[target[:3]] if not _installed(name))
-    return f"{target} needs {absent}: pip install 'jbn[compilers]'" if absent else None
+    return f"{target} needs {absent}: {install('compilers')}" if absent else None
 
 
 def mesh(target: str, /, *, explicit: bool = False, **axes: int) -> Mesh:

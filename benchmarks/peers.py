@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 import jbn
 from benchmarks.layers import EPSILON, MOMENTUM, Jitted, Layer, Norm, Torch
+from jbn.version import install
 
 Activation = Callable[[Any], Any]
 Groups = Sequence[Sequence[int]] | int
@@ -65,7 +66,7 @@ class Peer(NamedTuple):
     def missing(self) -> str | None:
         """Say why this environment lacks the library; None where it has it."""
         if importlib.util.find_spec(self.module) is None:
-            return f"{self.name} is left out: {self.package} is not installed; pip install -e '.[peers]' brings it"
+            return f"{self.name} is left out: {self.package} is not installed: {install('peers')}"
         if self.module == "keras" and os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
             return f"{self.name} is left out: KERAS_BACKEND is {os.environ['KERAS_BACKEND']}, not jax"
         return None

@@ -6,14 +6,21 @@ the new state; ``batch_norm`` and ``moments`` do without a state, ``merge`` join
 ``renorm`` with ``renorm_schedule``, ``mix``, or any function that returns ``Moments`` or a ``Correction``. How the
 state moves: by a number, or by a function of how often it did, ``cumulative``, ``debiased`` or any schedule.
 
-Modules: ``jbn.linen.BatchNorm`` and ``jbn.nnx.BatchNorm``, in the place of Flax's; and for whole models in both also
-``replace``, ``freeze``, ``fold``, ``diagnose`` and ``recalibrate``.
+What they take and return: ``Params`` and ``State``, or ``CountedState`` where updates are counted, ``Moments``, and
+``Correction``.
 
-Tools: ``recalibrate`` (exact statistics after training), ``diagnose`` (what is wrong with a model), ``convert``,
-``propose_names``, ``convert_options``, ``load_arrays`` and ``save_arrays`` (from and to other libraries), ``affine``
-and ``fold`` (a normalization as a multiply-add), ``record`` and ``compare`` (where two models part),
-``keep_statistics``, ``trainable_mask``, ``norm_mask`` and ``decay_mask`` (what moves in training), ``remat_policy``
-(what ``jax.checkpoint`` keeps), ``check`` (does it hold on these devices).
+Tools: ``recalibrate`` (exact statistics after training), ``diagnose`` (what is wrong with a model: a ``Diagnosis`` with
+a ``LayerStatistics`` for each layer and a ``Finding`` for each fault), ``convert``, ``propose_names`` (a ``Proposal``,
+with a ``Match`` for each layer), ``convert_options``, ``load_arrays`` and ``save_arrays`` (from and to other
+libraries), ``affine`` and ``fold`` (a normalization as a multiply-add; of models ``Folds`` says what was folded),
+``record`` (a ``Call`` for each layer) and ``compare`` (where two models part: a ``Comparison`` with a ``ComparedLayer``
+for each pair), ``keep_statistics`` (once ``freeze``), ``trainable_mask``, ``norm_mask`` and ``decay_mask`` (what moves
+in training), ``remat_policy`` (what ``jax.checkpoint`` keeps), ``check`` (does it hold on these devices: a ``Report``).
+
+Modules, each to be imported by its name: ``jbn.linen`` and ``jbn.nnx``, whose ``BatchNorm`` goes in the place of
+Flax's, and which have ``replace``, ``freeze``, ``fold``, ``diagnose`` and ``recalibrate`` for whole models;
+``jbn.studies`` (what is claimed about batch normalization, measured), ``jbn.lab`` (what the command line runs),
+``jbn.typing`` (what arguments may be). ``__version__`` is the version.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,6 +29,8 @@ from jbn.version import __version__
 
 if TYPE_CHECKING:
     from jbn.public import *
+
+_MODULES = {"lab", "linen", "nnx", "studies", "typing"}
 
 __all__ = [
     "Call", "ComparedLayer", "Comparison", "Correction", "CountedState", "Diagnosis", "Finding", "Folds",
@@ -47,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_MODULES & globals().keys()})

@@ -4,6 +4,7 @@ import os
 import sys
 
 from jbn.lab import signals
+from jbn.version import install
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "jbn"):
             raise
-        fix = f'the command line needs {missing}, which is not installed: pip install "jbn[lab]"'
+        fix = f"the command line needs {missing}, which is not installed: {install('lab')}"
         print(f"jbn: {fix}", file=sys.stderr)
         status = 2
     if status > 128:

@@ -1,5 +1,7 @@
 """What to normalize by in training, instead of the batch alone: Batch Renormalization, and mixtures."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp

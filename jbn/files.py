@@ -1,5 +1,7 @@
 """Arrays in files: ``.npz``, ``.safetensors``, which needs the package of that name, and Keras's, which need h5py."""
 
+from __future__ import annotations
+
 import errno
 import io
 import os
@@ -15,9 +17,9 @@ import numpy as np
 from jbn.atomic import replace_file
 from jbn.converting.trees import as_numpy
 from jbn.keras_files import read_h5, read_keras
-from jbn.paths import flatten, join
+from jbn.paths import ArrayTree, flatten, join
 
-Array = np.ndarray[Any, np.dtype[Any]]
+NumPyArray = np.ndarray[Any, np.dtype[Any]]
 
 # What every file keeps: NumPy's own, of whose kind .npz keeps all, and of others the bytes alone.
 _OWN = {np.dtype(code).name for code in "?bBhHiIqQefd"}
@@ -65,7 +67,7 @@ class _Unfit(ValueError):
     """What is wrong with a file that is whole, with the fix."""
 
 
-def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, Any] | tuple[Any, ...]) -> None:
+def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, ArrayTree] | tuple[ArrayTree, ...]) -> None:
     """Write arrays by name into a file, aside first and then in one move; ``load_arrays`` gives back the same.
 
     Args:
@@ -112,7 +114,7 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, Any] | tuple[
     replace_file(path, lambda file: form.write(file, found))
 
 
-def load_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
+def load_arrays(path: str | os.PathLike[str]) -> dict[str, NumPyArray]:
     """Read the arrays of a file, by name; nothing in it is run.
 
     Args:
@@ -184,7 +186,7 @@ def _recognize(path: Path) -> str | None:
     return next((suffix for name in names for last, suffix in theirs.items() if Path(name).name == last), ".npz")
 
 
-def _flatten(arrays: Mapping[Any, Any] | tuple[Any, ...]) -> Mapping[Any, Any]:
+def _flatten(arrays: Mapping[Any, ArrayTree] | tuple[ArrayTree, ...]) -> Mapping[Any, Any]:
     """Return arrays by name: those of a mapping as they are, those of a tree by the keys above them."""
     if isinstance(arrays, Mapping) and not any(isinstance(value, Mapping | tuple | list) for value in arrays.values()):
         return arrays
@@ -195,7 +197,7 @@ def _flatten(arrays: Mapping[Any, Any] | tuple[Any, ...]) -> Mapping[Any, Any]:
     return dict(zip(names, leaves, strict=True))
 
 
-def _read_array(name: object, value: Any, suffix: str) -> Array:
+def _read_array(name: object, value: Any, suffix: str) -> NumPyArray:
     """Return an array as it is written, contiguous and in the order of bytes of this machine."""
     if not isinstance(name, str):
         raise TypeError(f"arrays: {name!r} is of type {type(name).__name__}; expected a string.")
@@ -212,7 +214,7 @@ def _read_array(name: object, value: Any, suffix: str) -> Array:
     return np.array(array, array.dtype.newbyteorder("="), order="C")
 
 
-def _find_lost(form: "_Format", names: list[str]) -> list[str]:
+def _find_lost(form: _Format, names: list[str]) -> list[str]:
     """Write names on trial, with a number each, and return those that do not come back with it."""
     file = io.BytesIO()
     try:
@@ -226,7 +228,7 @@ def _find_lost(form: "_Format", names: list[str]) -> list[str]:
     return [name for i, name in enumerate(names) if name not in found or found[name] != i]
 
 
-def _read_npz(file: IO[bytes]) -> dict[str, Array]:
+def _read_npz(file: IO[bytes]) -> dict[str, NumPyArray]:
     arrays = {}
     # Not np.load: beside "a.npy.npy" it takes "a.npy" for another array than it is.
     with zipfile.ZipFile(file) as archive:
@@ -239,9 +241,9 @@ def _read_npz(file: IO[bytes]) -> dict[str, Array]:
     return arrays
 
 
-def _read_member(name: str, file: IO[bytes]) -> Array:
+def _read_member(name: str, file: IO[bytes]) -> NumPyArray:
     try:
-        array: Array = np.lib.format.read_array(file, allow_pickle=False)
+        array: NumPyArray = np.lib.format.read_array(file, allow_pickle=False)
     except ValueError as error:
         if "Object arrays" not in str(error):
             raise ValueError(f"{name!r}: {error}") from error
@@ -257,7 +259,7 @@ def _read_member(name: str, file: IO[bytes]) -> Array:
     return array
 
 
-def _write_npz(file: IO[bytes], arrays: Mapping[str, Array]) -> None:
+def _write_npz(file: IO[bytes], arrays: Mapping[str, NumPyArray]) -> None:
     # Not np.savez: its own arguments are names that arrays cannot have.
     with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         for name, array in arrays.items():
@@ -273,7 +275,7 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _read_safetensors(file: IO[bytes]) -> dict[str, Array]:
+def _read_safetensors(file: IO[bytes]) -> dict[str, NumPyArray]:
     # Not its load_file: it looks for the dtypes of ml_dtypes in NumPy.
     library, arrays = _safetensors(), {}
     for name, found in library.deserialize(file.read()):
@@ -284,16 +286,16 @@ def _read_safetensors(file: IO[bytes]) -> dict[str, Array]:
     return arrays
 
 
-def _write_safetensors(file: IO[bytes], arrays: Mapping[str, Array]) -> None:
+def _write_safetensors(file: IO[bytes], arrays: Mapping[str, NumPyArray]) -> None:
     file.write(_safetensors().numpy.save(dict(arrays)))  # its own writer hides what the system says
 
 
 class _Format(NamedTuple):
     """How files of a suffix are read and written."""
 
-    read: Callable[[IO[bytes]], dict[str, Array]]
-    write: Callable[[IO[bytes], Mapping[str, Array]], None]
-    read_elsewhere: Callable[[IO[bytes]], Mapping[str, Array]]  # as those read it who do not have jbn
+    read: Callable[[IO[bytes]], dict[str, NumPyArray]]
+    write: Callable[[IO[bytes], Mapping[str, NumPyArray]], None]
+    read_elsewhere: Callable[[IO[bytes]], Mapping[str, NumPyArray]]  # as those read it who do not have jbn
     dtypes: Iterable[str]
     names: str  # why a name is lost
 
@@ -315,7 +317,7 @@ _FORMATS = {
     ),
 }
 
-_READERS: dict[str, Callable[[IO[bytes]], dict[str, Array]]] = {
+_READERS: dict[str, Callable[[IO[bytes]], dict[str, NumPyArray]]] = {
     **{suffix: form.read for suffix, form in _FORMATS.items()},
     ".keras": read_keras,
     ".h5": read_h5,

@@ -1,22 +1,25 @@
 """What freezing needs beside the layers: statistics that stay, masks of parameters for optax, how a layer is frozen."""
 
+from __future__ import annotations
+
 import warnings
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
 from jbn.core.checks import read_flag
-from jbn.paths import Patterns, count_of, flatten, join, name_few, select
+from jbn.paths import ArrayTree, Patterns, count_of, flatten, join, name_few, select
 
 Tree = TypeVar("Tree")
+"""A tree of arrays; what comes back has its structure."""
 
 # What scales and shifts by feature is not decayed: pulling a scale towards zero regularizes nothing.
 _NOT_DECAYED = (("scale",), ("bias",))
 _STATISTICS = (("mean",), ("var",))
 
 
-def keep_statistics(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
+def keep_statistics(old: Tree, new: ArrayTree, patterns: Patterns = "*") -> Tree:
     """Return the statistics after a step: the old ones at the layers that match, the new ones elsewhere.
 
     It serves models of any library, whose layers know nothing of freezing: they normalize as before, and only what they
@@ -77,7 +80,7 @@ def keep_statistics(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
     return jax.tree.unflatten(structure, [b if kept else a for kept, b, a in chosen])
 
 
-def freeze(old: Tree, new: Any, patterns: Patterns = "*") -> Tree:
+def freeze(old: Tree, new: ArrayTree, patterns: Patterns = "*") -> Tree:
     """Do what ``keep_statistics`` does; this is its name of before, which said more than it does."""
     warnings.warn("jbn.freeze is jbn.keep_statistics now: it freezes nothing by itself.", DeprecationWarning, 2)
     return keep_statistics(old, new, patterns)
@@ -132,7 +135,7 @@ def decay_mask(params: Tree) -> Tree:
     return jax.tree.unflatten(structure, [keys[-1:] not in _NOT_DECAYED for keys in paths])
 
 
-def norm_mask(params: Tree, state: Any) -> Tree:
+def norm_mask(params: Tree, state: ArrayTree) -> Tree:
     """Return a tree of bools for optax: True for the scale and bias of normalizations with statistics, else False.
 
     With it the normalizations alone are trained, as in adaptation to data of another kind at test time.
@@ -184,7 +187,7 @@ class Frozen:
     affine: bool = False
 
     @classmethod
-    def read(cls, **flags: object) -> "Frozen":
+    def read(cls, **flags: object) -> Frozen:
         """Read the flags of ``freeze``."""
         return cls(**{name: read_flag(name, value) for name, value in flags.items()})
 

@@ -1,5 +1,7 @@
 """Functions for ``momentum``: how much of the old statistics is kept, by how often they have moved before."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,11 +3,12 @@
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from jbn.paths import name_few
 
-Classes = type | Sequence[type]
+Classes: TypeAlias = type | Sequence[type]
+"""A class of norms, or several of them."""
 
 STATISTICS = ("mean", "var")
 

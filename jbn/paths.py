@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import takewhile
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from jax.tree_util import GetAttrKey, PyTreeDef, keystr, tree_flatten_with_path
 
 Keys = tuple[str, ...]
-Patterns = str | Sequence[str]
+Patterns: TypeAlias = str | Sequence[str]
+"""A pattern of paths such as ``"backbone/*"``, or several of them; ``jbn.keep_statistics`` says what they match."""
+
+ArrayTree: TypeAlias = Annotated[Any, "arrays at any depth"]
+"""A tree of arrays as JAX knows them, at any depth: dictionaries, tuples, ``flax`` and ``nnx`` states, one array."""
 
 
 def flatten(tree: Any, argument: str = "") -> tuple[list[Keys], list[Any], PyTreeDef]:

@@ -10,8 +10,9 @@ from jbn.converting.options import convert_options
 from jbn.converting.pairing import Match
 from jbn.converting.propose import Proposal, propose_names
 from jbn.core.choice import Correction
-from jbn.core.forward import CountedState, Params, State, batch_norm, bn_forward, bn_init, moments
+from jbn.core.forward import batch_norm, bn_forward, bn_init, moments
 from jbn.core.saved import remat_policy
+from jbn.core.state import CountedState, Params, State
 from jbn.core.statistics import Moments, merge
 from jbn.files import load_arrays, save_arrays
 from jbn.folding.kernel import affine, fold

@@ -1,5 +1,7 @@
 """What ``replace`` and ``freeze`` of both Flax modules have met, and the options that ``replace`` may set."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
 """States without a batch at hand: ``update`` moves one towards moments, ``merge_states`` pools those of clients."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,13 +17,15 @@ from jax.typing import ArrayLike
 from jbn.core import checks
 from jbn.core.axes import Sync
 from jbn.core.numbers import Momentum, read_momentum, read_number
-from jbn.core.prepare import read_state
+from jbn.core.prepare import StateLike, read_state
 from jbn.core.state import Observation, advance, replace_arrays
 from jbn.core.statistics import Moments, check_moments
 from jbn.observing.survey import Statistics, Survey, put, survey
 from jbn.paths import count_of, flatten, join, name_few
 
-StateT = TypeVar("StateT")
+StateT = TypeVar("StateT", bound=StateLike)
+Tree = TypeVar("Tree")
+"""A tree that holds the statistics of one layer or of many."""
 
 
 def update(state: StateT, moments: Moments, *, momentum: Momentum = 0.99, unbiased: bool = False) -> StateT:
@@ -80,7 +84,7 @@ def _advance(
     return advance(held, var, count, moments, asarray(weight, moments.var.dtype), unbiased)
 
 
-def merge_states(states: Sequence[StateT], counts: Sequence[ArrayLike] | Array) -> StateT:
+def merge_states(states: Sequence[Tree], counts: Sequence[ArrayLike] | Array) -> Tree:
     r"""Return the state of all rows together, of states that each hold the statistics of rows of their own.
 
     .. math:: \mu = \frac{\sum_i n_i \mu_i}{\sum_i n_i}, \qquad

@@ -11,6 +11,7 @@ import nbformat
 import numpy as np
 import pytest
 
+from jbn.version import SOURCE
 from notebooks import margins
 from notebooks.execute import FOLDER, NOTEBOOKS, executed
 
@@ -47,10 +48,16 @@ def test_badges_open_the_notebook_that_they_are_in():
     repository = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
     badge = re.compile(r"\]\((https://colab[^)]+/github/[^)]+)\)")
     found = {path: badge.findall("\n".join(texts(read(path)))) for path in NOTEBOOKS}
-    assert any(found.values())
+    assert any(found.values()) == (SOURCE != ".")  # a repository that others see is there once it is published
     for path, links in found.items():
         where = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{path.name}"
         assert all(link == where for link in links)
+
+
+def test_a_hosted_lesson_installs_what_the_messages_name():
+    sources = "\n".join(cell.source for path in NOTEBOOKS for cell in codes(read(path)))
+    (cell,) = re.findall(r"^SOURCE = (.*)$", sources, re.MULTILINE)
+    assert cell == {".": '[*glob("jbn-*.whl"), ".."][0]'}.get(SOURCE, f'"{SOURCE}"')
 
 
 def outputs(notebook):

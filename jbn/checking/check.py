@@ -1,5 +1,7 @@
 """``check``: a self-test of this library on the devices at hand, against float64."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jbn.checking.report import Report, Row
-from jbn.core.forward import Params, State, bn_forward
+from jbn.core.forward import bn_forward
+from jbn.core.state import Params, State
 from jbn.paths import count_of
 from jbn.version import __version__
 

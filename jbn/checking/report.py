@@ -1,5 +1,7 @@
 """What a self-test found: rows, a verdict, and both as a table."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 

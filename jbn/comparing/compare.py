@@ -1,5 +1,7 @@
 """``compare``: the first layer at which two models part by more than rounding."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from textwrap import TextWrapper
@@ -12,7 +14,7 @@ from jbn.comparing.explain import explain, relative
 from jbn.comparing.pairs import Pair, find_pairs, nearest_layout
 from jbn.comparing.record import Call, Record
 from jbn.converting.names import Names
-from jbn.converting.trees import Array, as_numpy
+from jbn.converting.trees import AnyArray, Array, as_numpy
 from jbn.paths import count_of, name_few
 
 # Half an ulp is rounded at each operation. An output is rounded a few times to its own dtype, and sums are in float32
@@ -92,7 +94,11 @@ class Comparison:
 
 
 def compare(
-    a: Mapping[str, Any], b: Mapping[str, Any], *, names: Names | None = None, tolerance: float | None = None
+    a: Record | Mapping[str, AnyArray],
+    b: Record | Mapping[str, AnyArray],
+    *,
+    names: Names | None = None,
+    tolerance: float | None = None,
 ) -> Comparison:
     r"""Say where two models part that were given the same input: at which layer first, and in what way.
 
@@ -226,7 +232,7 @@ class _Meeting:
     per_channel: float
 
     @classmethod
-    def of(cls, a: tuple[Array, ...], b: tuple[Array, ...], tolerance: float | None) -> "_Meeting | None":
+    def of(cls, a: tuple[Array, ...], b: tuple[Array, ...], tolerance: float | None) -> _Meeting | None:
         """Compare arrays; None where there are none, or of other shapes."""
         views = [nearest_layout(x, y) for x, y in zip(a, b, strict=False)]
         if not a or len(a) != len(b) or any(view is None for view in views):

@@ -1,13 +1,16 @@
 """``record``: what the layers of a model take and return in one call, as NumPy arrays, whatever library it is of."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from jbn.converting.trees import Array, as_numpy, dtype_of
+from jbn.converting.trees import Array as NumPyArray
+from jbn.converting.trees import as_numpy, dtype_of
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,15 @@ class Call:
     """
 
     kind: str
-    inputs: tuple[Array, ...]
-    outputs: tuple[Array, ...]
+    inputs: tuple[NumPyArray, ...]
+    outputs: tuple[NumPyArray, ...]
 
 
-# The calls of a model by path, in the order in which they returned.
-Record = dict[str, Call]
+Record: TypeAlias = dict[str, Call]
+"""The calls of a model by path, in the order in which they returned."""
+
+ForeignModel: TypeAlias = Annotated[Any, "a model of PyTorch, Keras or Haiku"]
+"""A ``torch.nn.Module``, a ``keras.Model``, or what ``hk.transform`` or ``hk.transform_with_state`` returned."""
 
 
 @dataclass
@@ -58,7 +64,7 @@ class Recorder:
         return y
 
 
-def record(model: Any, *args: Any, **kwargs: Any) -> Record:
+def record(model: ForeignModel, *args: Any, **kwargs: Any) -> Record:
     """Call a model of PyTorch, Keras or Haiku and return what each of its layers took and returned.
 
     Models of Flax have ``jbn.linen.record`` and ``jbn.nnx.record``. The model is called as it is: what moves in its
@@ -84,7 +90,7 @@ def record(model: Any, *args: Any, **kwargs: Any) -> Record:
     """
     recorder = Recorder()
     if str(getattr(model, "__module__", "")).startswith("haiku."):
-        _run_haiku(recorder, getattr(model, "apply", model), args, kwargs)
+        _run_haiku(recorder, model.apply if hasattr(model, "apply") else model, args, kwargs)
         return recorder.calls
     layers = list(_layers(model))
     kept = [(layer, method, vars(layer)[method]) for _, layer, method in layers if method in vars(layer)]
@@ -139,7 +145,7 @@ def _patch(recorder: Recorder, path: str, layer: Any, method: str) -> None:
     setattr(layer, method, call)
 
 
-def _read(*trees: Any) -> tuple[Array, ...] | None:
+def _read(*trees: Any) -> tuple[NumPyArray, ...] | None:
     """Copy the arrays of a tree; None where JAX traces, for then there are no numbers yet."""
     leaves = [leaf for leaf in jax.tree.leaves(trees) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):

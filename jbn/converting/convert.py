@@ -1,34 +1,48 @@
 """``convert``: the arrays of a layer or a model from the layout of one library into that of another."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from numbers import Integral
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
 from jbn.converting.names import Names, check_keys, rename, rename_arrays
-from jbn.converting.trees import Address, Layer, Path, as_numpy, convey, dtype_of, fill, index_shapes, is_float
+from jbn.converting.trees import (
+    Address,
+    Layer,
+    LibraryTree,
+    Path,
+    as_numpy,
+    convey,
+    dtype_of,
+    fill,
+    index_shapes,
+    is_float,
+)
 from jbn.paths import count_of, find_wrapper, name_few, select
 
 Value = TypeVar("Value")
-Library = Literal["jbn", "linen", "nnx", "torch", "keras", "haiku", "equinox"]
+Library: TypeAlias = Literal["jbn", "linen", "nnx", "torch", "keras", "haiku", "equinox"]
+"""A library, by its name."""
 
 
 def convert(
-    tree: Any,
+    tree: LibraryTree,
     source: Library,
     target: Library,
     *,
-    like: Any = None,
+    like: LibraryTree | None = None,
     names: Names | None = None,
     kinds: Mapping[str, str] | None = None,
     flattened: Mapping[str, tuple[int, ...]] | None = None,
     count: int | Mapping[str, int] | None = None,
     unbiased: bool = False,
-) -> Any:
+) -> LibraryTree:
     r"""Return the arrays of a layer or a model as another library has them: renamed, laid out anew, nothing left over.
 
     .. math:: \sigma^2_\text{biased} = \frac{n - 1}{n}\,\sigma^2_\text{sample}

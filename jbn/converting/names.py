@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from jbn.converting.trees import OTHER, Path
 from jbn.paths import count_of, find_wrapper, name_few
 
-Names = Mapping[str, str | None] | Callable[[str], str | None]
+Names: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None]
+"""Paths in one model to paths in another, None for what is left out: a mapping with ``*``, or a function of a path."""
 
 
 class Writing(Protocol):

@@ -1,10 +1,13 @@
 """``convert_options``: what a batch norm is made with, in the words and conventions of another library."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+from jbn.converting.convert import Library
 from jbn.core.numbers import is_schedule, read_number
 from jbn.momentum import Debiased, cumulative
 
@@ -31,6 +34,10 @@ _KERAS = (
 )
 
 
+LayerOptions: TypeAlias = Mapping[str, Any] | object
+"""What a batch norm is made with: names to values as its constructor takes them, or the layer itself."""
+
+
 class _Norm(NamedTuple):
     """A batch norm in the words of jbn."""
 
@@ -41,7 +48,7 @@ class _Norm(NamedTuple):
     unbiased: bool = False
 
 
-def convert_options(options: Any, source: str, target: str) -> dict[str, Any]:
+def convert_options(options: LayerOptions, source: Library, target: Library) -> dict[str, Any]:
     r"""Return the options of a batch norm as another library takes them, those that were not given included.
 
     .. math:: \text{momentum} = 1 - \text{momentum}_\text{PyTorch}
@@ -91,9 +98,9 @@ def convert_options(options: Any, source: str, target: str) -> dict[str, Any]:
 
     Source: the constructors of PyTorch 2.13, Keras 3.15, Haiku 0.0.17, Equinox 0.13.8 and Flax 0.12.8.
     """
-    for argument, name in (("source", source), ("target", target)):
-        if name not in DEFAULTS:
-            raise ValueError(f"{argument} is {name!r}; expected one of {', '.join(map(repr, DEFAULTS))}.")
+    for argument, library in (("source", source), ("target", target)):
+        if library not in DEFAULTS:
+            raise ValueError(f"{argument} is {library!r}; expected one of {', '.join(map(repr, DEFAULTS))}.")
     known = DEFAULTS[source]
     options, more = _read_layer(options, source, target)
     if strange := [name for name in options if name not in known]:

@@ -1,5 +1,7 @@
 """Which layer may be which: groups of layers that fit one another, order inside of them, and guesses by names."""
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,12 +58,12 @@ class Group:
         """Whether there is one of each."""
         return len(self.sources) == len(self.targets) == 1
 
-    def join(self, other: "Group") -> "Group":
+    def join(self, other: Group) -> Group:
         """Return both as one."""
         targets = list(dict.fromkeys((*self.targets, *other.targets)))
         return Group(self.sources + other.sources, targets, self.kinds | other.kinds)
 
-    def is_alike(self, fits: "Fits") -> bool:
+    def is_alike(self, fits: Fits) -> bool:
         """Say whether each fits each, not one the first two and another the last two."""
         return all(fits(source, target, self.kinds[source]) for source in self.sources for target in self.targets)
 

@@ -1,5 +1,7 @@
 """``propose_names``: which layer of one model is which of another, by shapes, order and names, for somebody to read."""
 
+from __future__ import annotations
+
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -11,8 +13,8 @@ from jbn.converting.convert import Library, read_by_path, read_dialect, read_lay
 from jbn.converting.dialects import KINDS
 from jbn.converting.flow import Flow, trace_flow
 from jbn.converting.pairing import Arrays, Fits, Match, Search, find_groups
-from jbn.converting.trees import Path, dtype_of, index
-from jbn.paths import count_of, name_few
+from jbn.converting.trees import LibraryTree, Path, dtype_of, index
+from jbn.paths import ArrayTree, count_of, name_few
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,11 @@ class Proposal:
 
 
 def propose_names(
-    tree: Any,
+    tree: LibraryTree,
     source: Library,
     target: Library,
-    *inputs: Any,
-    like: Any,
+    *inputs: ArrayTree,
+    like: LibraryTree,
     call: Callable[..., Any] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> Proposal:

@@ -1,15 +1,31 @@
 """Where libraries keep the arrays of a model: the address of each leaf of a tree, arrays of any kind, new trees."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
-from jbn.core.forward import CountedState, Params, State
+from jbn.core.state import CountedState, Params, State
 from jbn.paths import flatten, read_keys
+
+
+class AnyArray(Protocol):
+    """An array of NumPy, JAX or PyTorch."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @property
+    def dtype(self) -> Any:
+        """Its dtype, as its library has them."""
+
+
+LibraryTree: TypeAlias = Annotated[Any, "arrays as a library holds them"]
+"""The arrays of a layer or a model as its library holds them; ``jbn.convert`` has a table of what that is."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Path = tuple[str, ...]

@@ -20,6 +20,7 @@ from jbn.core.lax import lax
 from jbn.core.programs import Program, find_type, read_program, trace
 
 Activation: TypeAlias = Callable[[Array], Array]
+"""A function of one array that returns one of its shape, such as ``jax.nn.relu``."""
 
 
 def trace_activation(

@@ -1,5 +1,7 @@
 """What x is normalized by: the statistics of the batch, or what a function of them and the running ones returns."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,15 +19,21 @@ from jbn.core.statistics import Moments
 
 
 class Correction(NamedTuple):
-    """What follows the normalization by the statistics of the batch, and precedes γ and β: scale · x̂ + shift."""
+    """What follows the normalization by the statistics of the batch, and precedes γ and β: scale · x̂ + shift.
 
-    scale: Array  # (features,)
-    shift: Array  # (features,)
+    Attributes:
+        scale: real numbers, (features,) or one for all features.
+        shift: likewise, in standard deviations of the batch.
+    """
+
+    scale: Array
+    shift: Array
 
 
 _MEAN_AND_VAR = ("pilot", "offset", "var")
 
 NormalizeBy: TypeAlias = Callable[[Moments, Moments, float], Moments | Correction]
+"""A function of the moments of the batch, those of the state and ε; it returns what to normalize by."""
 
 
 class Basis(NamedTuple):

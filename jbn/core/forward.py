@@ -1,14 +1,15 @@
 """The public functions: ``bn_init``, ``bn_forward``, and without a state ``batch_norm`` and ``moments``."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.export import register_namedtuple_serialization
 from jax.numpy import asarray, broadcast_to, ones, zeros
 from jax.typing import ArrayLike, DTypeLike
 
@@ -22,6 +23,8 @@ from jbn.core.prepare import (
     Axis,
     AxisName,
     Groups,
+    ParamsLike,
+    StateLike,
     read_choice,
     read_operands,
     read_pilot,
@@ -29,38 +32,10 @@ from jbn.core.prepare import (
     read_sharing,
     read_state,
 )
-from jbn.core.state import Observation, advance, replace_arrays
+from jbn.core.state import CountedState, Observation, Params, State, advance, replace_arrays
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, merge_groups, show_overflow, statistics
 
-StateT = TypeVar("StateT")
-
-
-class Params(NamedTuple):
-    """What a layer learns, per feature; either may be absent: ``Params(scale, bias)``."""
-
-    scale: Array | None  # γ, (features,); or of the rank of x, one for each example or position
-    bias: Array | None  # β, likewise
-
-
-class State(NamedTuple):
-    """What a layer remembers, per feature: ``State(mean, var)``."""
-
-    mean: Array  # (features,), float32 or wider
-    var: Array  # (features,), biased unless trained with unbiased=True
-
-
-class CountedState(NamedTuple):
-    """A state that counts how often it moved, for a momentum that depends on it: ``CountedState(mean, var, count)``."""
-
-    mean: Array  # (features,), float32 or wider
-    var: Array  # (features,), biased unless trained with unbiased=True
-    count: Array  # type: ignore[assignment]  # (), int32: the number of updates done; hides a method of tuples
-
-
-# An exported program that takes or returns them is read by whoever has imported jbn, under these names.
-register_namedtuple_serialization(Params, serialized_name="jbn.Params")
-register_namedtuple_serialization(State, serialized_name="jbn.State")
-register_namedtuple_serialization(CountedState, serialized_name="jbn.CountedState")
+StateT = TypeVar("StateT", bound=StateLike)
 
 
 @overload
@@ -120,7 +95,7 @@ def bn_init(
 
 
 def bn_forward(
-    params: Any,
+    params: ParamsLike,
     state: StateT,
     x: ArrayLike,
     train: bool,

@@ -13,8 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn.core.checks import FLOATS, check_count
 from jbn.core.lax import lax
 
-# A weight of the old value, or a function of the number of updates done that returns it.
 Momentum: TypeAlias = ArrayLike | Callable[[Array], ArrayLike]
+"""A weight of the old value, 0 to 1, or a function of the number of updates done that returns it."""
 
 # By how much the result of such a function may miss the range: schedules round.
 _ROUNDING = 1e-6

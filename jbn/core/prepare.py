@@ -1,9 +1,9 @@
 """Arguments become what is computed with: x, operands, state and sharing are read here, once, before any arithmetic."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,33 @@ from jbn.core.saved import INPUT, name_arrays
 from jbn.core.state import Observation
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, statistics
 
-AxisName = Hashable | Sequence[Hashable]
-Axis = int | Sequence[int]
-Groups = Sequence[Sequence[int]]
+AxisName: TypeAlias = Hashable | Sequence[Hashable]
+"""The name of an axis of ``jax.shard_map``, ``jax.pmap`` or ``jax.vmap``, or several of them."""
+
+Axis: TypeAlias = int | Sequence[int]
+"""The axis of the features, or several of them; negative ones count from the last."""
+
+Groups: TypeAlias = Sequence[Sequence[int]]
+"""Groups of indices of a named axis, each index in one of them."""
+
+
+class NamedFields(Protocol):
+    """A ``NamedTuple``, such as ``jbn.Params`` and ``jbn.State``, or one of your own with fields of these names."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+ParamsLike: TypeAlias = NamedFields | Mapping[str, Any] | None
+"""What a layer learns: ``jbn.Params``, or a mapping with ``scale`` and ``bias``, either or both absent or None.
+
+Such as the ``params`` of one layer of Flax Linen or ``nnx.state(layer, nnx.Param)``. None is neither.
+"""
+
+StateLike: TypeAlias = NamedFields | Mapping[str, Any]
+"""What a layer remembers: ``jbn.State``, ``jbn.CountedState``, or a mapping with ``mean`` and ``var``, and ``count``.
+
+Such as the ``batch_stats`` of one layer of Flax Linen or ``nnx.state(layer, nnx.BatchStat)``.
+"""
 
 
 def read_rows(x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> tuple[Layout, Array, Array | None]:

@@ -1,5 +1,7 @@
 """What a rematerialized network saves of its normalizations: names for ``jax.checkpoint``, and a policy of them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, TypeVar
 

@@ -1,15 +1,18 @@
-"""How the state moves: running statistics, and what a tool sees that observes a layer through its state."""
+"""What a layer learns and remembers, how the state moves, and what a tool sees that observes a layer through it."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.export import register_namedtuple_serialization
 from jax.numpy import broadcast_to
 from jax.tree_util import register_dataclass
 
@@ -19,7 +22,54 @@ from jbn.core.statistics import Moments, merge
 from jbn.core.sums import divide
 
 StateT = TypeVar("StateT")
-Upstream = Literal["batch", "recalibrated"]
+Upstream: TypeAlias = Literal["batch", "recalibrated"]
+"""What layers normalize by while a model is observed; ``jbn.recalibrate`` says what each means."""
+
+
+class Params(NamedTuple):
+    """What a layer learns, per feature; either may be absent: ``Params(scale, bias)``.
+
+    Attributes:
+        scale: γ, (features,) or of the rank of x, one for each example or position; floating point. None for 1.
+        bias: β, likewise. None for 0.
+    """
+
+    scale: Array | None
+    bias: Array | None
+
+
+class State(NamedTuple):
+    """What a layer remembers, per feature: ``State(mean, var)``.
+
+    Attributes:
+        mean: running mean, (features,), float32 or float64, in the unit of x.
+        var: running variance, (features,), of the same dtype, ≥ 0, in the unit of x squared; biased unless trained with
+            ``unbiased=True``.
+    """
+
+    mean: Array
+    var: Array
+
+
+class CountedState(NamedTuple):
+    """A state that counts how often it moved, for a momentum that depends on it: ``CountedState(mean, var, count)``.
+
+    Attributes:
+        mean: running mean, (features,), float32 or float64, in the unit of x.
+        var: running variance, (features,), of the same dtype, ≥ 0, in the unit of x squared; biased unless trained with
+            ``unbiased=True``.
+        count: the number of updates done, an int32 scalar ≥ 0.
+    """
+
+    mean: Array
+    var: Array
+    count: Array  # type: ignore[assignment]  # it hides a method of tuples
+
+
+# An exported program that takes or returns them is read by whoever has imported jbn, under these names.
+register_namedtuple_serialization(Params, serialized_name="jbn.Params")
+register_namedtuple_serialization(State, serialized_name="jbn.State")
+register_namedtuple_serialization(CountedState, serialized_name="jbn.CountedState")
 
 
 def move(mean: Array, var: Array, batch: Moments, weight: Array, unbiased: bool) -> tuple[Array, Array, Array]:
@@ -99,7 +149,7 @@ class Observation:
     updates: Array
     upstream: Upstream = field(default="batch", kw_only=True)
 
-    def add(self, batch: Moments) -> "Observation":
+    def add(self, batch: Moments) -> Observation:
         """Return the observation with the rows of a batch."""
         shape, dtype = self.mean.shape, self.mean.dtype
         new = jax.tree.map(lambda value: place_as(broadcast_to(value, shape).astype(dtype), self.mean), batch)
@@ -124,7 +174,7 @@ class Observation:
         """The rank of the mean."""
         return self.mean.ndim
 
-    def __getitem__(self, key: object) -> "Observation":
+    def __getitem__(self, key: object) -> Observation:
         """Return the whole of it, which is all that ``variable[...]`` of NNX asks for."""
         if key is not Ellipsis:
             raise TypeError(f"a running mean that is observed has no parts: got [{key!r}], expected [...].")

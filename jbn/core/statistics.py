@@ -1,5 +1,7 @@
 """Batch statistics: ``Moments``, their ``merge``, and the moments of the rows of x, on one device and across shards."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -12,7 +14,7 @@ from jax import Array
 from jax.export import is_symbolic_dim, register_pytree_node_serialization
 from jax.numpy import asarray, broadcast_to, where, zeros, zeros_like
 from jax.tree_util import register_dataclass
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jbn.core.axes import Sync, place_as, vary_as
 from jbn.core.lax import lax
@@ -34,9 +36,9 @@ class Moments:
     Attributes:
         count: the number of rows, () or, where a mask tells features apart, (features,); float32 or float64, ≥ 0.
         pilot: a number near the mean, (features,), of the same dtype; carries no gradient.
-        offset: mean - pilot, (features,).
-        var: the variance, divided by count, (features,), ≥ 0.
-        rest: the number of rows - count, of the shape of count.
+        offset: mean - pilot, (features,), of the same dtype.
+        var: the variance, divided by the number of rows, (features,), of the same dtype, ≥ 0.
+        rest: the number of rows - count, of the shape and dtype of count.
 
     >>> import jbn
     >>> jbn.Moments.empty(3).mean.shape
@@ -59,7 +61,7 @@ class Moments:
         return self.pilot + self.offset
 
     @classmethod
-    def empty(cls, features: int | tuple[int, ...], dtype: Any = jnp.float32) -> "Moments":
+    def empty(cls, features: int | tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Moments:
         """Return the moments of no rows, the neutral element of ``merge``."""
         none, number = zeros(features, dtype), zeros((), dtype)
         return cls(number, none, none, none, number)

@@ -1,10 +1,12 @@
 """A normalization by running statistics as a multiply-add, ``affine``, and inside one kernel beside it, ``fold``."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +14,22 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from jbn.converting.trees import as_numpy, narrow
+from jbn.converting.trees import AnyArray, as_numpy, narrow
 from jbn.core import checks
-from jbn.core.forward import Params
 from jbn.core.layout import Layout
 from jbn.core.numbers import read_epsilon
+from jbn.core.prepare import ParamsLike, StateLike
+from jbn.core.state import Params
 from jbn.paths import count_of
 
-Padding = str | int | Sequence[int | tuple[int, int]]
+Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
+"""The padding of a convolution as Flax spells it: a name, a number, or a number or (before, after) for each axis."""
 
 # Paddings of Flax that put no zeros beside x.
 _WITHOUT_ZEROS = ("VALID", "CIRCULAR", "REFLECT")
 
 
-def affine(params: Any, state: Any, *, epsilon: float = 1e-5) -> Params:
+def affine(params: ParamsLike, state: StateLike, *, epsilon: float = 1e-5) -> Params:
     r"""Return the scale a and the bias b of normalization by running statistics, :math:`y = a x + b`.
 
     .. math:: a = \gamma\,(\sigma^2 + \epsilon)^{-1/2}, \qquad b = \beta - \mu a
@@ -66,10 +70,10 @@ def affine(params: Any, state: Any, *, epsilon: float = 1e-5) -> Params:
 
 
 def fold(
-    params: Any,
-    state: Any,
-    kernel: Any,
-    bias: Any = None,
+    params: ParamsLike,
+    state: StateLike,
+    kernel: AnyArray,
+    bias: AnyArray | None = None,
     *,
     layout: str,
     into: Literal["previous", "next"] = "previous",

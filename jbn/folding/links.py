@@ -1,9 +1,11 @@
 """Which normalizations can be folded into which layers: read from a traced call in which both are marked."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -11,7 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jbn.paths import Keys, flatten
 from jbn.programs import find_inner, trace
 
-Pair = tuple[str, str]
+Pair: TypeAlias = tuple[str, str]
+"""The paths of a layer and of the norm that goes into it, in the order in which data pass them."""
 
 _PREFIX = "jbn fold"
 # Their bodies run more than once or not at all, with parameters that may be stacked.

@@ -1,4 +1,8 @@
-"""``jbn diagnose``: a checkpoint of ``jbn train`` and one batch of its data, as a diagnosis, a table and a figure."""
+"""``jbn diagnose``: a checkpoint of ``jbn train`` and one batch of its data, as a diagnosis, a table and a figure.
+
+``figure_of`` and ``table_of`` show any ``jbn.Diagnosis``, ``diagnose_run`` makes that of a checkpoint, as
+``Diagnosed``, and ``run`` is the command.
+"""
 
 import contextlib
 import os
@@ -32,11 +36,24 @@ from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, read_options
 from jbn.lab.step import Recipe, augment, initial_state, recipe_of
 from jbn.observing.findings import FAR, LEAST_GAP
 
+__all__ = [
+    "Diagnosed",
+    "diagnose_run",
+    "figure_of",
+    "run",
+    "table_of",
+]
+
 EPSILON = 1e-5  # of the networks of ``jbn train``, as MOMENTUM is
 
 
 class Diagnosed(NamedTuple):
-    """A diagnosis, and of what."""
+    """The diagnosis of a checkpoint, and of which one.
+
+    Attributes:
+        title: the run, the step and the batch, in one line.
+        diagnosis: what ``jbn.diagnose`` found.
+    """
 
     title: str
     diagnosis: Diagnosis
@@ -256,3 +273,7 @@ def _draw(
         ):
             if which.any():
                 axis.plot(places[which], height[which], marker, color=paint, label=called, **{"markersize": 5} | more)
+
+
+def __dir__() -> list[str]:
+    return __all__

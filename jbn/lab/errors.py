@@ -1,4 +1,8 @@
-"""How a command ends before its time, and with which exit status."""
+"""How a command ends before its time, and with which exit status.
+
+By ``OptionError`` for what was typed, by ``FileError`` for a file, which ``file_errors`` makes of what goes wrong with
+one, or by ``Stopped``.
+"""
 
 import contextlib
 import errno
@@ -8,12 +12,23 @@ from pathlib import Path
 
 import typer
 
+__all__ = [
+    "FileError",
+    "OptionError",
+    "Stopped",
+    "file_errors",
+]
+
 # What Orbax and the file system say, each in its own words, when a file cannot be written.
 REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EDQUOT)]
 
 
 class OptionError(typer.BadParameter):
-    """A wrong value of an option: says what arrived and what was expected. Exit status 2."""
+    """A wrong value of an option: says what arrived and what was expected. Exit status 2.
+
+    Attributes:
+        option: its name, such as "--size".
+    """
 
     def __init__(self, option: str, message: str) -> None:
         super().__init__(message, param_hint=f"'{option}'")
@@ -25,7 +40,11 @@ class FileError(Exception):
 
 
 class Stopped(Exception):
-    """A run that all its processes end before its last step, with this exit status."""
+    """A run that all its processes end before its last step.
+
+    Attributes:
+        status: the exit status, 1 to 255.
+    """
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -43,3 +62,7 @@ def file_errors(path: Path) -> Iterator[None]:
         said = " ".join(str(error).split())
         reason = next((reason for reason in REASONS if reason in said), said[:300])
         raise FileError(f"cannot write '{path}' ({reason})") from error
+
+
+def __dir__() -> list[str]:
+    return __all__

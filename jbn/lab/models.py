@@ -1,4 +1,7 @@
-"""The two networks that batch normalization is taught with, each with and without it, and a small ResNet."""
+"""The two networks that batch normalization is taught with, each with and without it, and a small ResNet.
+
+``NETWORKS`` makes them by their names on the command line: a ``Textbook`` network or a ``ResNet``.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +12,12 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jbn.linen import BatchNorm
+
+__all__ = [
+    "NETWORKS",
+    "ResNet",
+    "Textbook",
+]
 
 # The running statistics lag 1 / (1 - momentum) steps behind the weights. Runs here are a few hundred steps
 # long: Flax's 0.99 would need 100 of them before evaluation means anything, 0.9 needs 10.
@@ -60,6 +69,12 @@ class ResNet(nn.Module):
     """Conv 16, BN, ReLU; residual blocks of 16, 32 and 64 features, from the second on at half the size; Dense.
 
     A block is conv, BN, ReLU, conv, BN, add, ReLU. Its addition and its activations are those of BatchNorm.
+
+    Attributes:
+        classes: how many logits there are.
+        dtype: of the arithmetic, that of the images for None.
+        momentum: weight of the old statistics, 0 to 1.
+        norm: makes the BN.
     """
 
     classes: int = CLASSES
@@ -89,3 +104,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "conv64": partial(Textbook, convolutions=(32,)),
     "resnet": lambda batch_norm, **fields: ResNet(**fields),
 }
+
+
+def __dir__() -> list[str]:
+    return __all__

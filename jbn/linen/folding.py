@@ -1,5 +1,7 @@
 """``fold``: a Linen model whose normalizations are inside the layers beside them; ``foldable`` says which."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.errors import ModifyScopeVariableError
+from flax.typing import VariableDict
 
 from jbn.folding.layers import TRAINS, call_marked, check_folded_call, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
@@ -34,7 +37,7 @@ class _Called:
     norms: dict[str, BatchNorm]
 
 
-def foldable(model: nn.Module, variables: Any, *args: Any, also: Classes = (), **kwargs: Any) -> Folds:
+def foldable(model: nn.Module, variables: VariableDict, *args: Any, also: Classes = (), **kwargs: Any) -> Folds:
     """Propose what ``fold`` can fold in a model, from a traced call; nothing is computed.
 
     Args:
@@ -63,7 +66,7 @@ def foldable(model: nn.Module, variables: Any, *args: Any, also: Classes = (), *
 
 def fold(
     model: nn.Module,
-    variables: Any,
+    variables: VariableDict,
     *args: Any,
     pairs: Sequence[Pair] | None = None,
     also: Classes = (),
@@ -113,7 +116,7 @@ def fold(
     known = Norms.read(also)
     links, called = _trace(known, model, variables, args, kwargs)
     folds = links.choose(pairs)
-    new = {name: unfreeze(collection) for name, collection in variables.items()}
+    new = {name: unfreeze(collection) for name, collection in variables.items()}  # type: ignore[arg-type]
     for pair in folds.pairs:
         _fold_pair(new, called, pair)
     paths = {path for pair in folds.pairs for path in pair}

@@ -1,5 +1,7 @@
 """``freeze``: a context in which layers of a Linen model stay as they are."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

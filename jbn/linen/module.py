@@ -1,22 +1,23 @@
 """``BatchNorm`` as a Linen module: it creates variables and calls ``bn_forward``; it holds no arithmetic."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import initializers
+from flax.typing import Initializer
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jbn.core.activation import Activation
 from jbn.core.checks import arithmetic_dtype, cast_array, cast_mask, read_flag, read_layout
 from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward, moments
 from jbn.core.numbers import Momentum, check_momentum, is_schedule, read_epsilon
-from jbn.core.prepare import fill_affine
+from jbn.core.prepare import AxisName, Groups, fill_affine
 from jbn.linen.freezing import frozen_at
-
-Initializer = Callable[..., Any]
 
 
 class BatchNorm(nn.Module):
@@ -28,7 +29,7 @@ class BatchNorm(nn.Module):
     order, shapes and dtypes are Flax's, so that its checkpoints load unchanged; a function as ``momentum`` adds
     ``count``. What differs in the figures is listed in the README.
 
-    Args:
+    Attributes:
         use_running_average: whether to use the statistics in ``batch_stats``; here or at the call, not at both.
         axis: the axis or axes of the features.
         momentum: weight of the old statistics, 0 to 1; or a function of the number of updates done that returns it,
@@ -78,11 +79,11 @@ class BatchNorm(nn.Module):
     use_scale: bool = True
     bias_init: Initializer = initializers.zeros
     scale_init: Initializer = initializers.ones
-    axis_name: Any = None
-    axis_index_groups: Any = None
+    axis_name: AxisName | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
-    activation: Callable[[Array], Array] | None = None
+    activation: Activation | None = None
     group_size: int | None = None
     unbiased: bool = False
     normalize_by: NormalizeBy | None = None

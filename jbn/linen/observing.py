@@ -1,5 +1,7 @@
 """``diagnose`` and ``recalibrate`` for a Linen model and its variables."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -7,7 +9,10 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 from flax.core import FrozenDict, unfreeze
-from flax.core.scope import in_filter
+from flax.core.scope import CollectionFilter, in_filter
+from flax.core.scope import DenyList as DenyList  # for typing.get_type_hints: CollectionFilter names it as text
+from flax.typing import RNGSequences, VariableDict
+from jax import Array
 
 from jbn.core.state import Upstream
 from jbn.linen.norms import Norms
@@ -18,20 +23,21 @@ from jbn.observing.diagnose import Diagnosis
 from jbn.observing.diagnose import diagnose as diagnose_function
 from jbn.observing.recalibrate import check_batches
 from jbn.observing.recalibrate import recalibrate as recalibrate_function
+from jbn.observing.survey import Batch
 
-VariablesT = TypeVar("VariablesT", bound=Mapping[str, Any])
+VariablesT = TypeVar("VariablesT", bound=VariableDict)
 
 
 def diagnose(
     model: nn.Module,
-    variables: Mapping[str, Any],
-    batch: Any,
+    variables: VariableDict,
+    batch: Batch,
     *,
     epsilon: float = 1e-5,
     momentum: float | None = None,
     updates: int | None = None,
     also: Classes = (),
-    mutable: Any = None,
+    mutable: CollectionFilter | None = None,
     **call: Any,
 ) -> Diagnosis:
     """Run one batch through a Linen model as in training and say what is wrong with its normalization.
@@ -79,14 +85,14 @@ def diagnose(
 def recalibrate(
     model: nn.Module,
     variables: VariablesT,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     upstream: Upstream = "batch",
     unbiased: bool = False,
     progress: Callable[[int, int], object] | None = None,
     also: Classes = (),
-    mutable: Any = None,
-    rngs: Any = None,
+    mutable: CollectionFilter | None = None,
+    rngs: RNGSequences | Array | None = None,
     **call: Any,
 ) -> VariablesT:
     """Return the variables of a Linen model with the statistics of all rows of all batches.

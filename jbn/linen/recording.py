@@ -1,15 +1,18 @@
 """``record``: what the layers of a Linen model take and return in one call."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+from flax.typing import VariableDict
 
 from jbn.comparing.record import Record, Recorder
 from jbn.paths import join
 
 
-def record(model: nn.Module | Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> Record:
+def record(model: nn.Module | Callable[..., Any], variables: VariableDict, *args: Any, **kwargs: Any) -> Record:
     """Call ``model.apply(variables, ...)`` and return what each of its layers took and returned, for ``jbn.compare``.
 
     Args:

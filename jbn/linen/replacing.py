@@ -1,5 +1,7 @@
 """``replace``: a context in which the norms of any Linen model compute with jbn."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager

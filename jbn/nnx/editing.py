@@ -1,5 +1,7 @@
 """``replace`` puts jbn's norm into an NNX model, ``freeze`` freezes norms there; both in place."""
 
+from __future__ import annotations
+
 import warnings
 from typing import Any, TypeVar
 

@@ -1,5 +1,7 @@
 """``fold``: a copy of an NNX model whose normalizations are inside the layers beside them; ``foldable`` says which."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -7,8 +9,9 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
+from jbn.core.activation import Activation
 from jbn.folding.layers import TRAINS, call_marked, check_folded_call, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
 from jbn.nnx.module import BatchNorm
@@ -23,12 +26,19 @@ _LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 
 
 class Folded(nnx.Module):
-    """What is left of a norm that ``fold`` has folded: its residual, its activation and its mask; called as it was."""
+    """What is left of a norm that ``fold`` has folded: its residual, its activation and its mask; called as it was.
+
+    Attributes:
+        use_running_average: whether it evaluates, which is all that it can: a call in training raises.
+        activation: f, a function of one array, applied last; or None.
+        dtype: dtype of y; for None that of x, and for a norm of Flax float32 at least.
+        ours: whether it was jbn's, so that y is 0 where ``mask`` is False.
+    """
 
     use_running_average: bool
-    activation: Any
-    dtype: Any
-    ours: bool  # whether it was jbn's
+    activation: Activation | None
+    dtype: DTypeLike | None
+    ours: bool
 
     def __call__(
         self,
@@ -36,9 +46,9 @@ class Folded(nnx.Module):
         use_running_average: bool | None = None,
         *,
         mask: ArrayLike | None = None,
-        residual: Any = None,
-        scale: Any = None,
-        bias: Any = None,
+        residual: Array | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> Array:
         """Do what is left."""
         if not (self.use_running_average if use_running_average is None else use_running_average):

@@ -1,5 +1,7 @@
 """``BatchNorm`` as an NNX module: it holds variables and calls ``bn_forward``; it holds no arithmetic."""
 
+from __future__ import annotations
+
 import inspect
 import warnings
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from jbn.core.activation import Activation
 from jbn.core.axes import forbid_transformations
 from jbn.core.checks import OneValue, cast_array, cast_mask, read_flag
 from jbn.core.choice import NormalizeBy
@@ -55,6 +58,32 @@ class BatchNorm(nnx.BatchNorm):
             ``use_fast_variance`` and ``promote_dtype`` without effect: statistics are always accurate, and taken in
             float32 or wider.
 
+    Attributes:
+        scale: γ, ``nnx.Param`` (num_features,) of ``param_dtype``; None without ``use_scale``.
+        bias: β, likewise; None without ``use_bias``.
+        mean: the running mean, ``nnx.BatchStat`` (num_features,), float32, in the unit of x.
+        var: the running variance, likewise, ≥ 0, in the unit of x squared; biased without ``unbiased``.
+        count: the number of updates done, ``nnx.BatchStat``, an int32 scalar ≥ 0; None where no momentum asks for it.
+        num_features: the size of the feature axis.
+        use_running_average: whether the layer evaluates; ``train()`` and ``eval()`` set it.
+        axis: the axis of the features.
+        momentum: weight of the old statistics, 0 to 1, or a function of ``count``.
+        epsilon: ε > 0, added to the variance.
+        dtype: dtype of y, that of x for None.
+        param_dtype: dtype of scale and bias.
+        use_bias: whether there is a bias.
+        use_scale: whether there is a scale.
+        axis_name: name or names of the axes whose shards form one batch, or None.
+        axis_index_groups: groups of indices of that axis, or None.
+        use_fast_variance: what Flax does with it jbn does not.
+        promote_dtype: likewise.
+        activation: f, a function of one array, or None.
+        group_size: number of examples that are a batch of their own, or None.
+        unbiased: whether the running variance is that of a sample.
+        normalize_by: what to normalize by in training, or None.
+        sow_moments: whether every call sows its moments.
+        frozen: how ``jbn.nnx.freeze`` has left it: ``use_running_average``, ``update`` and ``affine``, three bools.
+
     Raises:
         ValueError: see ``jbn.bn_forward``.
         TypeError: see ``jbn.bn_forward``; and where ``use_running_average`` is neither True nor False.
@@ -76,7 +105,7 @@ class BatchNorm(nnx.BatchNorm):
         self,
         num_features: int,
         *,
-        activation: Callable[[Array], Array] | None = None,
+        activation: Activation | None = None,
         group_size: int | None = None,
         unbiased: bool = False,
         normalize_by: NormalizeBy | None = None,

@@ -1,5 +1,7 @@
 """``diagnose`` and ``recalibrate`` for an NNX model."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -11,19 +13,19 @@ from flax import nnx
 from jbn.core.state import Upstream
 from jbn.nnx.editing import replace
 from jbn.norms import Classes
-from jbn.observing.calls import NumberedBatches, arguments
+from jbn.observing.calls import Method, NumberedBatches, arguments
 from jbn.observing.diagnose import Diagnosis
 from jbn.observing.diagnose import diagnose as diagnose_function
 from jbn.observing.recalibrate import check_batches
 from jbn.observing.recalibrate import recalibrate as recalibrate_function
+from jbn.observing.survey import Batch
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
-Method = Callable[..., Any] | str
 
 
 def diagnose(
     model: nnx.Module,
-    batch: Any,
+    batch: Batch,
     *,
     epsilon: float = 1e-5,
     momentum: float | None = None,
@@ -76,7 +78,7 @@ def diagnose(
 
 def recalibrate(
     model: ModelT,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     upstream: Upstream = "batch",
     unbiased: bool = False,

@@ -1,5 +1,7 @@
 """``record``: what the layers of an NNX model take and return in one call."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from flax import nnx

@@ -1,13 +1,18 @@
 """What the call of a Flax model takes of a batch: its positional arguments, and a number that random keys depend on."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from jbn.observing.survey import Batch
 
-def arguments(batch: Any) -> tuple[Any, ...]:
+Method: TypeAlias = Callable[..., Any] | str
+"""What is called of an NNX model: a method by its name, or a function of the model and what it is called with."""
+
+
+def arguments(batch: Batch) -> tuple[Any, ...]:
     """Return the positional arguments that a batch stands for: a plain tuple is several, all else is one."""
     return batch if type(batch) is tuple else (batch,)
 
@@ -20,7 +25,7 @@ class NumberedBatches:
         batches: what can be read once or again and again, which stays so.
     """
 
-    batches: Iterable[Any]
+    batches: Iterable[Batch]
 
     def __iter__(self) -> Iterator[tuple[np.uint32, Any]]:
         """Yield every number with its batch."""

@@ -1,6 +1,8 @@
 """``diagnose``: what is wrong with the statistics of a model, layer by layer."""
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,8 @@ from jax.interpreters import partial_eval
 from jbn.core.numbers import is_schedule, read_epsilon, read_momentum
 from jbn.core.state import Observation
 from jbn.observing.findings import Examination, Finding, LayerStatistics, find_unobserved, in_words, indices
-from jbn.observing.survey import ForeignLayers, Layer, Seen, Statistics, Survey, Vector, survey
-from jbn.paths import Keys, count_of, flatten, join, name_few
+from jbn.observing.survey import Apply, Batch, ForeignLayers, Layer, Seen, Statistics, Survey, Vector, survey
+from jbn.paths import ArrayTree, Keys, count_of, flatten, join, name_few
 
 # A fit of the prior whose standard error is larger tells nothing: the prior and the batch are too much alike.
 _UNTOLD = 0.1
@@ -36,10 +38,10 @@ class Diagnosis:
 
 
 def diagnose(
-    apply: Callable[[Any, Any, Any], Any],
-    params: Any,
-    state: Any,
-    batch: Any,
+    apply: Apply,
+    params: ArrayTree,
+    state: ArrayTree,
+    batch: Batch,
     *,
     epsilon: float = 1e-5,
     momentum: float | None = None,
@@ -55,7 +57,7 @@ def diagnose(
         \frac{1}{\sqrt{\sigma_B^2 + \epsilon}}\right)^2 + \frac{(\mu_B - \mu)^2}{\sigma^2 + \epsilon}
 
     The gap is the root mean square of y in evaluation minus y in training, for given x, where scale is 1; it is
-    multiplied by |scale| over the root mean square of the scales of the layer. The share p of the initial mean 0 and
+    multiplied by \|scale\| over the root mean square of the scales of the layer. The share p of the initial mean 0 and
     variance 1 in the running statistics is fitted over all channels: :math:`\mu = (1 - p)\,\mu_B`,
     :math:`\sigma^2 = p + (1 - p)\,\sigma_B^2`.
 
@@ -72,7 +74,7 @@ def diagnose(
     ``below epsilon``  one whose variance is below ε
     ``prior``          a gap, from half of that below on, because the running statistics still hold the initial 0 and 1
     ``stale``          a gap that the prior does not explain
-    ``far mean``       |mean|/std of 100 or more, where other implementations lose digits
+    ``far mean``       \|mean\|/std of 100 or more, where other implementations lose digits
     =================  =============================================================================================
 
     A gap is reported from half a standard deviation of the output on over a layer, or a whole one in one channel, and
@@ -95,7 +97,7 @@ def diagnose(
         ``count`` and ``independent``, values per channel; ``running_mean``, ``running_var``, ``batch_mean``,
         ``batch_var``; ``z_mean``, ``z_var``; ``gap``, and what it is between the batch and a mixture of p prior and
         1 - p batch, ``gap_by_prior``, and between this and the running statistics, ``gap_beyond_prior``; ``ratio``,
-        |mean|/std of the batch; and p, ``prior``, a number, NaN where nothing tells. A layer that was not observed is
+        \|mean\|/std of the batch; and p, ``prior``, a number, NaN where nothing tells. A layer that was not observed is
         judged by what it remembers, with a count of 0 and NaN for the batch. Of each finding ``path``, ``kind``,
         ``channels`` (indices, or index tuples), ``message``, which says what it means and what to do, and ``layers``,
         all paths of a finding about several.

@@ -1,5 +1,7 @@
 """What the statistics of a layer say about it: thresholds, each with its reason, and a sentence for each finding."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,20 +48,21 @@ class LayerStatistics:
 
     Attributes:
         path: keys joined by "/".
-        dtype: the dtype of the running statistics.
-        count: valid values per channel.
+        dtype: the name of the dtype of the running statistics, such as "float32".
+        count: valid values per channel, ≥ 0.
         independent: as many of them as are independent; of one example there is no more than one.
-        running_mean: what the layer remembers.
-        running_var: likewise.
-        batch_mean: what it saw.
-        batch_var: likewise, biased.
+        running_mean: what the layer remembers, in the unit of its input.
+        running_var: likewise, ≥ 0, in that unit squared.
+        batch_mean: what it saw, in the unit of its input.
+        batch_var: likewise, biased, in that unit squared.
         z_mean: batch_mean - running_mean, in standard errors of a mean of independent values.
         z_var: log(batch_var / running_var), in standard errors of such a logarithm.
-        gap: root mean square of y in evaluation - y in training, in deviations of the output of the layer.
-        prior: share of the initial mean 0 and variance 1 in the running statistics; NaN where nothing tells.
-        gap_by_prior: the gap between the batch and the mixture of prior and batch in these shares.
-        gap_beyond_prior: the gap between that mixture and the running statistics.
-        ratio: |batch_mean| / √batch_var.
+        gap: root mean square of y in evaluation - y in training, in deviations of the output of the layer, ≥ 0.
+        prior: share of the initial mean 0 and variance 1 in the running statistics, a float from 0 to 1; NaN where
+            nothing tells.
+        gap_by_prior: the gap between the batch and the mixture of prior and batch in these shares, in the unit of gap.
+        gap_beyond_prior: the gap between that mixture and the running statistics, in the unit of gap.
+        ratio: the distance of batch_mean from 0, in standard deviations of the batch, ≥ 0.
     """
 
     path: str

@@ -1,5 +1,7 @@
 """``recalibrate``: the population statistics of every layer of a model, exact over all batches."""
 
+from __future__ import annotations
+
 import math
 import sys
 import traceback
@@ -13,8 +15,8 @@ import numpy as np
 
 from jbn.core.checks import read_flag
 from jbn.core.state import Observation, Upstream
-from jbn.observing.survey import Layer, Seen, Statistics, survey
-from jbn.paths import count_of, name_few
+from jbn.observing.survey import Batch, Layer, Seen, Statistics, survey
+from jbn.paths import ArrayTree, count_of, name_few
 
 StateT = TypeVar("StateT")
 
@@ -23,10 +25,10 @@ _SETTLED = 1e-5
 
 
 def recalibrate(
-    apply: Callable[[Any, StateT, Any], StateT],
-    params: Any,
+    apply: Callable[[ArrayTree, StateT, Batch], StateT],
+    params: ArrayTree,
     state: StateT,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     upstream: Upstream = "batch",
     unbiased: bool = False,

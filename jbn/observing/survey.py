@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,15 @@ from jax import Array
 
 from jbn.core.checks import COUNTS, FLOATS
 from jbn.core.state import Observation, Upstream
-from jbn.paths import Keys, flatten, join, name_few
+from jbn.paths import ArrayTree, Keys, flatten, join, name_few
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
-Apply = Callable[[Any, Any, Any], Any]
+
+Batch: TypeAlias = Annotated[Any, "what a model is called with once"]
+"""What a model is called with once: an array, or any tree of them."""
+
+Apply: TypeAlias = Callable[[ArrayTree, ArrayTree, Batch], ArrayTree]
+"""``apply(params, state, batch)``, which runs a model as in training and returns its new state."""
 
 _FOREIGN = (
     "gave no moments; expected every layer to call jbn.bn_forward and to return what it returns. Flax's own layers do "

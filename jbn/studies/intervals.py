@@ -1,4 +1,10 @@
-"""Means over seeds with their intervals, what they decide, and which learning rate an arm is given."""
+"""Means over seeds with their intervals, what they decide, and which learning rate an arm is given.
+
+``interval`` makes an ``Interval`` of one value per seed, ``decide`` says whether a number lies where a claim has it.
+``choose_rate`` gives an arm the rate that is ``Chosen`` on validation rows; where that is at an edge of its grid,
+``note_edges`` says so, ``open_at_edges`` and ``leave_open`` leave an interval without an end, and ``conclude`` decides
+nothing. ``points``, ``say_points``, ``say_better``, ``say_half`` and ``weigh`` put numbers into words.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,6 +14,23 @@ import numpy as np
 from scipy.stats import t as student
 
 from jbn.studies.study import Outcome, Verdict
+
+__all__ = [
+    "Chosen",
+    "Interval",
+    "choose_rate",
+    "conclude",
+    "decide",
+    "interval",
+    "leave_open",
+    "note_edges",
+    "open_at_edges",
+    "points",
+    "say_better",
+    "say_half",
+    "say_points",
+    "weigh",
+]
 
 LEVEL = 0.95
 
@@ -156,3 +179,7 @@ def weigh(found: Interval, same: float) -> str:
 def say_half(found: Interval) -> str:
     """Return a share in percent with half of its interval, as a table has it."""
     return f"{points(found.mean)} ±{points(found.half)}"
+
+
+def __dir__() -> list[str]:
+    return __all__

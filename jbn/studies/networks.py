@@ -1,4 +1,9 @@
-"""Networks as functions, with any normalization between their layers: what can be mapped over seeds and rates."""
+"""Networks as functions, with any normalization between their layers: what can be mapped over seeds and rates.
+
+A ``Network``: ``Dense``, ``Residual``, or ``FromZero``, whose branches begin at 0. A ``Norm`` between its layers:
+``BatchNorm``, ``OfFlax``, ``Bias`` for none, ``Dropout`` around another one. Each is followed by an ``Activation``,
+which is ``keep`` where there is none. ``draw_kernel`` and ``convolve`` are what networks are made of.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +18,22 @@ from jax import Array
 from jbn import bn_forward, bn_init
 from jbn.core.choice import NormalizeBy
 
+__all__ = [
+    "Activation",
+    "BatchNorm",
+    "Bias",
+    "Dense",
+    "Dropout",
+    "FromZero",
+    "Network",
+    "Norm",
+    "OfFlax",
+    "Residual",
+    "convolve",
+    "draw_kernel",
+    "keep",
+]
+
 Activation: TypeAlias = Callable[[Array], Array]
 
 
@@ -22,7 +43,7 @@ def keep(y: Array) -> Array:
 
 
 class Network(Protocol):
-    """What is trained."""
+    """What is trained: a function of parameters and states, and what makes these."""
 
     def init(self, seed: int) -> tuple[Any, Any]:
         """Return parameters and states; NumPy draws, and compiles nothing."""
@@ -101,7 +122,12 @@ class Dropout:
 
 @dataclass(frozen=True)
 class OfFlax:
-    """A normalization of Flax that sees one row at a time: LayerNorm or GroupNorm."""
+    """A normalization of Flax that sees one row at a time: LayerNorm or GroupNorm.
+
+    Attributes:
+        module: the layer.
+        activation: what follows.
+    """
 
     module: nn.Module
     activation: Activation = jax.nn.relu
@@ -117,7 +143,11 @@ class OfFlax:
 
 @dataclass(frozen=True)
 class Bias:
-    """No normalization: a bias."""
+    """No normalization: a bias for each feature.
+
+    Attributes:
+        activation: what follows.
+    """
 
     activation: Activation = jax.nn.relu
 
@@ -173,6 +203,7 @@ class Residual:
         norm: what stands in front of each convolution but the first, and of the mean.
         features: of the first convolution and of each block.
         variance: of a kernel's numbers times its inputs.
+        classes: how many logits there are.
     """
 
     side: int
@@ -254,3 +285,7 @@ def _init_norms(norm: Norm, widths: Sequence[int], rng: np.random.Generator) -> 
     """Return the parameters and the states of all layers."""
     layers = [norm.init(width, rng) for width in widths]
     return [params for params, _ in layers], [state for _, state in layers]
+
+
+def __dir__() -> list[str]:
+    return __all__

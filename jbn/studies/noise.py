@@ -1,4 +1,7 @@
-"""Batch norm with noise after it (Santurkar et al. 2018, section 2.1 and appendix A)."""
+"""Batch norm with noise after it (Santurkar et al. 2018, section 2.1 and appendix A).
+
+``Noisy`` is a norm with ``add_noise`` after it.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +11,11 @@ import numpy as np
 from jax import Array
 
 from jbn.studies.networks import Activation, BatchNorm, keep
+
+__all__ = [
+    "Noisy",
+    "add_noise",
+]
 
 # Bounds of the mean and of the scale that a unit draws at a step, and how far its rows lie from these.
 CENTRE, SCALE, SPREAD = 0.5, 1.25, 0.1
@@ -47,3 +55,7 @@ def add_noise(y: Array, key: Array) -> Array:
     centre, scale = CENTRE * drawn[:1], 1 + (SCALE - 1) * (1 + drawn[1:2]) / 2
     shifts, normal = SPREAD * drawn[2 : 2 + rows], 2**0.5 * jax.scipy.special.erfinv(drawn[2 + rows :])
     return y * (scale + SPREAD * normal) + centre + shifts
+
+
+def __dir__() -> list[str]:
+    return __all__

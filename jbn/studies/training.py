@@ -1,4 +1,10 @@
-"""One compiled program that trains a network with many seeds and learning rates at once, on digits or on MNIST."""
+"""One compiled program that trains a network with many seeds and learning rates at once, on digits or on MNIST.
+
+``sweep`` trains by a ``Plan``; it takes a ``Look`` at the network meanwhile, ``accuracies``, which returns
+``Accuracies``, or ``unseen``, and a ``Probe`` at a ``Step``. A ``Readout`` such as ``keep_state`` says by which state
+to evaluate. ``parts_of`` are the ``Parts`` of the data, each of ``Rows``; ``loss_of`` is what is descended, and
+``note_diverged`` names what was not.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,20 +20,49 @@ from jax import Array
 from jbn.lab.data.images import DATA, TRAINING, Images
 from jbn.studies.networks import Network
 
+__all__ = [
+    "Accuracies",
+    "Look",
+    "Parts",
+    "Plan",
+    "Probe",
+    "Readout",
+    "Rows",
+    "Step",
+    "accuracies",
+    "keep_state",
+    "loss_of",
+    "note_diverged",
+    "parts_of",
+    "sweep",
+    "unseen",
+]
+
 CLASSES = 10
 PIXELS = {"digits": 64, "mnist": 784}
 CHANCE = 1 / CLASSES
 
 
 class Rows(NamedTuple):
-    """Rows with their labels: x (n, pixels) float32 in [0, 1], labels (n,) int32; before these axes one of seeds."""
+    """Rows with their labels; before the axes of both there may be one of seeds.
+
+    Attributes:
+        x: (n, pixels), float32, from 0 to 1.
+        labels: (n,), int32, from 0 on.
+    """
 
     x: Any
     labels: Any
 
 
 class Parts(NamedTuple):
-    """The data of a seed; ``training`` holds the rows, and the labels, that training sees."""
+    """The data of a seed, without a row in common.
+
+    Attributes:
+        training: the rows, and the labels, that training sees.
+        validation: the rows by which rates are chosen.
+        test: the rows that are reported.
+    """
 
     training: Rows
     validation: Rows
@@ -79,22 +114,37 @@ class Plan:
 
 
 class Accuracies(NamedTuple):
-    """How a network did, each (seeds, rates, looks); what has diverged has the accuracy of chance."""
+    """How a network did, each (seeds, rates, looks); what has diverged has the accuracy of chance.
 
-    training: Array  # on as many rows of training as there are for validation, or all
+    Attributes:
+        training: the share of rows, 0 to 1, on as many rows of training as there are for validation, or on all.
+        validation: the share of the rows for validation, 0 to 1.
+        test: the share of the rows for test, 0 to 1.
+        diverged: bool: whether a parameter or a logit is not finite.
+    """
+
+    training: Array
     validation: Array
     test: Array
-    diverged: Array  # bool: a parameter or a logit is not finite
+    diverged: Array
 
 
 class Step(NamedTuple):
-    """A step of training that is about to be made."""
+    """A step of training that is about to be made.
+
+    Attributes:
+        params: the parameters before it.
+        states: the states before it.
+        batch: its rows.
+        rate: its learning rate, a scalar > 0.
+        number: of the steps that are done, an int32 scalar.
+    """
 
     params: Any
     states: Any
     batch: Rows
     rate: Array
-    number: Array  # of the steps that are done
+    number: Array
 
 
 # What is seen of a network at a look: of parameters, states and the data of a seed, arrays.
@@ -246,3 +296,7 @@ def _order(seed: int, plan: Plan) -> np.ndarray:
     rng, rows = np.random.default_rng(seed), plan.rows or TRAINING[plan.data]
     epochs = [rng.permutation(rows) for _ in range(-(-plan.examples // rows))]
     return np.concatenate(epochs)[: plan.examples].astype(np.int32)
+
+
+def __dir__() -> list[str]:
+    return __all__

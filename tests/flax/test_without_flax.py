@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from jbn.version import install
+
 pytest.importorskip("flax.nnx")  # without the warnings that Flax 0.12.0 gives while it is imported
 
 
@@ -13,7 +15,7 @@ def test_what_to_install(room):
     code = f"import sys; sys.modules['flax'] = None; import jbn; jbn.bn_init(3); import jbn.{room}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
-    assert last == f'ModuleNotFoundError: jbn.{room} needs Flax, which is not installed: pip install "jbn[flax]"'
+    assert last == f"ModuleNotFoundError: jbn.{room} needs Flax, which is not installed: {install('flax')}"
 
 
 def test_what_flax_itself_lacks_is_named(tmp_path):

@@ -22,6 +22,7 @@ from jbn.lab.options import TrainOptions
 from jbn.lab.report import bar
 from jbn.lab.run import directory
 from jbn.lab.step import update
+from jbn.version import install
 from tests.support import oracle
 from tests.support.runs import arrays, contents, lines_of, steps_of
 
@@ -398,7 +399,7 @@ def test_without_the_extra_the_command_says_what_to_install(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from jbn.__main__ import main; main()"
     result = python("-c", code, "demo", "--out", os.devnull)
     assert result.returncode == 2
-    assert result.stderr == (f'jbn: the command line needs {missing}, which is not installed: pip install "jbn[lab]"\n')
+    assert result.stderr == f"jbn: the command line needs {missing}, which is not installed: {install('lab')}\n"
 
 
 def test_importing_the_library_does_not_import_the_lab():

@@ -18,7 +18,12 @@ TRAINING = {"digits": 1797 - 2 * PART["digits"], "mnist": 5000 - 2 * PART["mnist
 
 
 class Images(NamedTuple):
-    """Images with their labels: float32 (n, height, width, channels) in [0, 1] and int32 (n,)."""
+    """Images with their labels.
+
+    Attributes:
+        images: float32 (n, height, width, channels), from 0 to 1.
+        labels: int32 (n,), from 0 on.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -74,7 +79,13 @@ class Held(Source):
 
 
 class Split(NamedTuple):
-    """The three parts of the data: fit on one, watch the second, report the third."""
+    """The three parts of the data, without a row in common.
+
+    Attributes:
+        training: what a network is fitted to.
+        validation: what is watched meanwhile, and decides what is chosen.
+        test: what is reported in the end, and decides nothing.
+    """
 
     training: Images
     validation: Images
