@@ -2,9 +2,9 @@
 
 Studies: ``layers``, one norm on the shapes of real models (`benchmarks.speed`); ``chains`` and ``resnet50``, norms in
 networks, and ``startup``, tracing and compiling them (`benchmarks.networks`); ``eager``, calls that nobody compiled
-(`benchmarks.eager`); ``imports``; and ``sums``, ways of taking the sums inside (`benchmarks.sums`). With ``--write``
-the figures go into results/, in a file for this kind of machine, and `benchmarks.report` makes the tables and the
-picture of the pages of them.
+(`benchmarks.eager`); ``ensembles``, norms under ``vmap`` (`benchmarks.ensembles`); ``imports``; and ``sums``, ways of
+taking the sums inside (`benchmarks.sums`). With ``--write`` the figures go into results/, in a file for this kind of
+machine, and `benchmarks.report` makes the tables and the picture of the pages of them.
 """
 
 import json
@@ -22,13 +22,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import eager, networks, speed, sums
+from benchmarks import eager, ensembles, networks, speed, sums
 from benchmarks.peers import installed
 from benchmarks.specs import BATCH, OTHERS, RESNET50
 from benchmarks.timing import quartiles
 
 RESULTS = Path(__file__).parent / "results"
-STUDIES = ("layers", "chains", "resnet50", "startup", "eager", "imports", "sums")
+STUDIES = ("layers", "chains", "resnet50", "startup", "eager", "ensembles", "imports", "sums")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -107,6 +107,7 @@ def bench(
         "resnet50": lambda: networks.resnet50(repeats, console.print),
         "startup": lambda: networks.startup(max(1, repeats // 4)),  # a round takes a minute
         "eager": lambda: eager.measure(repeats),
+        "ensembles": lambda: ensembles.measure(repeats),
         "imports": lambda: imports(repeats),
         "sums": lambda: sums.measure(repeats),
     }

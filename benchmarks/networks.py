@@ -29,8 +29,8 @@ from jbn.studies.timing import interleaved
 CHAIN = (32, 28, 28, 64)
 IMAGES = (8, 128, 128, 3)
 FLAX = "Flax Linen"
-# Of the loss: float32 convolutions in another order, through 53 layers at initialization.
-AGREE = 1e-3
+# Of the loss: convolutions in another order, through 53 layers at initialization.
+AGREE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
 def chains(repeats: int, report: Callable[[str], Any]) -> list[dict[str, Any]]:
@@ -52,10 +52,15 @@ def chains(repeats: int, report: Callable[[str], Any]) -> list[dict[str, Any]]:
     return [{"study": "6 × conv, norm, ReLU, float32", "x": list(CHAIN), **timed(steps, repeats, report)}]
 
 
-def resnet50(repeats: int, report: Callable[[str], Any], sizes: Sizes | None = None) -> list[dict[str, Any]]:
+def resnet50(
+    repeats: int,
+    report: Callable[[str], Any],
+    sizes: Sizes | None = None,
+    images: tuple[int, int, int, int] = IMAGES,
+) -> list[dict[str, Any]]:
     """Time a training step of a ResNet-50, as Flax's own and with jbn's norms."""
     sizes = Sizes() if sizes is None else sizes
-    x, labels = jax.random.normal(jax.random.key(0), IMAGES), jnp.arange(IMAGES[0]) % sizes.classes
+    x, labels = jax.random.normal(jax.random.key(0), images), jnp.arange(images[0]) % sizes.classes
     optimizer = optax.sgd(0.1, momentum=0.9)
     steps = {}
     for name, model in {
@@ -75,7 +80,9 @@ def resnet50(repeats: int, report: Callable[[str], Any], sizes: Sizes | None = N
             return (value, new), optax.apply_updates(variables["params"], updates), moving
 
         steps[name] = compiled(step, variables, optimizer.init(variables["params"]), x, labels)
-    return [{"study": "ResNet-50, training step, float32", "x": list(IMAGES), **timed(steps, repeats, report)}]
+    dtype = jnp.dtype(sizes.dtype).name
+    found = timed(steps, repeats, report, AGREE[dtype])
+    return [{"study": f"ResNet-50, training step, {dtype}", "x": list(images), **found}]
 
 
 def compiled(step: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], dict[str, float]]:
@@ -91,7 +98,10 @@ def compiled(step: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], d
 
 
 def timed(
-    steps: Mapping[str, tuple[Callable[[], Any], dict[str, float]]], repeats: int, report: Callable[[str], Any]
+    steps: Mapping[str, tuple[Callable[[], Any], dict[str, float]]],
+    repeats: int,
+    report: Callable[[str], Any],
+    agree: float = AGREE["float32"],
 ) -> dict[str, Any]:
     """Compare the losses and statistics of steps and time those that agree with the first."""
     first, *_ = steps
@@ -99,7 +109,7 @@ def timed(
     right = {
         name: call
         for name, (call, _) in steps.items()
-        if abs(losses[name] - losses[FLAX]) <= AGREE * abs(losses[FLAX]) or name == "no norm"
+        if abs(losses[name] - losses[FLAX]) <= agree * abs(losses[FLAX]) or name == "no norm"
     }
     for name in (name for name in steps if name not in right):
         report(f"{name}: not timed, its loss is {losses[name]}, Flax's {losses[FLAX]}")

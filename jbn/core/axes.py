@@ -128,6 +128,17 @@ def _vary_over(value: Array, names: Collection[Hashable]) -> Array:
     return lax.pvary(value, ordered)  # type: ignore[attr-defined]
 
 
+@jax.custom_batching.custom_vmap
+def hold_for_any(condition: Array) -> Array:
+    """Return a condition, and under ``jax.vmap`` one for all members: whether it holds for any."""
+    return condition
+
+
+@hold_for_any.def_vmap
+def _over_members(_: int, mapped: list[bool], condition: Array) -> tuple[Array, bool]:
+    return hold_for_any(condition.any(0) if mapped[0] else condition), False
+
+
 def forbid_transformations(value: Array, error: Exception) -> Array:
     """Return a value that raises an error where it is mapped or differentiated, here or after it was traced."""
 

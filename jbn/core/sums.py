@@ -18,7 +18,7 @@ from jax.export import is_symbolic_dim
 from jax.numpy import asarray, broadcast_to, moveaxis
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.core.axes import count_cuts, vary_as
+from jbn.core.axes import count_cuts, hold_for_any, vary_as
 from jbn.core.lax import lax
 from jbn.core.layout import Layout
 
@@ -188,15 +188,18 @@ def sweep_again_if(
 ) -> tuple[Array, Array]:
     """Return ``sweep(pilot)`` where ``far`` is true, and otherwise what was ``found`` before.
 
-    A ``lax.cond`` with two peculiarities. The pilot goes through a barrier, because otherwise XLA:GPU, in jax 0.10.2,
-    finds both branches cheap and always runs them, in one more pass over x (``test_gpus_still_run_both_branches``). And
-    the branches return arrays of two ranks, because libtpu 0.0.52 crashes on a conditional whose branches return two
-    sums of one shape (``test_the_tpu_compiler_still_crashes_on_two_sums_of_one_shape``).
+    A ``lax.cond`` with three peculiarities. Under ``jax.vmap`` it asks whether any member is far, because a condition
+    that differs between members becomes a selection, which always sweeps twice; a member that is not far then keeps
+    what was found, so that its bits do not depend on its neighbours. The pilot goes through a barrier, because
+    otherwise XLA:GPU, in jax 0.10.2, finds both branches cheap and always runs them, in one more pass over x
+    (``test_gpus_still_run_both_branches``). And the branches return arrays of two ranks, because libtpu 0.0.52 crashes
+    on a conditional whose branches return two sums of one shape
+    (``test_the_tpu_compiler_still_crashes_on_two_sums_of_one_shape``).
     """
 
     def again() -> tuple[Array, Array]:
         first, second = sweep(lax.optimization_barrier(pilot))
         return first, second[None]
 
-    first, second = lax.cond(far, again, lambda: (found[0], found[1][None]))
-    return first, second[0]
+    first, second = lax.cond(hold_for_any(far), again, lambda: (found[0], found[1][None]))
+    return lax.select(far, first, found[0]), lax.select(far, second[0], found[1])

@@ -9,6 +9,7 @@ import jbn
 from jbn.core.axes import Sync
 from jbn.core.checks import read_layout
 from jbn.core.statistics import SharedRows, choose_pilot, statistics
+from jbn.core.sums import sweep_again_if
 from tests.support import oracle
 
 pytestmark = pytest.mark.core
@@ -127,3 +128,50 @@ def test_a_running_mean_far_beyond_the_batch_spoils_nothing(mean, x_mean, std, g
     _, batch_mean, var = oracle.moments(x)
     np.testing.assert_allclose(new.var, var, rtol=2e-5, atol=2.0**-23)  # an ulp of the old one, from which it moves
     assert np.abs(new.mean - batch_mean).max() <= 2.0**-22 * abs(mean)
+
+
+def over_members(depth):
+    """A training call under ``depth`` vmaps, of states and batches."""
+    step = lambda state, x: jbn.bn_forward(None, state, x, True)  # noqa: E731
+    for _ in range(depth):
+        step = jax.vmap(step)
+    return jax.jit(step)
+
+
+def members(*shape):
+    states = jax.tree.map(lambda a: jnp.broadcast_to(a, (*shape, 3)), jbn.bn_init(3)[1])
+    return states, np.random.default_rng(1).standard_normal((*shape, 64, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=str)
+def test_members_of_vmap_are_asked_together_whether_any_is_far(shape):
+    """A condition for each would be a selection, of which both sides are always computed."""
+    program = over_members(len(shape)).lower(*members(*shape)).compile()
+    assert " conditional(" in program.as_text()
+
+
+def test_a_member_of_vmap_that_is_near_keeps_what_was_found():
+    far, pilot, found = jnp.array([True, False]), jnp.zeros((2, 3)), (jnp.ones((2, 3)), jnp.full((2, 3), 2.0))
+    again = lambda far, pilot, found: sweep_again_if(far, lambda k: (k + 5, k + 6), pilot, found)  # noqa: E731
+    for mapped in (jax.vmap(again), jax.jit(jax.vmap(again))):
+        first, second = mapped(far, pilot, found)
+        np.testing.assert_array_equal(first[:, 0], [5, 1])
+        np.testing.assert_array_equal(second[:, 0], [6, 2])
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("means", [[0, 0, 0, 0], [0, 1e4, 0, 1], [0, np.nan, 1e30, 1e5]], ids=str)
+def test_a_member_of_vmap_does_not_feel_its_neighbours(shape, means):
+    states, x = members(*shape)
+    x = x + np.float32(means).reshape(*shape, 1, 1)
+    every = over_members(len(shape))
+    y, new = every(states, x)
+    for member in np.ndindex(*shape):
+        alone = np.zeros_like(x)
+        alone[member] = x[member]
+        found = every(states, alone)
+        for a, b in zip(jax.tree.leaves((y, new)), jax.tree.leaves(found), strict=True):
+            np.testing.assert_array_equal(a[member], b[member])
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(want := oracle.forward(x[member]).y).all() and abs(x[member]).max() < 1e6:
+                np.testing.assert_allclose(y[member], want, atol=4e-6)

@@ -120,6 +120,24 @@ def test_a_mapped_axis_may_be_the_sharded_one(kind, mean):
     assert specs(newer) == specs(mapped)
 
 
+@kinds
+@pytest.mark.parametrize(
+    "cut", [P("member"), P("member", "data"), P(None, "data"), P("member", None, None, "data")], ids=str
+)
+def test_members_and_their_rows_may_both_be_sharded(kind, cut):
+    """The guard asks all members at once, so that no member selects between arrays that lie differently."""
+    x = np.stack([X, X + 100])
+    want = np.stack([oracle.forward(part).y for part in x])
+    m = mesh((2, 2), ("member", "data"), kind)
+    with jax.set_mesh(m):
+        states = jax.tree.map(lambda a: jnp.stack([a] * 2), jbn.bn_init(4)[1])
+        states = jax.device_put(states, NamedSharding(m, P(cut[0])))
+        y, _ = jax.jit(jax.vmap(lambda s, x: jbn.bn_forward(None, s, x, True)))(
+            states, jax.device_put(x, NamedSharding(m, cut))
+        )
+    np.testing.assert_allclose(y, want, atol=1e-5)
+
+
 def test_an_explicit_mesh_that_is_not_set():
     m = mesh((2, 2), ("data", "model"), AxisType.Explicit)
     params, state = jax.device_put(jbn.bn_init(4), NamedSharding(m, P()))
