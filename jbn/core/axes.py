@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import Array
-from jax.numpy import arange, asarray, concatenate, split, where
+from jax.numpy import arange, asarray, broadcast_to, concatenate, split, where
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jbn.core.lax import lax
@@ -137,6 +137,26 @@ def hold_for_any(condition: Array) -> Array:
 @hold_for_any.def_vmap
 def _over_members(_: int, mapped: list[bool], condition: Array) -> tuple[Array, bool]:
     return hold_for_any(condition.any(0) if mapped[0] else condition), False
+
+
+@jax.custom_batching.custom_vmap
+def leave_to_members(condition: Array, new: Array, old: Array) -> Array:
+    """Return what is new, and under ``jax.vmap`` for a member whose condition does not hold what is old.
+
+    Outside of ``jax.vmap`` both are the same then, and nothing is computed.
+    """
+    return new
+
+
+@leave_to_members.def_vmap
+def _leave_to_each(size: int, mapped: list[bool], condition: Array, *arrays: Array) -> tuple[Array, bool]:
+    new, old = (
+        a if is_mapped else broadcast_to(a, (size, *a.shape)) for a, is_mapped in zip(arrays, mapped[1:], strict=True)
+    )
+    if mapped[0]:
+        condition = condition.reshape(condition.shape + (1,) * (new.ndim - condition.ndim))
+        return where(condition, new, old), True
+    return leave_to_members(condition, new, old), True
 
 
 def forbid_transformations(value: Array, error: Exception) -> Array:

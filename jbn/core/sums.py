@@ -18,7 +18,7 @@ from jax.export import is_symbolic_dim
 from jax.numpy import asarray, broadcast_to, moveaxis
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.core.axes import count_cuts, hold_for_any, vary_as
+from jbn.core.axes import count_cuts, hold_for_any, leave_to_members, vary_as
 from jbn.core.lax import lax
 from jbn.core.layout import Layout
 
@@ -202,4 +202,4 @@ def sweep_again_if(
         return first, second[None]
 
     first, second = lax.cond(hold_for_any(far), again, lambda: (found[0], found[1][None]))
-    return lax.select(far, first, found[0]), lax.select(far, second[0], found[1])
+    return leave_to_members(far, first, found[0]), leave_to_members(far, second[0], found[1])
