@@ -20,7 +20,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def shorten(head: Sequence[str], rows: Iterable[Sequence[str]], columns: Iterable[str]) -> str:
-    """Return a table of some columns beside the first, which holds libraries and versions, and of those in ``SHORT``."""
+    """Return a table of some columns beside the first, which holds library and version, and of rows in ``SHORT``."""
     places = [0, *map(head.index, columns)]
     kept = [row for row in rows if row[0].rpartition(" ")[0] in SHORT]
     return markdown([head[place] for place in places], [[row[place] for place in places] for row in kept])

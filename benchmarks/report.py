@@ -42,7 +42,7 @@ def of_resnet(rows: list[Found], dtype: str, program: str) -> list[Found]:
 
 
 def ratios(found: Found) -> list[list[str]]:
-    """Return heading and rows of the table of ratios: geometric means over the shapes of a ResNet-50, and the extremes."""
+    """Return heading and rows of the table of ratios: geometric means over the shapes of a ResNet-50, and extremes."""
     rows = found["layers"]
     names = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
     versions = found["versions"]
@@ -171,7 +171,8 @@ def tables(machine: str = MACHINE) -> dict[str, str]:
     found, counted = map(read, (machine, "passes"))
     made = {"speed": speed, "speed-short": speed_short, "layers": layers, "networks": networks}
     made |= {"beginnings": beginnings, "sums": sums}
-    needed = {"speed": {"layers"}, "speed-short": {"layers"}, "networks": {"chains", "resnet50"}, "beginnings": {"startup", "imports", "eager"}}
+    needed = {"networks": {"chains", "resnet50"}, "beginnings": {"startup", "imports", "eager"}}
+    needed |= {name: {"layers"} for name in ("speed", "speed-short")}
     there = {name: table for name, table in made.items() if needed.get(name, {name}) <= found.keys()}
     return {name: table(found) for name, table in there.items()} | {"specs": passes(counted)}
 

@@ -1,4 +1,4 @@
-"""The gallery of studies, docs/studies/README.md, and a sentence of README.md: ``python -m benchmarks.studies jbn-study``.
+"""The gallery, docs/studies/README.md, and a sentence of README.md: ``python -m benchmarks.studies jbn-study``.
 
 Takes the results of ``jbn study`` into ``docs/studies/``; measures nothing.
 """

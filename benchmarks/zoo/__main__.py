@@ -3,8 +3,8 @@
 It makes an environment of fixed versions for their packages, with pip, and measures in it; ``--here`` measures with the
 Python that runs it, and what is not installed there is said. One process a model. `benchmarks.zoo.measure` says what is
 measured and what it has to be: the exit status is 1 where something is not. With ``--write`` the figures go into
-results/zoo.json and, as a table, into docs/guides/models.md; those of models that are not named now stay, if their version
-is the same.
+results/zoo.json and, as a table, into docs/guides/models.md; those of models that are not named now stay, if their
+version is the same.
 """
 
 import importlib.metadata
