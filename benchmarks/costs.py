@@ -9,8 +9,8 @@
   (parameters add those of data parallelism). ``(+ 1)`` is in a branch of a conditional: it runs where x is swept
   twice. ``*`` says that only ``check_vma=False`` compiles.
 
-All are set up as `benchmarks.peers` says. With ``--write`` the figures go to results/costs.json and, as a table, into
-README.md.
+All are set up as `benchmarks.peers` says. With ``--write`` the figures go to results/costs.json and, as tables,
+into docs/how/costs.md and README.md.
 """
 
 import json
@@ -153,8 +153,13 @@ def _counted(of: dict[str, Any]) -> str:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Return the table of the README."""
+    """Return the table of docs/how/costs.md."""
     return readme.markdown(HEAD, cells(found))
+
+
+def short(found: dict[str, Any]) -> str:
+    """Return the table of README.md."""
+    return readme.shorten(HEAD, cells(found), ("H200", "v5e", "kept / x"))
 
 
 def main() -> None:
@@ -177,6 +182,7 @@ def main() -> None:
     if write:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         readme.replace("costs", markdown(found))
+        readme.replace("costs-short", short(found))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ A cell is one of these:
 
 Groups are batches of their own, but the running statistics are expected to be those of the whole batch, so that all
 devices hold the same. All are set up as `benchmarks.peers` says. With ``--write`` the figures go to
-results/devices.json and, as a table, into README.md.
+results/devices.json and, as a table, into docs/guides/many_devices.md.
 """
 
 import json
@@ -312,7 +312,7 @@ def cells(found: dict[str, Any]) -> list[list[str]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Return the table of the README."""
+    """Return the table of docs/guides/many_devices.md."""
     return readme.markdown(head(found), cells(found))
 
 

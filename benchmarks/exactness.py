@@ -2,7 +2,7 @@
 
 x is N(0, 1) + m(1 + u/10), u uniform in [-1, 1] for every channel, so that the means are not round. All libraries
 see the same x, from a fresh state, as `benchmarks.peers` sets them up. With ``--write`` the figures go to
-results/exactness.json and, as a table, into README.md.
+results/exactness.json and, as tables, into docs/how/accuracy.md and README.md.
 """
 
 import json
@@ -29,6 +29,7 @@ ROWS = (0, 1, 2)  # the axes that statistics are taken over
 MEANS = {"y, m = 0": 0.0, "y, 10²": 1e2, "y, 10⁴": 1e4, "y, 10⁵": 1e5}
 GRADIENT, EVALUATION, RUNNING = "dx, 10⁴", "y evaluated, 10⁴", "running mean, 10⁴"
 FIGURES = (*MEANS, GRADIENT, EVALUATION, RUNNING)
+HEAD = ("float32", *FIGURES)
 FAR = 1e4
 """The m of the three last figures."""
 
@@ -100,8 +101,13 @@ def cells(found: dict[str, Any]) -> list[list[str]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Return the table of the README."""
-    return readme.markdown(["float32", *FIGURES], cells(found))
+    """Return the table of docs/how/accuracy.md."""
+    return readme.markdown(HEAD, cells(found))
+
+
+def short(found: dict[str, Any]) -> str:
+    """Return the table of README.md."""
+    return readme.shorten(HEAD, cells(found), ("y, m = 0", "y, 10²", "y, 10⁴", "dx, 10⁴"))
 
 
 def main() -> None:
@@ -113,13 +119,14 @@ def main() -> None:
             figures = {name: None if math.isnan(value) else value for name, value in measure(peer).items()}
         rows.append({"library": peer.name, "version": peer.version, "figures": figures})
     found = {"jax": jax.__version__, "device": f"{jax.devices()[0].platform}, {platform.machine()}", "rows": rows}
-    table = Table("float32", *FIGURES, title="Largest error of y, of dx in relative L2, of the running mean in RMS")
+    table = Table(*HEAD, title="Largest error of y, of dx in relative L2, of the running mean in RMS")
     for row in cells(found):
         table.add_row(*row)
     console.print(table)
     if write:
         RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         readme.replace("exactness", markdown(found))
+        readme.replace("exactness-short", short(found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What differs from ``flax.linen.BatchNorm``, a closed list with figures: ``python -m benchmarks.flax_differences``.
 
-With ``--write`` the table in README.md is replaced by what was just measured.
+With ``--write`` the table in docs/guides/flax_step.md is replaced by what was just measured.
 """
 
 import argparse
@@ -200,9 +200,9 @@ def measure() -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
-    """Print the table, and write it into the README if asked to."""
+    """Print the table, and write it into its page if asked to."""
     parser = argparse.ArgumentParser(description="What differs from flax.linen.BatchNorm, measured.")
-    parser.add_argument("--write", action="store_true", help="replace the table in README.md")
+    parser.add_argument("--write", action="store_true", help="replace the table in docs/guides/flax_step.md")
     write = parser.parse_args().write
     rows = measure()
     table = Table(*HEAD, title="What differs from flax.linen.BatchNorm")

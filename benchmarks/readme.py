@@ -1,4 +1,4 @@
-"""Tables that a benchmark writes into README.md or PERFORMANCE.md, between ``<!-- name -->`` and ``<!-- /name -->``."""
+"""Tables that a benchmark writes into README.md and other pages, between ``<!-- name -->`` and ``<!-- /name -->``."""
 
 import argparse
 import re
@@ -7,13 +7,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-PAGES = tuple(Path(__file__).parents[1] / name for name in ("README.md", "PERFORMANCE.md"))
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "PERFORMANCE.md", *sorted((ROOT / "docs").rglob("*.md")))
+SHORT = ("jbn", "Flax Linen", "Keras", "PyTorch", "PyTorch NHWC")
+"""The libraries of the short tables of README.md; the whole ones are in docs/how/."""
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table as it stands in the README."""
+    """Return a table as it stands in a page."""
     lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
+
+
+def shorten(head: Sequence[str], rows: Iterable[Sequence[str]], columns: Iterable[str]) -> str:
+    """Return a table of some columns beside the first, which holds library and version, and of rows in ``SHORT``."""
+    places = [0, *map(head.index, columns)]
+    kept = [row for row in rows if row[0].rpartition(" ")[0] in SHORT]
+    return markdown([head[place] for place in places], [[row[place] for place in places] for row in kept])
 
 
 def opened(name: str, description: str) -> tuple[bool, Console, Callable[[str], None]]:
@@ -23,7 +33,7 @@ def opened(name: str, description: str) -> tuple[bool, Console, Callable[[str], 
         Whether to write, a console as wide as the tables, and what to call with the reason why something is absent.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--write", action="store_true", help=f"write results/{name}.json and the table in README.md")
+    parser.add_argument("--write", action="store_true", help=f"write results/{name}.json and its tables in the pages")
     write = parser.parse_args().write
     console = Console(width=max(Console().width, 110))  # readable in a log too
 
@@ -47,8 +57,9 @@ def replace(name: str, table: str) -> None:
 
 
 def _found(name: str) -> tuple[Path, re.Match[str]]:
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        if found := re.search(rf"(<!-- {name} -->\n)(.*?)(<!-- /{name} -->)", text, re.DOTALL):
-            return page, found
-    raise ValueError(f"no page has the markers <!-- {name} --> and <!-- /{name} -->")
+    pattern = re.compile(rf"(<!-- {name} -->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
+    found = [(page, match) for page in PAGES for match in pattern.finditer(page.read_text(encoding="utf-8"))]
+    if len(found) != 1:
+        there = ", ".join(page.name for page, _ in found) or "no page"
+        raise ValueError(f"{there} has the markers <!-- {name} --> and <!-- /{name} -->; expected one page, and once")
+    return found[0]

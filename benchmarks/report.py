@@ -1,4 +1,4 @@
-"""Tables and a picture of the speed, for README.md and PERFORMANCE.md: ``python -m benchmarks.report``.
+"""Tables and a picture of the speed, for README.md, docs/how/speed.md, PERFORMANCE.md: ``python -m benchmarks.report``.
 
 Reads what ``python -m benchmarks --write`` and ``python -m benchmarks.passes`` wrote into results/; measures nothing.
 """
@@ -41,22 +41,35 @@ def of_resnet(rows: list[Found], dtype: str, program: str) -> list[Found]:
     return [row for row in rows if row["spec"].startswith("ResNet") and chosen.items() <= row.items()]
 
 
-def speed(found: Found) -> str:
-    """Return the table of ratios: geometric means over the shapes of a ResNet-50, least and largest median."""
+def ratios(found: Found) -> list[list[str]]:
+    """Return heading and rows of the table of ratios: geometric means over the shapes of a ResNet-50, and extremes."""
     rows = found["layers"]
     names = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
-    lines = []
+    versions = found["versions"]
+    lines = [["time of jbn / that of", *(f"{n} {versions.get(n, '')}".strip() for n in names), "floor / jbn"]]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for program in FLOORS:
             some = of_resnet(rows, dtype, program)
             cells = [f"{dtype}, {program}"]
             for name in names:
-                ratios = [row["ratio"][name][1] for row in some if name in row["ratio"]]
-                cells.append(f"{mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "—")
+                medians = [row["ratio"][name][1] for row in some if name in row["ratio"]]
+                cells.append(f"{mean(medians):.2f} ({min(medians):.2f} to {max(medians):.2f})" if medians else "—")
             lines.append([*cells, f"{mean(row['of_floor']['jbn'] for row in some):.2f}"])
-    versions = found["versions"]
+    return lines
+
+
+def speed(found: Found) -> str:
+    """Return the table of docs/how/speed.md."""
+    head, *rows = ratios(found)
+    return readme.markdown(head, rows)
+
+
+def speed_short(found: Found) -> str:
+    """Return the table of README.md: means alone, of fewer libraries."""
+    head, *rows = ratios(found)
+    places = [0, *(i for i, name in enumerate(head) if name.rpartition(" ")[0] in readme.SHORT)]
     return readme.markdown(
-        ["time of jbn / that of", *(f"{n} {versions.get(n, '')}".strip() for n in names), "floor / jbn"], lines
+        [head[place] for place in places], [[row[place].partition(" (")[0] for place in places] for row in rows]
     )
 
 
@@ -156,8 +169,10 @@ def read(name: str) -> Found:
 def tables(machine: str = MACHINE) -> dict[str, str]:
     """Return the tables by the names of their markers, those whose studies were measured."""
     found, counted = map(read, (machine, "passes"))
-    made = {"speed": speed, "layers": layers, "networks": networks, "beginnings": beginnings, "sums": sums}
-    needed = {"speed": {"layers"}, "networks": {"chains", "resnet50"}, "beginnings": {"startup", "imports", "eager"}}
+    made = {"speed": speed, "speed-short": speed_short, "layers": layers, "networks": networks}
+    made |= {"beginnings": beginnings, "sums": sums}
+    needed = {"networks": {"chains", "resnet50"}, "beginnings": {"startup", "imports", "eager"}}
+    needed |= {name: {"layers"} for name in ("speed", "speed-short")}
     there = {name: table for name, table in made.items() if needed.get(name, {name}) <= found.keys()}
     return {name: table(found) for name, table in there.items()} | {"specs": passes(counted)}
 

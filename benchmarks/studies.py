@@ -1,4 +1,4 @@
-"""The gallery of studies in README.md and docs/studies/README.md: ``python -m benchmarks.studies jbn-study``.
+"""The gallery, docs/studies/README.md, and a sentence of README.md: ``python -m benchmarks.studies jbn-study``.
 
 Takes the results of ``jbn study`` into ``docs/studies/``; measures nothing.
 """
@@ -6,14 +6,13 @@ Takes the results of ``jbn study`` into ``docs/studies/``; measures nothing.
 import argparse
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 
 from benchmarks import readme
 from jbn.lab.errors import OptionError
 from jbn.lab.run.directory import FIGURE, RESULTS
 from jbn.studies import STUDIES
-from jbn.studies.results import WORDS, Result, read_all
+from jbn.studies.results import Result, read_all, tally
 
 KEPT = Path(__file__).parents[1] / "docs" / "studies"
 GALLERY = KEPT / "README.md"
@@ -25,13 +24,9 @@ def gallery() -> dict[str, Result]:
 
 
 def tables() -> dict[str, str]:
-    """Return the table of README.md by the name of its markers: a row per study."""
-    rows = []
-    for name, result in gallery().items():
-        found = Counter(claim.verdict for claim in result.claims)
-        link = f"[{name}](docs/studies/README.md#{name})"
-        rows.append([link, _plain(result.study.question), *(str(found[verdict]) for verdict in WORDS)])
-    return {"studies": readme.markdown(["study", "its question", *(several for _, several in WORDS.values())], rows)}
+    """Return the sentence of README.md by the name of its markers."""
+    verdicts = [claim.verdict for result in gallery().values() for claim in result.claims]
+    return {"studies": f"Of {len(verdicts)} claims {tally(verdicts)}.\n"}
 
 
 def page() -> str:

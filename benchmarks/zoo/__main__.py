@@ -3,8 +3,8 @@
 It makes an environment of fixed versions for their packages, with pip, and measures in it; ``--here`` measures with the
 Python that runs it, and what is not installed there is said. One process a model. `benchmarks.zoo.measure` says what is
 measured and what it has to be: the exit status is 1 where something is not. With ``--write`` the figures go into
-results/zoo.json and, as a table, into README.md; those of models that are not named now stay, if their version is the
-same.
+results/zoo.json and, as a table, into docs/guides/models.md; those of models that are not named now stay, if their
+version is the same.
 """
 
 import importlib.metadata
@@ -120,7 +120,7 @@ def _name(row: Row) -> str:
 
 
 def markdown(found: Row) -> str:
-    """Return the table of the README."""
+    """Return the table of docs/guides/models.md."""
     return readme.markdown(HEAD, map(cells, found["rows"]))
 
 
@@ -166,7 +166,7 @@ def main(
 
 
 def _write(row: Row) -> None:
-    """Put a row into the results and the README, beside those of other cases, but for those of other versions.
+    """Put a row into the results and the table, beside those of other cases, but for those of other versions.
 
     What is not installed here says nothing: such a row is not written, and those in the results stay.
     """

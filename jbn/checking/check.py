@@ -21,8 +21,8 @@ from jbn.core.state import Params, State
 from jbn.paths import count_of
 from jbn.version import __version__
 
-# The bounds of the README. They hold on every device: with rsqrt to 2.5 ulps, the worst of JAX's table of accuracy
-# (TPU v2 to v5), y is off by 2e-6 at most.
+# The bounds of docs/how/accuracy.md. They hold on every device: with rsqrt to 2.5 ulps, the worst of JAX's table of
+# accuracy (TPU v2 to v5), y is off by 2e-6 at most.
 _OUTPUT = 4e-6  # absolute
 _STATISTICS = 4e-6  # of the variance, relative; of the mean, in standard deviations
 _GRADIENTS = 1e-5  # relative L2
@@ -32,8 +32,8 @@ _EPSILON = 1e-5
 _IMAGES = (64, 8, 8, 16)
 # Large enough that GPUs and TPUs count as they do in a network, and without padding of TPU tiles. Compiled, never made.
 _LARGE = (128, 64, 64, 256)
-# Passes over x of BN + ReLU by the README, forward and both. The compiler counts the second sweep too, though it hardly
-# ever runs: two more on a CPU, whose sums read one array each, and one elsewhere.
+# Passes over x of BN + ReLU by docs/how/costs.md, forward and both. The compiler counts the second sweep too, though it
+# hardly ever runs: two more on a CPU, whose sums read one array each, and one elsewhere.
 _PASSES = {"cpu": (4 + 2, 13 + 2), "cuda": (3 + 1, 8 + 1), "tpu": (3 + 1, 8 + 1)}
 _MARGIN = 1.05
 
@@ -46,9 +46,9 @@ _BESIDE = ("jaxlib", "libtpu", *(f"jax-cuda{n}-{part}" for n in (12, 13) for par
 def check(*, devices: Sequence[jax.Device] | None = None) -> Report:
     """Check accuracy, gradients, masks, synchronization and cost of this library on the devices at hand.
 
-    Everything is compared with float64 NumPy, by the bounds of the README; errors are those beyond half an ulp of the
-    result, which its dtype cannot avoid. One device computes what needs one, all of them together what is synchronized.
-    It takes some ten seconds, most of them to compile, and a few megabytes of each device.
+    Everything is compared with float64 NumPy, by the bounds of docs/how/accuracy.md; errors are those beyond half an
+    ulp of the result, which its dtype cannot avoid. One device computes what needs one, all of them together what is
+    synchronized. It takes some ten seconds, most of them to compile, and a few megabytes of each device.
 
     Args:
         devices: the devices, of one platform and of this process; those of the default backend unless given.

@@ -60,8 +60,8 @@ def demo(options: DemoOptions, place: DemoPlace) -> None:
 def check(options: CheckOptions) -> None:
     """Check jbn on the devices of this machine: accuracy, gradients, masks, synchronization, cost.
 
-    Everything is compared with float64, by the bounds of the README. It takes some ten seconds. Exit status: 0 passed,
-    1 a check failed, 2 a wrong option.
+    Everything is compared with float64, by the bounds of docs/how/accuracy.md. It takes some ten seconds. Exit
+    status: 0 passed, 1 a check failed, 2 a wrong option.
     """
     from jbn.lab.check_command import run
     from jbn.lab.report import new_console

@@ -27,7 +27,7 @@ class BatchNorm(nn.Module):
 
     Constructor, call signature, variables (``params``: ``scale``, ``bias``; ``batch_stats``: ``mean``, ``var``), their
     order, shapes and dtypes are Flax's, so that its checkpoints load unchanged; a function as ``momentum`` adds
-    ``count``. What differs in the figures is listed in the README.
+    ``count``. What differs in the figures is listed in docs/guides/flax_step.md.
 
     Attributes:
         use_running_average: whether to use the statistics in ``batch_stats``; here or at the call, not at both.

@@ -46,9 +46,9 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
     """Let every ``flax.linen.BatchNorm`` of any model compute with jbn inside a ``with`` block.
 
     The model and its variables stay what they are: names, shapes, dtypes, initial values, checkpoints. What differs in
-    the figures is what differs between the layers, see the README. A function that is compiled already is compiled once
-    more inside, and is what it was before after the block: ``jax.jit`` knows of this context. Only what was compiled
-    ahead of time, or exported, keeps the arithmetic with which it was traced.
+    the figures is what differs between the layers, see docs/guides/flax_step.md. A function that is compiled already is
+    compiled once more inside, and is what it was before after the block: ``jax.jit`` knows of this context. Only what
+    was compiled ahead of time, or exported, keeps the arithmetic with which it was traced.
 
     Args:
         also: classes of norms that compute what Flax's does, such as a copy of its code: fields of Flax's names, a call

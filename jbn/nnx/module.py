@@ -35,7 +35,8 @@ class BatchNorm(nnx.BatchNorm):
     Constructor, attributes and variables (``nnx.Param``: ``scale``, ``bias``; ``nnx.BatchStat``: ``mean``, ``var``;
     None where absent) are made by the Flax that is installed, so ``train()``, ``eval()``, ``set_attributes``,
     ``nnx.view``, filters by type and checkpoints work unchanged. What differs in the figures is what differs from Flax
-    Linen, see the README; training and evaluation give the bits of ``jbn.linen.BatchNorm`` and ``jbn.bn_forward``.
+    Linen, see docs/guides/flax_step.md; training and evaluation give the bits of ``jbn.linen.BatchNorm`` and
+    ``jbn.bn_forward``.
 
     Args:
         num_features: the size of the feature axis.

@@ -23,7 +23,7 @@ FEW = 16
 _SMALL, _NEAR, _CONSTANT = 1.0, 1e-2, 1e-6
 # |mean|/std in float32: at 2²⁴ a deviation is at most one step of the numbers near the mean, at 2²⁰ at most sixteen.
 _NEAR_RATIO, _CONSTANT_RATIO = 2.0**20, 2.0**24
-# |mean|/std from which batch norms lose digits of y, and what they keep (README, "How accurate").
+# |mean|/std from which batch norms lose digits of y, and what they keep (docs/how/accuracy.md).
 _KEPT = {
     1e2: "Flax and Haiku keep two digits of y, Equinox, Keras and PyTorch four or five",
     1e4: "Flax, Haiku and, for channels-last x, PyTorch keep no digit of y, Equinox, Keras and PyTorch two or three",

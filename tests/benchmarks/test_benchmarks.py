@@ -210,4 +210,4 @@ def test_a_machine_with_one_study_gets_its_tables(tmp_path, monkeypatch):
     few = {key: there[report.MACHINE][key] for key in ("versions", "layers")}
     for name, found in (("new", few), ("passes", there["passes"])):
         (tmp_path / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
-    assert sorted(report.tables("new")) == ["layers", "specs", "speed"]
+    assert sorted(report.tables("new")) == ["layers", "specs", "speed", "speed-short"]

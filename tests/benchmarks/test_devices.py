@@ -1,4 +1,4 @@
-"""What the README says about many devices: its recipes, the gradient trap, and the table beside other libraries."""
+"""What the guide says about many devices: its recipes, the gradient trap, and the table beside other libraries."""
 
 import json
 import re
@@ -19,9 +19,8 @@ from benchmarks import devices, readme
 from benchmarks.peers import PEERS, Lacking
 from tests.support import oracle
 
-README = readme.PAGES[0].read_text(encoding="utf-8")
-SECTION = README.partition("## Many devices\n")[2].partition("\n## ")[0]
-BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+GUIDE = (readme.ROOT / "docs" / "guides" / "many_devices.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 N, C = 8, 5
 JBN = PEERS[0]
 
@@ -34,11 +33,9 @@ def _broadcast():
 
 def recipes():
     """Run the examples, and return what each leaves behind."""
-    scope: dict[str, object] = {}
-    left = []
-    for block in BLOCKS:
+    left: list[dict[str, object]] = [{} for _ in BLOCKS]
+    for block, scope in zip(BLOCKS, left, strict=True):
         exec(block, scope)
-        left.append(dict(scope))
     return left
 
 
@@ -69,7 +66,7 @@ def test_the_groups_of_the_recipe():
     np.testing.assert_allclose(found["moved"].mean, 0.01 * x.mean(0, np.float64), rtol=1e-5)
 
 
-# The rows of the README: what is averaged, in which transform, and what it makes of the gradient.
+# The rows of the guide: what is averaged, in which transform, and what it makes of the gradient.
 TRAP = [
     ("local loss, `pmean` of gradients", "`pmap`", "1"),
     ("local loss, `pmean` of gradients", "`shard_map(check_vma=False)`", "1"),
@@ -111,15 +108,15 @@ def test_the_gradient_trap(step, over, factor):
         else:
             times = N if factor == "n" else 1
             np.testing.assert_allclose(got, times * np.broadcast_to(one, got.shape), rtol=1e-4, atol=1e-6)
-    assert f"| {step} | {over} | {factor} |\n" in SECTION
+    assert f"| {step} | {over} | {factor} |\n" in GUIDE
 
 
 def test_every_row_of_the_trap_is_pinned():
-    table = SECTION.partition("| factor |\n")[2].partition("\n\n")[0]
+    table = GUIDE.partition("| factor |\n")[2].partition("\n\n")[0]
     assert len(table.splitlines()) == 1 + len(TRAP)
 
 
-def test_the_readme_shows_what_was_measured():
+def test_the_guide_shows_what_was_measured():
     found = json.loads(devices.RESULTS.read_text(encoding="utf-8"))
     assert readme.between("devices") == devices.markdown(found)
     assert found["columns"][0]["library"] == "jbn"

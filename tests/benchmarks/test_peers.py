@@ -108,10 +108,11 @@ def test_ours():
 
 
 @pytest.mark.parametrize("module", [costs, exactness], ids=["costs", "exactness"])
-def test_the_readme_shows_what_was_measured(module):
+def test_the_pages_show_what_was_measured(module):
     found = json.loads(module.RESULTS.read_text(encoding="utf-8"))
     name = module.__name__.rpartition(".")[2]
     assert readme.between(name) == module.markdown(found)
+    assert readme.between(f"{name}-short") == module.short(found)
     assert found["rows"][0]["library"] == "jbn"
 
 
