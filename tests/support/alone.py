@@ -15,7 +15,7 @@ import warnings
 
 def run(path: str, line: int, code: str, folder: str) -> None:
     """Run the code that stands below a line of a file as a reader runs it, in a folder."""
-    signal.alarm(600)
+    signal.alarm(1800)
     for stream, name in enumerate(("/dev/null", f"{folder}.out", f"{folder}.err")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), stream)
     os.chdir(folder)
