@@ -13,7 +13,7 @@ from benchmarks import readme
 from jbn.lab.errors import OptionError
 from jbn.lab.run.directory import FIGURE, RESULTS
 from jbn.studies import STUDIES
-from jbn.studies.results import WORDS, Result, read_all
+from jbn.studies.results import WORDS, Result, read_all, tally
 
 KEPT = Path(__file__).parents[1] / "docs" / "studies"
 GALLERY = KEPT / "README.md"
@@ -35,13 +35,20 @@ def tables() -> dict[str, str]:
 
 
 def page() -> str:
-    """Return the page of all studies: of each its figure, its table, and the claims beside what came out."""
+    """Return the page of all studies: their figures, and of each its table, and the claims beside what came out."""
     head = (
         "# What is claimed about batch normalization, measured\n\n"
         "Written by `python -m benchmarks.studies jbn-study` of the results of `jbn study all`. `jbn report` makes\n"
         "one file of them for a browser.\n"
     )
-    return "\n".join([head, *map(_section, gallery().values())])
+    results = gallery()
+    return "\n".join([head, readme.markdown(["", ""], map(_card, results.values())), *map(_section, results.values())])
+
+
+def _card(result: Result) -> list[str]:
+    name, question = result.study.name, _plain(result.study.question)
+    found = tally(claim.verdict for claim in result.claims)
+    return [f"[![{name}]({name}/{FIGURE})](#{name})", f"[{name}](#{name}): {question} Of its claims {found}."]
 
 
 def _section(result: Result) -> str:

@@ -59,7 +59,7 @@ class LayerStatistics:
         prior: share of the initial mean 0 and variance 1 in the running statistics; NaN where nothing tells.
         gap_by_prior: the gap between the batch and the mixture of prior and batch in these shares.
         gap_beyond_prior: the gap between that mixture and the running statistics.
-        ratio: |batch_mean| / √batch_var.
+        ratio: ``|batch_mean|`` / √batch_var.
     """
 
     path: str
