@@ -1,11 +1,11 @@
 """The site: ``python -m sphinx -W --keep-going docs docs/_build/html``. It needs no network and runs no notebook."""
 
+import inspect
 import os
 import re
 import shutil
 import sys
 import tomllib
-from inspect import signature as signature_of
 from pathlib import Path
 from typing import Any, NewType
 
@@ -14,6 +14,7 @@ import typer.main
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.inspect import stringify_signature
 
 DOCS = Path(__file__).parent
@@ -28,6 +29,7 @@ for name in ("ArrayLike", "DTypeLike"):
 import jbn  # noqa: E402
 import jbn.linen  # noqa: E402
 import jbn.nnx  # noqa: E402
+import jbn.typing  # noqa: E402
 from jbn.cli.commands import app as commands  # noqa: E402
 
 project = "jbn"
@@ -58,6 +60,8 @@ myst_heading_anchors = 4  # a link to a section is the same here and on GitHub
 suppress_warnings = ["myst.header"]  # the words of the glossary are sections below no other
 nb_execution_mode = "off"  # the notebooks have the outputs of the run that their tests repeat
 
+# Signatures have the short names, and link to what they stand for.
+autodoc_type_aliases = {name: f"jbn.typing.{name}" for name in jbn.typing.__all__}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
@@ -84,7 +88,10 @@ shutil.rmtree(DOCS / "course", ignore_errors=True)
 for path in (ROOT / "notebooks").glob("*.ipynb"):
     shutil.copy2(path, DOCS / "course")
 # Where the text of a page names one of these, it links to the reference.
-NAMES = {f"{module.__name__}.{name}" for module in (jbn, jbn.linen, jbn.nnx) for name in module.__all__}
+NAMES = {f"{module.__name__}.{name}" for module in (jbn, jbn.linen, jbn.nnx, jbn.typing) for name in module.__all__}
+# What is written about an alias stands where it is made; Sphinx would show what is said of unions in Python.
+MADE = re.findall(r"^from (\S+) import", inspect.getsource(jbn.typing), re.MULTILINE)
+WRITTEN = {name: text for made in MADE for (_, name), text in ModuleAnalyzer.for_module(made).find_attr_docs().items()}
 # Those that are no words of another meaning need no module before them.
 PLAIN = {name for name in jbn.__all__ if "_" in name or name[0].isupper()}
 
@@ -141,15 +148,22 @@ def shorten_signature(
 ) -> tuple[str | None, str | None]:
     """Return a signature for people: of a module of NNX, whose class hides it; defaults and arrays by their names."""
     if name == "jbn.nnx.BatchNorm":
-        whole = signature_of(thing.__init__)
+        whole = inspect.signature(thing.__init__)
         rest = [parameter for key, parameter in whole.parameters.items() if key != "self"]
         signature = stringify_signature(whole.replace(parameters=rest), unqualified_typehints=True)
         signature = signature.removesuffix(" -> None")
     if signature:
         signature = re.sub(r"<(?:function|class) '?(?:\w+\.)*(\w+)'?>", r"\1", signature)
         signature = re.sub(r", parent: .*\)$", ")", signature)  # a module of Linen: Flax gives these
+        signature = re.sub(r"TypeAliasForwardRef\('([\w.]+)'\)", r"~\1", signature)  # in a union Sphinx leaves it so
         signature = re.sub(r"~numpy\.ndarray\[~?[\w.]+, ~?numpy\.dtype\[~?([\w.]+)\]\]", r"NDArray[\1]", signature)
     return signature, returns
+
+
+def describe_alias(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Put what is written about an alias in the place of what Python says of its kind."""
+    if what == "data" and name.startswith("jbn.typing."):
+        lines[:] = WRITTEN[name.removeprefix("jbn.typing.")]
 
 
 def skip(app: Sphinx, what: str, name: str, member: Any, skipped: bool, options: Any) -> bool | None:
@@ -163,4 +177,5 @@ def setup(app: Sphinx) -> None:
     app.connect("include-read", read_included)
     app.connect("doctree-read", link_names)
     app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("autodoc-process-docstring", describe_alias)
     app.connect("autodoc-skip-member", skip)

@@ -58,11 +58,11 @@ def test_links_lead_to_files_and_sections_that_are_there(path):
 
 def test_each_public_name_is_in_the_reference_once():
     modules = {"jbn": jbn}
-    for name in ("linen", "nnx"):
+    for name in ("linen", "nnx", "typing"):
         modules[f"jbn.{name}"] = pytest.importorskip(f"jbn.{name}")
     public = {f"{module}.{name}" for module, has in modules.items() for name in has.__all__}
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/api").glob("*.md"))
-    shown = Counter(re.findall(r"^\.\. (?:auto|py:)\w+:: (jbn(?:\.linen|\.nnx)?\.\w+)$", text, re.MULTILINE))
+    shown = Counter(re.findall(r"^\.\. (?:auto|py:)\w+:: (jbn(?:\.linen|\.nnx|\.typing)?\.\w+)$", text, re.MULTILINE))
     assert public - set(shown) == set()
     assert set(shown) - public == set()
     assert {name for name, times in shown.items() if times > 1} == set()
