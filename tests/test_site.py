@@ -62,7 +62,8 @@ def test_each_public_name_is_in_the_reference_once():
         modules[f"jbn.{name}"] = pytest.importorskip(f"jbn.{name}")
     public = {f"{module}.{name}" for module, has in modules.items() for name in has.__all__}
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/api").glob("*.md"))
-    shown = Counter(re.findall(r"^\.\. (?:auto|py:)\w+:: (jbn(?:\.linen|\.nnx|\.typing)?\.\w+)$", text, re.MULTILINE))
+    directive = r"^\.\. (?:auto(?:class|data|function)|py:class):: (jbn(?:\.linen|\.nnx|\.typing)?\.\w+)$"
+    shown = Counter(re.findall(directive, text, re.MULTILINE))
     assert public - set(shown) == set()
     assert set(shown) - public == set()
     assert {name for name, times in shown.items() if times > 1} == set()
