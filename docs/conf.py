@@ -7,7 +7,7 @@ import shutil
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, NewType
+from typing import Any
 
 import jax.typing
 import typer.main
@@ -19,12 +19,11 @@ from sphinx.util.inspect import stringify_signature
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
+os.environ["COLUMNS"] = "80"  # help is as wide, whatever terminal this runs in
 sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 # The union that ArrayLike stands for would fill every signature; so it is a name while jbn is imported.
 for name in ("ArrayLike", "DTypeLike"):
-    alias = NewType(name, object)
-    alias.__module__ = "jax.typing"
-    setattr(jax.typing, name, alias)
+    setattr(jax.typing, name, type(name, (), {"__module__": "jax.typing"}))
 
 import jbn  # noqa: E402
 import jbn.linen  # noqa: E402
@@ -118,9 +117,9 @@ def read_page(app: Sphinx, docname: str, source: list[str]) -> None:
     page = Path(app.env.doc2path(docname))
     source[0] = point_all(source[0], ROOT / "notebooks" if page.suffix == ".ipynb" else page.parent, page)
     if docname == "api/command_line":
-        group = typer.main.get_command(commands)
+        group = typer.main.get_group(commands)
         for name, command in group.commands.items():
-            text = command.get_help(group.context_class(command, info_name=f"jbn {name}", terminal_width=88))
+            text = command.get_help(group.context_class(command, info_name=f"jbn {name}"))
             source[0] += f"\n## jbn {name}\n\n```text\n{text}\n```\n"
 
 
