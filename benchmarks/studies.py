@@ -30,13 +30,20 @@ def tables() -> dict[str, str]:
 
 
 def page() -> str:
-    """Return the page of all studies: of each its figure, its table, and the claims beside what came out."""
+    """Return the page of all studies: their figures, and of each its table, and the claims beside what came out."""
     head = (
         "# What is claimed about batch normalization, measured\n\n"
         "Written by `python -m benchmarks.studies jbn-study` of the results of `jbn study all`. `jbn report` makes\n"
         "one file of them for a browser.\n"
     )
-    return "\n".join([head, *map(_section, gallery().values())])
+    results = gallery()
+    return "\n".join([head, readme.markdown(["", ""], map(_card, results.values())), *map(_section, results.values())])
+
+
+def _card(result: Result) -> list[str]:
+    name, question = result.study.name, _plain(result.study.question)
+    found = tally(claim.verdict for claim in result.claims)
+    return [f"[![{name}]({name}/{FIGURE})](#{name})", f"[{name}](#{name}): {question} Of its claims {found}."]
 
 
 def _section(result: Result) -> str:

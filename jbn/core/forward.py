@@ -121,9 +121,10 @@ def bn_forward(
         \mu = \mathrm{E}[x],\ \sigma^2 = \mathrm{E}[(x - \mu)^2]
 
     With ``train=True`` the moments are those of all valid positions of the batch, over every shard of ``axis_name``,
-    with ``train=False`` those of the state. With ``update`` the state moves towards those of the batch:
-    :math:`\text{new} = \text{old} + (1 - \text{momentum})(\text{batch} - \text{old})`. Unless given it is what
-    ``train`` is.
+    with ``train=False`` those of the state. With ``update``, which is what ``train`` is unless given, the state moves
+    towards those of the batch:
+
+    .. math:: \text{new} = \text{old} + (1 - \text{momentum})(\text{batch} - \text{old})
 
     Args:
         params: ``Params`` or a mapping with ``scale`` and ``bias``, either or both absent; each of the shape of the

@@ -84,7 +84,9 @@ def fold(
     r"""Return kernel and bias of a convolution or dense layer that does the work of the normalization beside it too.
 
     .. math::
-        \text{previous:}\quad W'_{o} = a_o W_{o},\ b'_o = a_o (b_o - \mu_o) + \beta_o \qquad
+        \text{previous:}\quad W'_{o} = a_o W_{o},\ b'_o = a_o (b_o - \mu_o) + \beta_o
+
+    .. math::
         \text{next:}\quad W'_{i} = W_{i} a_i,\ b' = b + \textstyle\sum_i W_{i} (\beta_i - \mu_i a_i)
 
     with :math:`a = \gamma\,(\sigma^2 + \epsilon)^{-1/2}`. Both are exact but for rounding. At a large mean the layer's

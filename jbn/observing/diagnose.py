@@ -53,12 +53,15 @@ def diagnose(
 
     .. math::
         z_\mu = \frac{\mu_B - \mu}{\sigma_B / \sqrt{n}}, \quad z_{\sigma^2} = \sqrt{\tfrac{n - 1}{2}}\,
-        \ln\frac{\sigma_B^2}{\sigma^2}, \quad \text{gap}^2 = \sigma_B^2 \left(\frac{1}{\sqrt{\sigma^2 + \epsilon}} -
+        \ln\frac{\sigma_B^2}{\sigma^2},
+
+    .. math::
+        \text{gap}^2 = \sigma_B^2 \left(\frac{1}{\sqrt{\sigma^2 + \epsilon}} -
         \frac{1}{\sqrt{\sigma_B^2 + \epsilon}}\right)^2 + \frac{(\mu_B - \mu)^2}{\sigma^2 + \epsilon}
 
     The gap is the root mean square of y in evaluation minus y in training, for given x, where scale is 1; it is
-    multiplied by \|scale\| over the root mean square of the scales of the layer. The share p of the initial mean 0 and
-    variance 1 in the running statistics is fitted over all channels: :math:`\mu = (1 - p)\,\mu_B`,
+    multiplied by ``|scale|`` over the root mean square of the scales of the layer. The share p of the initial mean 0
+    and variance 1 in the running statistics is fitted over all channels: :math:`\mu = (1 - p)\,\mu_B`,
     :math:`\sigma^2 = p + (1 - p)\,\sigma_B^2`.
 
     =================  =============================================================================================
@@ -74,7 +77,7 @@ def diagnose(
     ``below epsilon``  one whose variance is below ε
     ``prior``          a gap, from half of that below on, because the running statistics still hold the initial 0 and 1
     ``stale``          a gap that the prior does not explain
-    ``far mean``       \|mean\|/std of 100 or more, where other implementations lose digits
+    ``far mean``       ``|mean|/std`` of 100 or more, where other implementations lose digits
     =================  =============================================================================================
 
     A gap is reported from half a standard deviation of the output on over a layer, or a whole one in one channel, and
@@ -97,8 +100,8 @@ def diagnose(
         ``count`` and ``independent``, values per channel; ``running_mean``, ``running_var``, ``batch_mean``,
         ``batch_var``; ``z_mean``, ``z_var``; ``gap``, and what it is between the batch and a mixture of p prior and
         1 - p batch, ``gap_by_prior``, and between this and the running statistics, ``gap_beyond_prior``; ``ratio``,
-        \|mean\|/std of the batch; and p, ``prior``, a number, NaN where nothing tells. A layer that was not observed is
-        judged by what it remembers, with a count of 0 and NaN for the batch. Of each finding ``path``, ``kind``,
+        ``|mean|/std`` of the batch; and p, ``prior``, a number, NaN where nothing tells. A layer that was not observed
+        is judged by what it remembers, with a count of 0 and NaN for the batch. Of each finding ``path``, ``kind``,
         ``channels`` (indices, or index tuples), ``message``, which says what it means and what to do, and ``layers``,
         all paths of a finding about several.
 
