@@ -20,7 +20,7 @@ from jbn.lab.errors import OptionError
 from jbn.lab.figures import COLOURS
 from jbn.lab.models import MOMENTUM
 from jbn.lab.options import DiagnoseOptions
-from jbn.lab.report import show
+from jbn.lab.report import show, waiting
 from jbn.lab.run.saved import blame_checkpoint, find_saved
 from jbn.lab.step import Recipe, augment
 from jbn.observing.findings import FAR, LEAST_GAP
@@ -44,7 +44,7 @@ def run(options: DiagnoseOptions, console: Console) -> Diagnosis:
     figure = options.figure
     if figure is not None and (figure.suffix != ".png" or not figure.parent.is_dir()):
         raise OptionError("--figure", f"got '{figure}'; expected a name that ends in .png, in a folder that is there")
-    with console.status("Diagnosing; most of the time it compiles ..."):
+    with waiting(console, "Diagnosing; most of the time it compiles ..."):
         found = diagnose_run(options.checkpoint, batch_size=options.batch_size, seed=options.seed)
     console.print(found.title, soft_wrap=True, highlight=False)
     show(console, table_of(found.diagnosis))

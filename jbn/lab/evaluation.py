@@ -18,7 +18,7 @@ from jbn.lab.data.parts import open_beside
 from jbn.lab.devices import mesh_of
 from jbn.lab.errors import OptionError
 from jbn.lab.options import EvaluateOptions
-from jbn.lab.report import show
+from jbn.lab.report import show, waiting
 from jbn.lab.run.saved import Saved, blame_checkpoint, find_saved
 from jbn.lab.step import judge
 from jbn.paths import count_of
@@ -64,7 +64,7 @@ def run(options: EvaluateOptions, console: Console) -> bool:
     Raises:
         OptionError: as ``evaluate_run`` says.
     """
-    with console.status("Evaluating; most of the time it compiles ..."):
+    with waiting(console, "Evaluating; most of the time it compiles ..."):
         found = evaluate_run(options)
     console.print(found.title, soft_wrap=True, highlight=False)
     for table in (table_of(found), table_of_classes(found)):

@@ -2,12 +2,12 @@
 
 import errno
 import importlib
-import importlib.util
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -26,6 +26,7 @@ from jbn.lab.data.batches import Batches
 from jbn.lab.devices import mesh_of
 from jbn.lab.errors import FileError, OptionError, file_errors
 from jbn.lab.options import ExportOptions
+from jbn.lab.report import waiting
 from jbn.lab.run.saved import blame_checkpoint, find_saved
 from jbn.linen import fold
 from jbn.paths import count_of
@@ -70,13 +71,13 @@ def run(options: ExportOptions, console: Console) -> None:
         OptionError: a file is there or cannot be made here, or there is no such checkpoint, or it cannot be read.
     """
     _check(options)
-    with console.status("Reading the checkpoint, folding ..."):
+    with waiting(console, "Reading the checkpoint, folding ..."):
         product = _open(options)
     for line in product.words:
         console.print(line, soft_wrap=True, highlight=False)
     try:
         for file in options.files:
-            with console.status(f"Writing {file.name}; most of the time it compiles ..."):
+            with waiting(console, f"Writing {file.name}; most of the time it compiles ..."):
                 error = _write(product, file)
             differ = f"differ by {error:.0e} of the largest" if error else "are the same"
             console.print(
@@ -91,7 +92,7 @@ def _check(options: ExportOptions) -> None:
     """Refuse files that are there, that have no folder, or that need a package, before anything is computed."""
     for file in options.files:
         extra, *needed = NEEDS[file.suffix]
-        lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+        lacking = [name for name in needed if find_spec(name) is None]
         if lacking:
             fix = f'pip install "jbn[{extra}]"'
             raise OptionError("FILE", f"'{file}' needs {' and '.join(lacking)}, not installed here; expected {fix}")

@@ -14,6 +14,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.table import Column, Table
 
 from jbn.lab.run.metrics import curve
@@ -26,6 +27,11 @@ NARROW = 60  # columns that a table takes at least: with fewer, Rich would leave
 def new_console() -> Console:
     """Return a console that prints the names of files as they are: Rich would read ``[a]`` and ``:a:`` in them."""
     return Console(markup=False, emoji=False)
+
+
+def waiting(console: Console, words: str) -> Status:
+    """Return a context that says on a terminal what takes long, in characters that every locale has."""
+    return console.status(words, spinner="line")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from jbn.lab.devices import mesh_of, name_devices, replicate
 from jbn.lab.errors import OptionError, Stopped, file_errors
 from jbn.lab.figures import draw_run
 from jbn.lab.options import TrainOptions, TrainPlace
-from jbn.lab.report import bar, say, show, table_of_run
+from jbn.lab.report import bar, say, show, table_of_run, waiting
 from jbn.lab.run import directory, processes
 from jbn.lab.run.blame import blame
 from jbn.lab.run.checkpoints import Checkpoints
@@ -48,7 +48,7 @@ def run(options: TrainOptions, place: TrainPlace, console: Console) -> None:
     """Join the other processes, ``train``, and say what came out."""
     if place.at is not None and not place.resume:
         raise OptionError("--at", f"got '{place.at}'; expected --resume beside it")
-    with console.status("Looking for devices ..."):
+    with waiting(console, "Looking for devices ..."):
         processes.join(place)
         mesh = mesh_of(place.devices)  # before JAX is asked anything: it simulates no more devices afterwards
     console.quiet = jax.process_index() > 0
@@ -75,7 +75,7 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
     mesh, first = mesh_of(place.devices), jax.process_index() == 0
     if place.resume:
         options = processes.agree(lambda: directory.resume(place, options))
-    with console.status("Reading the data ..."):
+    with waiting(console, "Reading the data ..."):
         parts = processes.agree(lambda: parts_of(options))
     began, options = options.fingerprint, replace(options, fingerprint=parts.fingerprint)
     processes.compare(options)
@@ -212,7 +212,7 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, Pace]:
     here, first = f"process {jax.process_index()}", jax.process_index() == 0
     record, steps = job.options.record, job.recipe.steps
     with Checkpoints(place.out / directory.CHECKPOINTS, place.keep) as checkpoints, signals.note() as sent:
-        with console.status("Compiling ..."):
+        with waiting(console, "Compiling ..."):
             state = begun = processes.agree(lambda: job.begin(checkpoints, place.at))
         step = int(begun.step)
         pace = Pace(step, job.batches.per_epoch)

@@ -103,6 +103,7 @@ def test_results_say_what_happened(finished):
     out, text = finished
     results = strict_json(out / "results.json")
     options = {"model": ["conv"], "learning_rate": None, "steps": STEPS, "batch_size": 64, "seed": 3}
+    options |= {"data": "digits"}
     assert results["options"] == options
     assert results["versions"]["jax"] == jax.__version__
     for network, batch_norm in zip(results["networks"], (False, True), strict=True):
