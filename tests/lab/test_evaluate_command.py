@@ -84,13 +84,15 @@ def test_the_running_statistics_judge_alike_whatever_is_judged_at_once(whole, ba
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-4, atol=oracle.tolerance("float32", 128))
 
 
-def test_batches_are_of_one_size_and_of_many_classes(whole, monkeypatch):
+def test_batches_are_of_one_size_and_of_many_classes(whole, tmp_path, monkeypatch):
     """Those of a folder in the order of its classes would be of one class each, as none was in training."""
     shares = []
     kept = evaluation._judge
     monkeypatch.setattr(evaluation, "_judge", lambda *args: (shares.extend(args[-1]), kept(*args))[1])
-    labels = judged(whole, batch_size=100).labels
-    assert {len(rows) for rows in shares} == {90}
+    data = random_data(180)
+    in_order = folder(tmp_path / "in-order", Images(data.images, np.sort(data.labels)))
+    labels = judged(whole, data=in_order, batch_size=50).labels
+    assert {len(rows) for rows in shares} == {45}
     assert min(len(set(labels[rows])) for rows in shares) > 5
 
 
