@@ -8,6 +8,7 @@ from rich.text import Text
 from jbn.checking.check import check
 from jbn.checking.report import Report
 from jbn.lab.devices import mesh_of
+from jbn.lab.report import waiting
 
 COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
@@ -19,7 +20,7 @@ def run(devices: int | None, console: Console) -> bool:
         OptionError: there are fewer devices.
     """
     chosen = [device for device in mesh_of(devices).devices.flat if device.process_index == jax.process_index()]
-    with console.status("Checking; most of the time it compiles ..."):
+    with waiting(console, "Checking; most of the time it compiles ..."):
         report = check(devices=chosen)
     for line in report.heading:
         console.print(line, soft_wrap=True, highlight=False)

@@ -15,7 +15,7 @@ from jbn.lab.figures import draw_demo
 from jbn.lab.options import DemoOptions, DemoPlace, TrainOptions, TrainPlace
 from jbn.lab.report import finding, say, show, table_of
 from jbn.lab.run import directory
-from jbn.lab.run.metrics import gaps, history
+from jbn.lab.run.metrics import curve, gaps, history
 from jbn.lab.step import PERCENTILES
 from jbn.lab.train import train
 from jbn.paths import count_of
@@ -34,7 +34,7 @@ def run(options: DemoOptions, place: DemoPlace, console: Console) -> None:
     """
     mesh, most = mesh_of(place.devices), TRAINING[options.data]
     if options.batch_size > most:
-        found = f"got {options.batch_size}, but {options.data} has {most} training images"
+        found = f"got '{options.batch_size}', but {options.data} has {most} training images"
         raise OptionError("--batch-size", f"{found}; expected a whole number from 2 to {most}")
     if place.resume:
         options = directory.resume(place, options)
@@ -127,24 +127,23 @@ def _kept(out: Path, plan: TrainOptions) -> dict[str, Any]:
 def _history(out: Path) -> dict[str, Any]:
     """Return what figure and table show of a network while it learned, from its metrics."""
     lines = history(out)
-    steps = [line for line in lines if "loss" in line]
-    looks = [line for line in lines if "validation_loss" in line]
-
-    def values(name: str) -> list[Any]:
-        return [line[name] for line in looks]
+    steps, losses = curve(lines, "loss")
+    looks, accuracies = curve(lines, "validation_accuracy")
 
     def reach(accuracy: float) -> int | None:
-        return next((line["step"] for line in looks if line["validation_accuracy"] >= accuracy), None)
+        return next((step for step, value in zip(looks, accuracies, strict=True) if (value or 0) >= accuracy), None)
 
     return {
         "steps_to_90_percent": reach(0.90),
         "steps_to_95_percent": reach(0.95),
-        "first_step_with_loss_not_finite": next((line["step"] for line in steps if line["loss"] is None), None),
+        "first_step_with_loss_not_finite": next(
+            (step for step, loss in zip(steps, losses, strict=True) if loss is None), None
+        ),
         "history": {
-            "training_loss": [line["loss"] for line in steps],
-            "evaluation_steps": values("step"),
-            "validation_accuracy": values("validation_accuracy"),
-            "validation_loss": values("validation_loss"),
-            "preactivation_percentiles": {str(part): values(f"preactivation_{part}") for part in PERCENTILES},
+            "training_loss": losses,
+            "evaluation_steps": looks,
+            "validation_accuracy": accuracies,
+            "validation_loss": curve(lines, "validation_loss")[1],
+            "preactivation_percentiles": {str(part): curve(lines, f"preactivation_{part}")[1] for part in PERCENTILES},
         },
     }

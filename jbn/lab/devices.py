@@ -24,7 +24,7 @@ def mesh_of(count: int | None) -> Mesh:
     local = jax.local_devices()
     if count is not None and count > len(local):
         here = count_of(len(local), f"device ({local[0].platform})")
-        raise OptionError("--devices", f"got {count}, but JAX finds {here} here; expected at most {len(local)}")
+        raise OptionError("--devices", f"got '{count}', but JAX finds {here} here; expected at most {len(local)}")
     of_each: dict[int, list[jax.Device]] = {}
     for device in jax.devices():
         of_each.setdefault(device.process_index, []).append(device)

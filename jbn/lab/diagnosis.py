@@ -4,15 +4,10 @@
 ``Diagnosed``, and ``run`` is the command.
 """
 
-import contextlib
-import os
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,16 +19,14 @@ from rich.table import Column, Table
 from jbn import Diagnosis, diagnose
 from jbn.atomic import replace_file
 from jbn.lab.data.batches import Batch, Batches
-from jbn.lab.data.parts import parts_of
 from jbn.lab.devices import mesh_of
-from jbn.lab.errors import FileError, OptionError
+from jbn.lab.errors import OptionError
 from jbn.lab.figures import COLOURS
 from jbn.lab.models import MOMENTUM
-from jbn.lab.options import DiagnoseOptions, TrainOptions
-from jbn.lab.report import show
-from jbn.lab.run.checkpoints import Checkpoints, is_step
-from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, read_options
-from jbn.lab.step import Recipe, augment, initial_state, recipe_of
+from jbn.lab.options import DiagnoseOptions
+from jbn.lab.report import show, waiting
+from jbn.lab.run.saved import blame_checkpoint, find_saved
+from jbn.lab.step import Recipe, augment
 from jbn.observing.findings import FAR, LEAST_GAP
 
 __all__ = [
@@ -68,7 +61,8 @@ def run(options: DiagnoseOptions, console: Console) -> Diagnosis:
     figure = options.figure
     if figure is not None and (figure.suffix != ".png" or not figure.parent.is_dir()):
         raise OptionError("--figure", f"got '{figure}'; expected a name that ends in .png, in a folder that is there")
-    found = diagnose_run(options.checkpoint, batch_size=options.batch_size, seed=options.seed)
+    with waiting(console, "Diagnosing; most of the time it compiles ..."):
+        found = diagnose_run(options.checkpoint, batch_size=options.batch_size, seed=options.seed)
     console.print(found.title, soft_wrap=True, highlight=False)
     show(console, table_of(found.diagnosis))
     for message in str(found.diagnosis).splitlines():
@@ -94,28 +88,14 @@ def diagnose_run(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
     Raises:
         OptionError: there is no such checkpoint, or it or its data cannot be read.
     """
-    out, step = _run_of(path)
-    with _blame_checkpoint():
-        options = read_options(out, TrainOptions)
-        if not options.batch_norm:
-            raise FileError(f"the network in '{out}' has no batch normalization")
-    mesh = mesh_of(1)
-    with _blame_checkpoint(f"cannot use the data of the run in '{out}': "):
-        training = parts_of(replace(options, validation=None)).training
-        if options.fingerprint.partition("-")[0] != training.fingerprint:
-            raise FileError("they are not what they were when it began")
-        batches = Batches(training, batch_size or options.batch_size, mesh)
+    saved = find_saved(path)
+    if not saved.options.batch_norm:
+        raise OptionError("CHECKPOINT", f"the network in '{saved.out}' has no batch normalization")
+    mesh, training = mesh_of(1), saved.data(validation=False).training
+    batches = Batches(training, batch_size or saved.options.batch_size, mesh)
+    with blame_checkpoint(f"cannot use the data of the run in '{saved.out}': "):
         batch = batches.read(batches.rows(0, seed))
-    recipe = recipe_of(options, Batches(training, options.batch_size, mesh))
-    like = jax.eval_shape(lambda: initial_state(recipe, training.image_shape))
-    with Checkpoints(out / CHECKPOINTS, keep=0) as checkpoints, _blame_checkpoint():
-        steps = checkpoints.steps()
-        chosen = max(steps, default=0) if step is None else step
-        if chosen not in steps:
-            saved = f"saved are those of steps {', '.join(map(str, steps))}" if steps else "none is saved"
-            which = f"no checkpoint of step {chosen}" if chosen else "no checkpoint"
-            raise FileError(f"{which} in '{checkpoints.folder}'; {saved}")
-        state = checkpoints.read(chosen, like, mesh)
+    recipe, state = saved.read(training, mesh)
     found = diagnose(
         _training_pass(recipe),
         state.params,
@@ -125,7 +105,9 @@ def diagnose_run(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
         momentum=MOMENTUM,
         updates=int(state.step),
     )
-    return Diagnosed(f"{options.model} in '{out}' after step {state.step}, {batches.size} training images", found)
+    return Diagnosed(
+        f"{saved.options.model} in '{saved.out}' after step {state.step}, {batches.size} training images", found
+    )
 
 
 @cache
@@ -141,42 +123,6 @@ def _training_pass(recipe: Recipe) -> Any:
         return new["batch_stats"]
 
     return apply
-
-
-def _run_of(path: Path) -> tuple[Path, int | None]:
-    """Return the folder of a run, and the step of the checkpoint in it, None for the last."""
-    whole = Path(os.path.realpath(path))  # it raises nothing, whatever is wrong with the name
-    inside = whole.parent.name == CHECKPOINTS and is_step(whole.name)
-    out, step = (whole.parent.parent, int(whole.name)) if inside else (_network_of(path), None)
-    if not os.path.exists(out / OPTIONS):
-        raise OptionError(
-            "CHECKPOINT",
-            f"no run of jbn train in '{out}'; expected its --out, or a checkpoint such as "
-            f"'{Path('jbn-train', CHECKPOINTS, '100')}'",
-        )
-    return out, step
-
-
-def _network_of(path: Path) -> Path:
-    """Return the network that has batch normalization in a run of the demo; any other folder as it is."""
-    inside = sorted(options.parent for options in path.glob(f"*/{OPTIONS}")) if os.path.isdir(path) else []
-    if not inside:
-        return path
-    with _blame_checkpoint():
-        found = [network for network in inside if read_options(network, TrainOptions).batch_norm]
-    if len(found) != 1:
-        those = " or ".join(f"'{network}'" for network in found) or "another one: none of its networks has any"
-        raise OptionError("CHECKPOINT", f"'{path}' is a run of jbn demo; expected a network with batch norm, {those}")
-    return found[0]
-
-
-@contextlib.contextmanager
-def _blame_checkpoint(what: str = "") -> Iterator[None]:
-    """Turn what is wrong with a file into an error of the one argument of the command."""
-    try:
-        yield
-    except (OptionError, FileError) as error:
-        raise OptionError("CHECKPOINT", f"{what}{error}") from None
 
 
 def table_of(diagnosis: Diagnosis) -> Table:

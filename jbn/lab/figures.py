@@ -7,11 +7,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jbn.lab.run.metrics import curve
 from jbn.lab.step import PROBE_IMAGES
 
 # Blue and vermilion of Okabe and Ito, distinct for colour-blind readers too.
 COLOURS = {True: "#0072B2", False: "#D55E00"}
 LABELS = {True: "with batch norm", False: "without batch norm"}
+# Of a run there is one network: its lines are told apart by what they were measured on.
+TRAINING = "0.4"
+LOOKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "validation": ("validation", {"color": COLOURS[True], "marker": "o"}),
+    "average": ("validation, average of weights", {"color": "#009E73", "marker": "s", "linestyle": "--"}),
+}
 SMOOTHING = 15
 
 
@@ -27,13 +34,50 @@ def draw_demo(networks: list[dict[str, Any]], title: str, file: IO[bytes]) -> No
     axes = figure.subplots(len(pairs), 4, squeeze=False)
     for row, pair in zip(axes, pairs, strict=True):
         _draw_model(row, pair)
-    for axis in axes.flat:
-        axis.set(xlabel="step", xlim=(0, networks[0]["history"]["evaluation_steps"][-1]))
+    _finish(figure, networks[0]["history"]["evaluation_steps"][-1], file)
+
+
+def draw_run(lines: list[dict[str, Any]], title: str, file: IO[bytes]) -> None:
+    """Draw loss and accuracy of a run, in training and of its looks, and save it as PNG.
+
+    ``lines`` are those of metrics.jsonl; steps that it lost are a line from the one before to the one after.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title.encode(errors="replace").decode(), fontsize=12, parse_math=False)  # it may name a folder
+    loss, accuracy = figure.subplots(1, 2)
+    for axis, of_step, factor in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+        _draw_steps(axis, *curve(lines, of_step), "training, by batch statistics", factor, color=TRAINING)
+        for name, (label, look) in LOOKS.items():
+            steps, values = curve(lines, f"{name}_{of_step}")
+            if steps:
+                axis.plot(steps, factor * np.array(values, float), label=label, markersize=4, clip_on=False, **look)
+    drawn = np.concatenate([line.get_ydata() for line in loss.lines])
+    scale = "log" if np.any(drawn[np.isfinite(drawn)] > 0) else "linear"
+    loss.set(title="loss", yscale=scale, ylabel=f"cross-entropy (bold: median of {SMOOTHING} steps)")
+    accuracy.set(title="accuracy", ylabel=f"accuracy in % (bold: median of {SMOOTHING} steps)", ylim=(None, 101))
+    handles, labels = loss.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    _finish(figure, max(line["step"] for line in lines), file)
+
+
+def _finish(figure: Figure, last: int, file: IO[bytes]) -> None:
+    """Give all panels the same steps and look, and save the figure."""
+    for axis in figure.axes:
+        axis.set(xlabel="step", xlim=(0, last))
         axis.grid(color="0.4", alpha=0.2)
         axis.set_axisbelow(False)  # lines of the grid show on the bands too
         axis.title.set_fontsize("medium")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, format="png", dpi=130)
+
+
+def _draw_steps(
+    axis: Axes, steps: Sequence[int], values: Sequence[float | None], label: str, factor: int = 1, **look: Any
+) -> None:
+    """Draw a value of every step, pale, and its running median; it breaks where a value is not finite."""
+    known = factor * np.array(values, float)  # NaN where there is None
+    axis.plot(steps, known, alpha=0.25, linewidth=0.8, **look)
+    axis.plot(steps, _running_median(known), label=label, **look)
 
 
 def _draw_model(row: Sequence[Axes], pair: Sequence[dict[str, Any]]) -> None:
@@ -42,10 +86,8 @@ def _draw_model(row: Sequence[Axes], pair: Sequence[dict[str, Any]]) -> None:
     for network, axis in zip(pair, row[2:], strict=True):
         history, look = network["history"], dict[str, Any](color=COLOURS[network["batch_norm"]])
         name, steps = LABELS[network["batch_norm"]], history["evaluation_steps"]
-        loss = np.array(history["training_loss"], float)  # NaN where there is null
-        made = np.arange(1, len(loss) + 1)
-        row[0].plot(made, loss, alpha=0.25, linewidth=0.8, **look)
-        row[0].plot(made, _running_median(loss), label=name, **look)
+        loss = history["training_loss"]
+        _draw_steps(row[0], range(1, len(loss) + 1), loss, name, **look)
         accuracies.append(100 * np.array(history["validation_accuracy"], float))
         row[1].plot(steps, accuracies[-1], label=name, **look)
         _draw_preactivations(axis, steps, history["preactivation_percentiles"], look)

@@ -55,14 +55,14 @@ class Textbook(nn.Module):
         layers += [nn.Dense(features, **fields) for features in self.dense]
         x = images
         for number, layer in enumerate(layers, 1):
-            x = layer(x.reshape(len(x), -1) if isinstance(layer, nn.Dense) else x)  # type: ignore[operator]
+            x = layer(x.reshape(x.shape[0], -1) if isinstance(layer, nn.Dense) else x)  # type: ignore[operator]
             activation = None if preactivations and number == len(layers) else nn.relu
             if self.batch_norm:
                 mask = None if valid is None else valid.reshape(-1, *[1] * (x.ndim - 1))
                 x = self.norm(use_running_average=not train, momentum=MOMENTUM, activation=activation)(x, mask=mask)
             elif activation is not None:
                 x = activation(x)
-        return x if preactivations else nn.Dense(self.classes, dtype=self.dtype)(x.reshape(len(x), -1))
+        return x if preactivations else nn.Dense(self.classes, dtype=self.dtype)(x.reshape(x.shape[0], -1))
 
 
 class ResNet(nn.Module):

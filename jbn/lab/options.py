@@ -2,14 +2,29 @@
 
 import functools
 import inspect
-import math
-import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
+
+from jbn.lab.kinds import (
+    ADDRESS,
+    DEVICES,
+    EPOCHS,
+    FILE_ENDS,
+    FILES,
+    NOT_NEGATIVE,
+    OUT,
+    POSITIVE,
+    SEED,
+    SHARE,
+    WARMUP,
+    choice,
+    file_name,
+    whole_number,
+)
 
 # One step of gradient descent moves a logit by about learning_rate * |features|^2, and 64x64 positions
 # instead of 8x8 give 64 times as many features: at 0.1 the first steps of ``conv64`` are far too long.
@@ -18,65 +33,7 @@ DEMO_RATES = {
     "mnist": {"dense": 0.1, "conv": 0.1 * 8**2 / 28**2, "conv64": 0.1 / 64},
 }
 RATES = {"sgd": 0.05, "adamw": 1e-3}
-
-
-def kind(read: Callable[[str], Any], fits: Callable[[Any], bool], expected: str, metavar: str) -> dict[str, Any]:
-    """Return what Typer asks of an option whose text is read so, with values that fit."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = read(text)
-        except ValueError:
-            value = math.nan  # fits nowhere
-        if not fits(value):
-            raise typer.BadParameter(f"got {str(text)!r}, expected {expected}")
-        return value
-
-    return {"parser": parse, "metavar": metavar}
-
-
-def whole_number(low: int, high: int, metavar: str = "N") -> dict[str, Any]:
-    """Return the kind of the whole numbers from ``low`` to ``high``."""
-    return kind(int, lambda number: low <= number <= high, f"a whole number from {low} to {high}", metavar)
-
-
-def choice(*choices: str) -> dict[str, Any]:
-    """Return the kind of these words."""
-    return kind(str, choices.__contains__, f"{', '.join(choices[:-1])} or {choices[-1]}", "|".join(choices))
-
-
-def file_name(read: Callable[[str], Any], metavar: str) -> dict[str, Any]:
-    """Return the kind of the names of files and folders: not the empty one, that of an unset variable."""
-
-    def parse(text: str) -> Any:
-        if not str(text):
-            raise ValueError
-        return read(text)
-
-    return kind(parse, lambda name: name is not math.nan, "a name; the folder one is in is '.'", metavar)
-
-
-SEED, DEVICES = whole_number(0, 2**32 - 1), whole_number(1, 64)
-# What float32 has, in which a step is computed: less is 0 there, and more infinite.
-LEAST, MOST = 2.0**-126, 2.0**128 - 2.0**104
-POSITIVE = kind(float, lambda number: LEAST <= number <= MOST, "a number greater than 0 that float32 has", "RATE")
-NOT_NEGATIVE = kind(
-    float, lambda number: number == 0 or LEAST <= number <= MOST, "a number from 0 on that float32 has", "N"
-)
-EPOCHS = 100_000
-WARMUP = kind(float, lambda number: 0 <= number <= EPOCHS, f"a number from 0 on, up to {EPOCHS}", "N")
-PORTS = 2**16
-ADDRESS = kind(
-    str,
-    lambda text: bool(
-        re.fullmatch(r"([^:\s]+|\[[\da-f:]+\]):\d{1,5}", str(text), re.ASCII)
-        and 0 < int(str(text).rpartition(":")[2]) < PORTS
-    ),
-    f"such as HOST:8476, with a port from 1 to {PORTS - 1}",
-    "HOST:PORT",
-)
-FOLDER, OUT = file_name(str, "DIR"), file_name(Path, "DIR")
-SHARE = kind(float, lambda number: 0 <= number < 1, "a number from 0 to below 1", "DECAY")
+CHECKPOINT = "The --out of jbn train, for its last checkpoint, or one of its checkpoints: DIR/checkpoints/100."
 
 
 def option(
@@ -98,7 +55,7 @@ def argument(default: Any, help: str, kind: dict[str, Any]) -> Any:
 
 def words(value: object) -> str:
     """Return the value of an option, as one types it."""
-    return (" ".join(value) or "none") if isinstance(value, tuple) else str(value)
+    return (" ".join(value) or "none") if isinstance(value, tuple) else str(value).removesuffix(".0")
 
 
 @dataclass(frozen=True)
@@ -193,10 +150,9 @@ class TrainOptions(Options):
         "digits",
         "digits, mnist: as in the demo; or a folder of .npz files with images (n, h, w) or (n, h, w, c), uint8 or "
         "float, and labels (n,).",
-        FOLDER,
-        metavar="digits|mnist|DIR",
+        file_name(str, "digits|mnist|DIR", tuple(DEMO_RATES)),
     )
-    validation: str | None = option(None, "Folder of images to evaluate on, beside --data.", FOLDER)
+    validation: str | None = option(None, "Folder of images to evaluate on, beside --data.", file_name(str, "DIR"))
     epochs: int = option(10, "Times through the data.", whole_number(1, EPOCHS))
     batch_size: int = option(
         128,
@@ -279,14 +235,31 @@ class CheckOptions:
 
 
 @dataclass(frozen=True)
+class EvaluateOptions:
+    """The argument and the options of ``jbn evaluate``; the help of a field says what it is."""
+
+    checkpoint: Path = argument(MISSING, CHECKPOINT, file_name(Path, "CHECKPOINT"))
+    data: Path | None = option(
+        None, "Folder of other images to evaluate on, as for jbn train. Default: those of the validation.", OUT
+    )
+    batch_size: int | None = option(None, "Images at once. Default: a batch of the run.", whole_number(2, 2**24))
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The arguments and the options of ``jbn export``; the help of a field says what it is."""
+
+    checkpoint: Path = argument(MISSING, CHECKPOINT, file_name(Path, "CHECKPOINT"))
+    files: tuple[Path, ...] = argument(MISSING, f"What to write: a name that ends in {FILE_ENDS}.", FILES)
+    average: bool = option(False, "The average of weights of a run with --ema, not the last ones.")
+    force: bool = option(False, "Write over files that are there.")
+
+
+@dataclass(frozen=True)
 class DiagnoseOptions:
     """The argument and the options of ``jbn diagnose``; the help of a field says what it is."""
 
-    checkpoint: Path = argument(
-        MISSING,
-        "The --out of jbn train, for its last checkpoint, or one of its checkpoints: DIR/checkpoints/100.",
-        file_name(Path, "CHECKPOINT"),
-    )
+    checkpoint: Path = argument(MISSING, CHECKPOINT, file_name(Path, "CHECKPOINT"))
     batch_size: int | None = option(None, "Training images to look at. Default: a batch.", whole_number(2, 2**24))
     seed: int = option(0, "Seed of the choice of images.", SEED)
     figure: Path | None = option(None, "Draw the statistics of every channel too.", file_name(Path, "FILE.png"))
@@ -376,9 +349,11 @@ def _parameter(record: type[Any], field: Field[Any]) -> inspect.Parameter:
     """Return what Typer reads of a field."""
     type_, shown = get_type_hints(record)[field.name], field.metadata["typer"]
     default: Any = field.default
-    if isinstance(default, tuple):  # Typer takes what may be repeated as a list
-        type_, default = list[str], list(default)
-        shown = shown | {"show_default": bool(default)}
+    if get_origin(type_) is tuple:  # Typer takes what may be repeated as a list
+        type_, default = list[str], default if default is MISSING else list(default)
+        shown = {"show_default": bool(default)} | shown
+    if isinstance(default, float):
+        shown = {"show_default": words(default)} | shown
     if default is MISSING:
         default = inspect.Parameter.empty
     info = typer.Argument(**shown) if field.metadata.get("argument") else typer.Option(flag(field.name), **shown)

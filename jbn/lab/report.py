@@ -14,8 +14,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.table import Column, Table
 
+from jbn.lab.run.metrics import curve
 from jbn.paths import count_of
 
 WIDE = 80  # columns from which there is room for a bar and the time left
@@ -25,6 +27,11 @@ NARROW = 60  # columns that a table takes at least: with fewer, Rich would leave
 def new_console() -> Console:
     """Return a console that prints the names of files as they are: Rich would read ``[a]`` and ``:a:`` in them."""
     return Console(markup=False, emoji=False)
+
+
+def waiting(console: Console, words: str) -> Status:
+    """Return a context that says on a terminal what takes long, in characters that every locale has."""
+    return console.status(words, spinner="line")
 
 
 @contextlib.contextmanager
@@ -40,7 +47,7 @@ def bar(console: Console, title: str, steps: int, done: int = 0) -> Iterator[Cal
     off = not console.is_terminal
     with Progress(*columns, console=console, disable=off) as progress:
         # A step of now and those of before, at once, would promise an end that is far too early.
-        task = progress.add_task(title, total=steps, completed=done, loss="compiling", accuracy="")
+        task = progress.add_task(title, total=steps, completed=done, loss="compiling ...", accuracy="")
         yield lambda step, **words: progress.update(task, completed=step, **words)
 
 
@@ -66,6 +73,38 @@ def table_of(networks: list[dict[str, Any]], devices: str) -> Table:
         batch_norm = network["batch_norm"]
         table.add_row(network["model"], "yes" if batch_norm else "no", *shown, end_section=batch_norm)
     return table
+
+
+def table_of_run(lines: list[dict[str, Any]], per_epoch: int, caption: str) -> Table:
+    """Return the table of a run from the ``lines`` of its metrics.jsonl: how it ended, and how good it has been.
+
+    A step is judged by the statistics of its batch, at the weights before it: of these there is the mean over the last
+    epoch, of ``per_epoch`` steps.
+    """
+    numbers = (
+        Column(name, justify="right", no_wrap=True) for name in ("\nloss", "\naccuracy", "best\naccuracy", "at\nstep")
+    )
+    table = Table("", *numbers, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    _, losses = curve(lines, "loss")
+    _, right = curve(lines, "accuracy")
+    loss, accuracy = (_mean(values[-per_epoch:]) for values in (losses, right))
+    table.add_row("training, last epoch", *_shown(loss, accuracy), "", "")
+    for name, words in (("validation", "validation"), ("average", "validation, average of weights")):
+        (steps, accuracies), (_, losses) = curve(lines, f"{name}_accuracy"), curve(lines, f"{name}_loss")
+        if steps:
+            best = max(range(len(steps)), key=lambda look: accuracies[look] or 0)
+            shown = _shown(losses[-1], accuracies[-1])
+            table.add_row(words, *shown, _shown(0, accuracies[best])[1], str(steps[best]))
+    return table
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _shown(loss: float | None, accuracy: float | None) -> tuple[str, str]:
+    return "inf/NaN" if loss is None else f"{loss:.3g}", "-" if accuracy is None else f"{accuracy:.1%}"
 
 
 def show(console: Console, table: Table) -> None:

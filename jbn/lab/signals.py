@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from jbn.lab.loading import CURSOR, ERASED, looked_at
+
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
@@ -27,8 +29,10 @@ def end_at_once(words: Callable[[], str]) -> dict[int, Any]:
     def end(number: int, _: FrameType | None) -> None:
         with contextlib.suppress(Exception):  # what is written at this moment cannot be flushed
             sys.stdout.flush()
+        # A bar, or "Loading JAX ...", is left in the middle of its line, and Rich cannot show the cursor any more.
+        begun = ERASED + CURSOR if looked_at(2) else ""
         with contextlib.suppress(OSError):
-            os.write(2, f"jbn: {words()}\n".encode(errors="surrogateescape"))
+            os.write(2, f"{begun}jbn: {words()}\n".encode(errors="surrogateescape"))
         os._exit(128 + number)
 
     return {number: signal.signal(number, end) for number in endings()}

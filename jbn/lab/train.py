@@ -13,18 +13,20 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jbn.atomic import replace_file
 from jbn.lab import signals
 from jbn.lab.data.batches import Batch, Batches
 from jbn.lab.data.images import DATA, Source
 from jbn.lab.data.parts import Parts, parts_of
 from jbn.lab.devices import mesh_of, name_devices, replicate
-from jbn.lab.errors import OptionError, Stopped
+from jbn.lab.errors import OptionError, Stopped, file_errors
+from jbn.lab.figures import draw_run
 from jbn.lab.options import TrainOptions, TrainPlace
-from jbn.lab.report import bar, say
+from jbn.lab.report import bar, say, show, table_of_run, waiting
 from jbn.lab.run import directory, processes
 from jbn.lab.run.blame import blame
 from jbn.lab.run.checkpoints import Checkpoints
-from jbn.lab.run.metrics import Metrics, Pace
+from jbn.lab.run.metrics import Metrics, Pace, history
 from jbn.lab.step import (
     PERCENTILES,
     PROBE_IMAGES,
@@ -45,18 +47,18 @@ LOOK_EVERY = 5  # steps of a run that is recorded for a figure
 def run(options: TrainOptions, place: TrainPlace, console: Console) -> None:
     """Join the other processes, ``train``, and say what came out."""
     if place.at is not None and not place.resume:
-        raise OptionError("--at", f"got {place.at}; expected --resume beside it")
-    processes.join(place)
-    mesh = mesh_of(place.devices)  # before JAX is asked anything: it simulates no more devices afterwards
+        raise OptionError("--at", f"got '{place.at}'; expected --resume beside it")
+    with waiting(console, "Looking for devices ..."):
+        processes.join(place)
+        mesh = mesh_of(place.devices)  # before JAX is asked anything: it simulates no more devices afterwards
     console.quiet = jax.process_index() > 0
     processes.compare(place)
     found = train(options, place, console)
-    said = ", ".join(_accuracies(found)) or "no validation data"
-    pace = "" if found["median_step_ms"] is None else f", {found['median_step_ms']:g} ms a step"
-    size = min(directory.read_options(place.out, TrainOptions).batch_size, found["images"]["training"])
-    where = f"after {count_of(found['steps'], 'step')} of {count_of(size, 'image')} on {name_devices(mesh)}"
-    say(console, f"{said} {where}{pace}")
-    for name in (directory.METRICS, directory.RESULTS):
+    batch_size = min(directory.read_options(place.out, TrainOptions).batch_size, found["images"]["training"])
+    pace = "" if found["median_step_ms"] is None else f", {found['median_step_ms']:g} ms a step (median)"
+    how = f"{count_of(found['steps'], 'step')} of {count_of(batch_size, 'image')} on {name_devices(mesh)}{pace}"
+    show(console, table_of_run(history(place.out), -(-found["images"]["training"] // batch_size), how))
+    for name in (directory.FIGURE, directory.RESULTS, directory.METRICS):
         console.print(f"Wrote {place.out / name}", soft_wrap=True)
 
 
@@ -73,7 +75,8 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
     mesh, first = mesh_of(place.devices), jax.process_index() == 0
     if place.resume:
         options = processes.agree(lambda: directory.resume(place, options))
-    parts = processes.agree(lambda: parts_of(options))
+    with waiting(console, "Reading the data ..."):
+        parts = processes.agree(lambda: parts_of(options))
     began, options = options.fingerprint, replace(options, fingerprint=parts.fingerprint)
     processes.compare(options)
     changed = [before != now for before, now in zip(began.split("-"), options.fingerprint.split("-"), strict=False)]
@@ -107,7 +110,17 @@ def _finish(job: "Job", place: TrainPlace, console: Console) -> dict[str, Any]:
     }
     if jax.process_index() == 0:
         directory.write_results(place.out, job.options, job.mesh, content)
+        if not job.options.record:  # the demo draws its networks beside each other
+            _draw(job.options, place.out)
     return content
+
+
+def _draw(options: TrainOptions, out: Path) -> None:
+    """Draw loss and accuracy of all steps that are recorded, those before a stop too."""
+    figure, how = out / directory.FIGURE, f"{options.optimizer}, learning rate {options.rate:g}"
+    title = f"{options.model} on {options.data}: {how}, batches of {options.batch_size}, seed {options.seed}"
+    with file_errors(figure):
+        replace_file(figure, lambda file: draw_run(history(out), title, file))
 
 
 class Job:
@@ -199,7 +212,8 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, Pace]:
     here, first = f"process {jax.process_index()}", jax.process_index() == 0
     record, steps = job.options.record, job.recipe.steps
     with Checkpoints(place.out / directory.CHECKPOINTS, place.keep) as checkpoints, signals.note() as sent:
-        state = begun = processes.agree(lambda: job.begin(checkpoints, place.at))
+        with waiting(console, "Compiling ..."):
+            state = begun = processes.agree(lambda: job.begin(checkpoints, place.at))
         step = int(begun.step)
         pace = Pace(step, job.batches.per_epoch)
         if step:
@@ -213,8 +227,8 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, Pace]:
 
         processes.set_last_words(words_of_loss)
         with (
+            bar(console, job.options.title, steps, step) as show_step,
             Metrics(place.out if first else None, step) as metrics,
-            bar(console, job.options.title, steps, step) as show,
         ):
             if metrics.lost:
                 say(console, f"Note: '{place.out / directory.METRICS}' does not hold {metrics.lost} any more.")
@@ -228,11 +242,11 @@ def _fit(job: Job, place: TrainPlace, console: Console) -> tuple[State, Pace]:
                 step += 1
                 pace.note(step, batch.valid is not None, took)
                 metrics.write(step, **{name: value for name, value in measured._asdict().items() if name != "signal"})
-                show(step, loss=f"loss {measured.loss:.3g}")
+                show_step(step, loss=f"loss {measured.loss:.3g}")
                 if step in job.looks:
                     found = job.look(state)
                     metrics.write(step, **found)
-                    show(step, accuracy=", ".join(_accuracies(found)))
+                    show_step(step, accuracy="".join(_accuracies(found)[:1]))  # a terminal has no room for more
                     if not record:
                         epoch = f"epoch {step // job.batches.per_epoch}, step {step}: loss {measured.loss:.3g}"
                         say(console, ", ".join([epoch, *_accuracies(found)]))

@@ -1,12 +1,12 @@
 """The studies by name, and ``run``, which carries one out."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 
 from jbn.lab.errors import OptionError
+from jbn.lab.kinds import meant
 from jbn.studies.batch_size import BATCH_SIZE
 from jbn.studies.convergence import CONVERGENCE
 from jbn.studies.cost import COST
@@ -70,6 +70,5 @@ def find(name: str) -> Study:
     """Return a study; ``OptionError`` with the names near to it where there is none."""
     if name in STUDIES:
         return STUDIES[name]
-    near = get_close_matches(name, [*STUDIES, ALL], cutoff=0.5)
-    meant = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join([*STUDIES, ALL])}"
-    raise OptionError("NAME", f"there is no study {name!r}; {meant}")
+    near = meant(name, [*STUDIES, ALL]) or f"; expected {', '.join([*STUDIES, ALL])}"
+    raise OptionError("NAME", f"there is no study {name!r}{near}")

@@ -69,7 +69,8 @@ def _measure_all(study: Study, cells: Sequence[Cell], records: Records, console:
         say(console, f"{study.name}: {len(measured)} of {len(cells)} cells were done before.")
     with terminal.progress(console, study.name, len(measured), [cell.work for cell in left]) as begin:
         for number, cell in enumerate(left):
-            begin(number, cell.name)
+            # Before anything is measured, the first cell compiles what many of the others run too.
+            begin(number, cell.name if number else f"{cell.name}, compiling first")
             began = time.perf_counter()
             numbers = _measure(study, cell.settings)
             measured[cell.name] = records.write(cell, numbers, time.perf_counter() - began)

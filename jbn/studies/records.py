@@ -46,7 +46,7 @@ def begun(out: Path, options: StudyOptions) -> bool:
         found = f"'{out}' holds the study {before.name}, not {options.name}; {elsewhere}"
         raise OptionError("--out", found)
     if before.size != options.size:
-        found = f"got {options.size}, but the study in '{out}' was begun with {before.size}"
+        found = f"got '{options.size}', but the study in '{out}' was begun with '{before.size}'"
         raise OptionError("--size", f"{found}; go on with it by --size {before.size}, or {elsewhere}")
     if before.versions != options.versions:
         found = f"the study in '{out}' was begun with {before.versions}; here is {options.versions}"

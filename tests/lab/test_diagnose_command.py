@@ -259,7 +259,7 @@ def test_no_run(tmp_path):
     refused(diagnose(tmp_path), "'CHECKPOINT'", f"no run of jbn train in '{tmp_path}'", "expected its --out")
     refused(diagnose(tmp_path / "checkpoints" / "5"), f"no run of jbn train in '{tmp_path}'")
     refused(diagnose(), "Missing argument 'CHECKPOINT'")
-    refused(diagnose(""), "'CHECKPOINT'", "got '', expected a name")
+    refused(diagnose(""), "'CHECKPOINT'", "got ''; expected a name")
     (tmp_path / "link").symlink_to("link")
     for odd in (tmp_path / "link", tmp_path / ("x" * 300)):
         refused(diagnose(odd), f"no run of jbn train in '{odd}'")

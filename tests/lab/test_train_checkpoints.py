@@ -100,7 +100,7 @@ def test_a_step_of_a_run_that_saved_none(whole, tmp_path):
     shutil.copy(whole / "options.json", out)
     result = train(out, ["--resume", "--devices", 1, "--at", 5])
     assert result.exit_code == 2
-    assert "'--at': got 5; expected no --at, for nothing is saved in" in result.output
+    assert "'--at': got '5'; expected no --at, for nothing is saved in" in result.output
 
 
 def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_taken_for_empty(whole, tmp_path):
@@ -271,7 +271,7 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_that_is_offered(whole, tmp_pa
         result = train(out, ["--resume", "--devices", 1, "--at", wrong])
         assert result.exit_code == 2
         line = result.output.strip().splitlines()[-1]
-        assert line.endswith(f"'--at': got {wrong}; expected one of 5, 10, 15, 18, saved in '{folder}'")
+        assert line.endswith(f"'--at': got '{wrong}'; expected one of 5, 10, 15, 18, saved in '{folder}'")
         assert steps_of(folder) == [5, 10, 15, 18]
         assert not aside.exists()
 

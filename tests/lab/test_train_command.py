@@ -110,16 +110,16 @@ def test_a_run_may_be_all_warmup(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seed", 4], "'--seed': got 4, but the run in '{out}' was started with 0"),
-        (["--epochs", 3], "'--epochs': got 3, but the run in '{out}' was started with 2"),
-        (["--batch-size", 64], "'--batch-size': got 64, but the run in '{out}' was started with 128"),
+        (["--seed", 4], "'--seed': got '4', but the run in '{out}' was started with '0'"),
+        (["--epochs", 3], "'--epochs': got '3', but the run in '{out}' was started with '2'"),
+        (["--batch-size", 64], "'--batch-size': got '64', but the run in '{out}' was started with '128'"),
         (
             ["--learning-rate", 0.2],
-            "'--learning-rate': got 0.2, but the run in '{out}' was started with the default, 0.05",
+            "'--learning-rate': got '0.2', but the run in '{out}' was started with the default, 0.05",
         ),
-        (["--model", "conv"], "'--model': got conv, but the run in '{out}' was started with dense"),
-        (["--augment", "flip"], "'--augment': got flip, but the run in '{out}' was started with none"),
-        (["--ema", 0], "'--ema': got 0.0, but the run in '{out}' was started with 0.9"),
+        (["--model", "conv"], "'--model': got 'conv', but the run in '{out}' was started with 'dense'"),
+        (["--augment", "flip"], "'--augment': got 'flip', but the run in '{out}' was started with 'none'"),
+        (["--ema", 0], "'--ema': got '0', but the run in '{out}' was started with '0.9'"),
     ],
 )
 def test_resume_with_another_option_names_both_values(whole, arguments, message):
@@ -183,7 +183,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_layer_is_named(tmp_path)
     ("arguments", "option", "arrived", "expected"),
     [
         (["--model", "vgg"], "--model", "'vgg'", "expected dense, conv or resnet"),
+        (["--model", "resnt"], "--model", "got 'resnt'", "expected dense, conv or resnet; did you mean resnet?"),
         (["--data", "nowhere"], "--data", "'nowhere'", "expected a folder of .npz files"),
+        (["--data", "mnis"], "--data", "got 'mnis'", "did you mean mnist?"),
         (
             ["--validation", "nowhere"],
             "--validation",
@@ -208,11 +210,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_layer_is_named(tmp_path)
         (["--dtype", "float16"], "--dtype", "'float16'", "expected float32 or bfloat16"),
         (["--seed", "-1"], "--seed", "'-1'", "from 0"),
         (["--devices", "0"], "--devices", "'0'", "from 1 to 64"),
-        (["--devices", "9"], "--devices", "got 9", "JAX finds 8 devices (cpu) here; expected at most 8"),
+        (["--devices", "9"], "--devices", "got '9'", "JAX finds 8 devices (cpu) here; expected at most 8"),
         (["--save-every", "0"], "--save-every", "'0'", "from 1"),
         (["--keep", "0"], "--keep", "'0'", "from 1 to 1000"),
         (["--timeout", "1"], "--timeout", "'1'", "from 5 to 3600"),
-        (["--at", "5"], "--at", "got 5", "expected --resume beside it"),
+        (["--at", "5"], "--at", "got '5'", "expected --resume beside it"),
         (["--coordinator", "localhost:1"], "--num-processes", "is missing", "--process-id together, or --cluster"),
         (["--process-id", "0", "--num-processes", "2"], "--coordinator", "is missing", "together, or --cluster"),
         (["--coordinator", "host"], "--coordinator", "'host'", "such as HOST:8476"),
@@ -222,7 +224,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_layer_is_named(tmp_path)
         (
             ["--coordinator", "localhost:1", "--num-processes", 2, "--process-id", 2],
             "--process-id",
-            "got 2",
+            "got '2'",
             "expected less than --num-processes 2: the first is 0",
         ),
         (["--data", ""], "--data", "''", "expected a name"),

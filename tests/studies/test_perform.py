@@ -129,7 +129,7 @@ def other_cells(monkeypatch):
             "full",
             "fake",
             None,
-            r"'--size': got full, but the study in '.*' was begun with quick; go on .* --size quick, or",
+            r"'--size': got 'full', but the study in '.*' was begun with 'quick'; go on .* --size quick, or",
         ),
         ("quick", "other", None, r"'--out': '.*' holds the study fake, not other; take another --out"),
         (

@@ -1,13 +1,15 @@
 """The data that a run asks for: digits that come with packages, or folders that fit each other."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jbn.lab.data.folder import ONE_KIND, open_folder
+from jbn.lab.data.folder import ONE_KIND, Folder, open_folder
 from jbn.lab.data.images import DATA, Held, Source, enlarge
 from jbn.lab.errors import OptionError
+from jbn.lab.kinds import meant
 from jbn.lab.options import TrainOptions
 
 
@@ -33,6 +35,8 @@ def parts_of(options: TrainOptions) -> Parts:
         names, split = ("training", "validation", "test"), DATA[options.data](options.seed)
         sized = map(enlarge, split) if options.model == "conv64" else split
         return Parts(*map(Held, [f"{options.data}, {name}" for name in names], sized, split))
+    if near := "" if os.path.exists(options.data) else meant(options.data, DATA):
+        raise OptionError("--data", f"got '{options.data}', and there is no such folder{near}")
     training = open_folder(Path(options.data))
     labels = np.unique(training.labels)
     if len(labels) == 1:
@@ -40,14 +44,18 @@ def parts_of(options: TrainOptions) -> Parts:
         raise OptionError("--data", f"{found}; expected two classes or more: of one there is nothing to learn")
     if options.validation is None:
         return Parts(training)
-    validation = open_folder(Path(options.validation), option="--validation")
-    here = f"'{options.validation}'"
-    if validation.image_shape != training.image_shape:
-        shapes = [" x ".join(map(str, part.image_shape)) for part in (validation, training)]
-        raise OptionError("--validation", f"{here} holds images of {shapes[0]}; expected {shapes[1]}, as in --data")
-    if validation.kind != training.kind:
-        raise OptionError("--validation", f"{here} holds {validation.kind} images, --data {training.kind}; {ONE_KIND}")
-    if validation.classes > training.classes:
-        largest = f"expected at most {training.classes - 1}, the largest in --data"
-        raise OptionError("--validation", f"{here} has the label {validation.classes - 1}; {largest}")
-    return Parts(training, validation)
+    return Parts(training, open_beside(training, Path(options.validation), "--validation", "--data"))
+
+
+def open_beside(training: Source, path: Path, option: str, among: str) -> Folder:
+    """Return a folder that ``option`` names; ``OptionError`` where it does not fit the training data, ``among``."""
+    found, here = open_folder(path, option=option), f"'{path}'"
+    if found.image_shape != training.image_shape:
+        shapes = [" x ".join(map(str, part.image_shape)) for part in (found, training)]
+        raise OptionError(option, f"{here} holds images of {shapes[0]}; expected {shapes[1]}, as in {among}")
+    if isinstance(training, Folder) and found.kind != training.kind:
+        raise OptionError(option, f"{here} holds {found.kind} images, {among} {training.kind}; {ONE_KIND}")
+    if found.classes > training.classes:
+        largest = f"expected at most {training.classes - 1}, the largest in {among}"
+        raise OptionError(option, f"{here} has the label {found.classes - 1}; {largest}")
+    return found

@@ -103,7 +103,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         steps = self.steps()
         if at is not None and at not in steps:
             saved = f"one of {', '.join(map(str, steps))}, saved" if steps else "no --at, for nothing is saved"
-            raise OptionError("--at", f"got {at}; expected {saved} in '{self.folder}'")
+            raise OptionError("--at", f"got '{at}'; expected {saved} in '{self.folder}'")
         chosen = steps[-1] if at is None else at
         before = [step for step in steps if step < chosen]
         offer = f"go on from the one before it with --resume --at {before[-1]}" if before else "no other is before it"

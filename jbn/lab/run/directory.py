@@ -149,9 +149,10 @@ def resume(place: DemoPlace | TrainPlace, options: OptionsT) -> OptionsT:
     for name in (field.name for field in options_of(type(options)) if field.name in place.typed):
         typed = getattr(options, name)
         if replace(before, **{name: typed}).effect(name) != before.effect(name):
-            expected = f"{'the default, ' if getattr(before, name) is None else ''}{before.effect(name)}"
+            effect = before.effect(name)
+            expected = f"the default, {effect}" if getattr(before, name) is None else f"'{effect}'"
             fix = f"leave {flag(name)} out to go on with it, or start a new run in another --out"
-            found = f"got {words(typed)}, but the run in '{out}' was started with {expected}; {fix}"
+            found = f"got '{words(typed)}', but the run in '{out}' was started with {expected}; {fix}"
             raise OptionError(flag(name), found)
     return before
 

@@ -94,6 +94,12 @@ def history(out: Path) -> list[dict[str, Any]]:
     return [once[key] for key in sorted(once)]
 
 
+def curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float | None]]:
+    """Return the steps at which a value was recorded, and the values, None for what is not finite."""
+    there = [line for line in lines if name in line]
+    return [line["step"] for line in there], [line[name] for line in there]
+
+
 def gaps(lines: list[dict[str, Any]], done: int) -> str:
     """Return in words which of the steps 1 to ``done`` are not recorded, "" for none."""
     missing = sorted({*range(1, done + 1)} - {line["step"] for line in lines if "loss" in line})

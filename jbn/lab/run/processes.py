@@ -47,7 +47,7 @@ def join(place: TrainPlace) -> None:
         raise OptionError(missing[0], f"is missing; {expected}")
     number, count = place.process_id, place.num_processes
     if number is not None and count is not None and number >= count:
-        raise OptionError("--process-id", f"got {number}; expected less than --num-processes {count}: the first is 0")
+        raise OptionError("--process-id", f"got '{number}'; expected less than --num-processes {count}: the first is 0")
     here = "this process" if place.process_id is None else f"process {place.process_id}"
     set_last_words(lambda: f"{here} did not find the others; expected all of them {within}")
     _watch_aborts()
