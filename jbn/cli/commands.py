@@ -142,7 +142,7 @@ def export(options: ExportOptions) -> None:
 
     The end of a FILE says what it is. .jaxexport: the network in evaluation, its batch norms folded into the layers
     beside them, for jax.export.deserialize: any number of images, on CPUs, GPUs and TPUs. .onnx: the same for runtimes
-    of ONNX; needs pip install "jbn[onnx]". .safetensors or .npz: weights and running statistics, not folded, for
+    of ONNX; needs the extra "onnx". .safetensors or .npz: weights and running statistics, not folded, for
     jbn.load_arrays. Before a file gets its name it is read back, and its logits of a batch of the training data are
     compared with those of the network. Exit status: 0 done, 1 a file cannot be written or gives other logits, 2 a wrong
     option, or a checkpoint that cannot be read.

@@ -30,6 +30,7 @@ from jbn.lab.report import waiting
 from jbn.lab.run.saved import blame_checkpoint, find_saved
 from jbn.linen import fold
 from jbn.paths import count_of
+from jbn.version import install
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # How far logits may be from those of the network, relative to the largest: a folded kernel is rounded once more, in the
@@ -94,8 +95,8 @@ def _check(options: ExportOptions) -> None:
         extra, *needed = NEEDS[file.suffix]
         lacking = [name for name in needed if find_spec(name) is None]
         if lacking:
-            fix = f'pip install "jbn[{extra}]"'
-            raise OptionError("FILE", f"'{file}' needs {' and '.join(lacking)}, not installed here; expected {fix}")
+            fix = f"{' and '.join(lacking)}, not installed here; expected {install(extra)}"
+            raise OptionError("FILE", f"'{file}' needs {fix}")
         if os.path.isdir(file) or not os.path.isdir(file.parent):
             raise OptionError("FILE", f"got '{file}'; expected the name of a file, in a folder that is there")
         if os.path.lexists(file) and not options.force:

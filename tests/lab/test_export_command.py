@@ -21,6 +21,7 @@ from jbn.lab.kinds import EXPORTS
 from jbn.lab.options import DemoOptions, TrainPlace
 from jbn.lab.run.saved import find_saved
 from jbn.lab.train import train
+from jbn.version import install
 from tests.lab.test_diagnose_command import refused, saved
 from tests.lab.test_train import random_data
 from tests.support.oracle import relative_l2, tolerance
@@ -195,7 +196,7 @@ def test_wrong_arguments(dense, arguments, parts, tmp_path, monkeypatch):
 def test_a_package_that_is_lacking_is_named_before_anything_is_computed(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "find_spec", lambda name: None)
     result = run(dense, tmp_path / "network.onnx")
-    refused(result, "needs jax2onnx and onnxruntime, not installed here", 'pip install "jbn[onnx]"')
+    refused(result, "needs jax2onnx and onnxruntime, not installed here", install("onnx"))
 
 
 def test_what_cannot_be_exported(tmp_path, whole):
