@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -99,16 +100,16 @@ def drawn(case: Case) -> Data:
 
 def exact(data: Data) -> dict[str, Answer]:
     """Return what each program should give for the first features, in float64."""
-    x, r, g = (None if part is None else _first(part) for part in data)
+    x, g = _first(data.x), _first(data.g)
     rows = tuple(range(x.ndim - 1))
     mean, scale = x.mean(rows), 1 / np.sqrt(x.var(rows) + EPSILON)
     known = (x - 0.5) / np.sqrt(1 + EPSILON)
-    normal, more = (x - mean) * scale, 0 if r is None else r
+    normal, more = (x - mean) * scale, 0.0 if data.r is None else _first(data.r)
     z = normal + more
     dz = g * (z > 0)
     dx = (dz - dz.mean(rows) - normal * (dz * normal).mean(rows)) * scale
     y = np.maximum(z, 0)
-    found = {"y": y, "dx": dx} | ({} if r is None else {"dr": dz})
+    found = {"y": y, "dx": dx} | ({} if data.r is None else {"dr": dz})
     return dict(zip(PROGRAMS, ({"y": y}, found, {"y": np.maximum(known + more, 0)}), strict=True))
 
 
@@ -124,16 +125,16 @@ def in_jax(norm: type[nn.Module], data: Data) -> dict[str, Program]:
     params = layer.init(jax.random.key(0), data.x[:1, :2])["params"]
     stats = {"mean": jnp.full(features, 0.5), "var": jnp.ones(features)}  # warm
 
-    def apply(params: Any, stats: Any, x: Any, r: Any, evaluate: bool = False) -> Any:
+    def apply(evaluate: bool, params: Any, stats: Any, x: Any, r: Any) -> Any:
         kept: Any = False if evaluate else ["batch_stats"]
-        found = layer.clone(use_running_average=evaluate).apply(
+        found: Any = layer.clone(use_running_average=evaluate).apply(
             {"params": params, "batch_stats": stats}, x, mutable=kept, **({"residual": r} if inside else {})
         )
         y, new = (found, stats) if evaluate else (found[0], found[1]["batch_stats"])
         return (y, new) if inside else (nn.relu(y if r is None else y + r), new)
 
     def both(params: Any, stats: Any, x: Any, r: Any, g: Any) -> Any:
-        y, pull, new = jax.vjp(lambda params, x, r: apply(params, stats, x, r), params, x, r, has_aux=True)
+        y, pull, new = jax.vjp(lambda params, x, r: apply(False, params, stats, x, r), params, x, r, has_aux=True)
         y, g = jax.lax.optimization_barrier((y, g))  # as in a network, where the cotangent depends on y
         return y, new, pull(g)
 
@@ -146,11 +147,11 @@ def in_jax(norm: type[nn.Module], data: Data) -> dict[str, Program]:
 
     given = (params, stats, data.x, data.r)
     return {
-        "forward": program(apply, *given, names=lambda out: {"y": out[0]}),
+        "forward": program(partial(apply, False), *given, names=lambda out: {"y": out[0]}),
         "forward and backward": program(
             both, *given, data.g, names=lambda out: {"y": out[0], "dx": out[2][1], "dr": out[2][2]}
         ),
-        "evaluation": program(lambda *args: apply(*args, evaluate=True), *given, names=lambda out: {"y": out[0]}),
+        "evaluation": program(partial(apply, True), *given, names=lambda out: {"y": out[0]}),
     }
 
 
