@@ -117,7 +117,7 @@ def compare(
 
     Args:
         a: what ``jbn.linen.record``, ``jbn.nnx.record`` or ``jbn.record`` returned; or outputs by path, arrays of any
-            kind, in the order of the layers.
+            kind, in the order of the layers; complex ones are compared as their real and imaginary parts.
         b: the same of the other model, with the same input and weights.
         names: paths in a to paths in b, as in ``jbn.convert``: a mapping with ``*`` for any part of a key and None for
             what is left out, or a function of a path.
@@ -144,6 +144,8 @@ def compare(
     relu(b): b lacks an activation.
     """
     first, second = _read("a", a), _read("b", b)
+    if tolerance is not None and not isinstance(tolerance, int | float | np.number):
+        raise TypeError(f"tolerance is of type {type(tolerance).__name__}; expected a number between 0 and 1, or None.")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ValueError(f"tolerance is {tolerance!r}; expected a relative error between 0 and 1, such as 2**-8.")
     pairs = find_pairs(first, second, names)
@@ -187,7 +189,15 @@ def _read(name: str, record: Any) -> Record:
             f"{name} is {'empty' if isinstance(record, Mapping) else 'of type ' + type(record).__name__}; expected "
             "what jbn.linen.record, jbn.nnx.record or jbn.record returns, or outputs by path."
         )
-    return {path: call if isinstance(call, Call) else Call("", (), (as_numpy(call),)) for path, call in record.items()}
+    if other := [path for path in record if not isinstance(path, str)]:
+        raise TypeError(f"{name} has the path {other[0]!r}; expected text, such as 'layers/0'.")
+    calls = {path: call if isinstance(call, Call) else Call("", (), (as_numpy(call),)) for path, call in record.items()}
+    return {path: Call(call.kind, _part(call.inputs), _part(call.outputs)) for path, call in calls.items()}
+
+
+def _part(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Part complex arrays into real and imaginary numbers, along a last axis: errors are those of real ones."""
+    return tuple(np.stack([a.real, a.imag], -1) if np.iscomplexobj(a) else a for a in arrays)
 
 
 def _is_taken(old: ComparedLayer, new: ComparedLayer, a: Record, b: Record) -> bool:

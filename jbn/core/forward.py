@@ -191,6 +191,7 @@ def bn_forward(
             "normalize_by", normalize_by, "of the moments of the batch, those of the state and epsilon"
         )
     update = train if update is None else checks.read_flag("update", update)
+    unbiased = checks.read_flag("unbiased", unbiased)
     held, mean, var, count = read_state(state)
     scale, bias = checks.read_fields("params", params, ("scale", "bias"))
     train = train and not (update and isinstance(held, Observation) and held.upstream == "recalibrated")

@@ -92,7 +92,7 @@ def merge(*moments: Moments) -> Moments:
 
     Raises:
         TypeError: for what is not ``Moments``.
-        ValueError: for features of different shapes, and for no set at all.
+        ValueError: for features of different shapes, for stacked moments of several layers, and for no set at all.
 
     >>> import jax.numpy as jnp, jbn
     >>> x = jnp.arange(12.0).reshape(6, 2)
@@ -116,11 +116,18 @@ def merge(*moments: Moments) -> Moments:
 
 
 def check_moments(name: str, value: object) -> None:
-    """Refuse what is not ``Moments``."""
+    """Refuse what is not ``Moments`` of one layer."""
     if not isinstance(value, Moments):
         several = f": several are passed one by one, merge(*{name})" if isinstance(value, list | tuple) else ""
         raise TypeError(
             f"{name} is of type {type(value).__name__}; expected Moments, as jbn.moments(x) returns them{several}."
+        )
+    features = jnp.shape(value.var)
+    if jnp.shape(value.count) not in ((), features):
+        raise ValueError(
+            f"{name} has a count of shape {jnp.shape(value.count)} and features of shape {features}; expected one "
+            "count, or one for each feature. Moments of several layers, stacked, are taken one by one: "
+            "jax.vmap(jbn.merge), jax.vmap(jbn.update)."
         )
 
 

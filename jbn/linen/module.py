@@ -164,7 +164,7 @@ class BatchNorm(nn.Module):
             "residual": residual,
             "dtype": self.dtype,
         }
-        if self.sow_moments:
+        if read_flag("sow_moments", self.sow_moments):
             shards = None if evaluate or self.is_initializing() else self.axis_name
             self.sow("intermediates", "moments", moments(x, axis=self.axis, mask=mask, axis_name=shards))
         if self.is_initializing() and not evaluate:

@@ -166,7 +166,7 @@ class BatchNorm(nnx.BatchNorm):
         train, update = self.frozen.flags(evaluate)
         x = cast_array("x", x)
         mask = cast_mask(mask)
-        if self.sow_moments:
+        if read_flag("sow_moments", self.sow_moments):
             shards = None if evaluate else self.axis_name
             self.sow(nnx.Intermediate, "moments", moments(x, axis=self.axis, mask=mask, axis_name=shards))
         params: dict[str, Any] = {

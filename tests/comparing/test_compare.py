@@ -87,6 +87,14 @@ def test_a_tolerance_that_is_given(x, variables, recorded):
     assert jbn.compare(recorded, other, tolerance=2**-16).first.paths[0] == "BatchNorm_0"
 
 
+def test_complex_arrays_differ_in_either_part():
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((8, 6)) + 1j * rng.standard_normal((8, 6))).astype(np.complex64)
+    assert jbn.compare({"fft": x}, {"fft": x}).first is None
+    for other in (x.conj(), x.real + 0j, 1j * x.imag):
+        assert jbn.compare({"fft": x}, {"fft": other.astype(np.complex64)}).first is not None
+
+
 def test_another_activation(x, variables, recorded):
     found = jbn.compare(recorded, jbn.linen.record(Net((nn.gelu, nn.relu, nn.relu)), variables, x))
     assert found.first.paths[0] == "Conv_1"

@@ -118,6 +118,10 @@ def test_names_that_pair_nothing_are_refused(torch, theirs):
         jbn.compare(3, a)
     with pytest.raises(ValueError, match="tolerance is 2; expected a relative error between 0 and 1"):
         jbn.compare(a, a, tolerance=2)
+    with pytest.raises(TypeError, match="tolerance is of type str; expected a number"):
+        jbn.compare(a, a, tolerance="tight")
+    with pytest.raises(TypeError, match="a has the path 0; expected text"):
+        jbn.compare({0: np.ones(3)}, a)
 
 
 def test_a_model_that_raises_is_put_right(torch, theirs):

@@ -74,6 +74,7 @@ ERRORS = {
         ["train is a traced value", "bool[]", "static_argnums"],
     ),
     "train of another kind": (lambda: train(flag=1), TypeError, ["train is 1 of type int", "True or False"]),
+    "unbiased of another kind": (lambda: train(unbiased="no"), TypeError, ["unbiased is 'no'", "True or False"]),
     "train None": (lambda: train(flag=None), TypeError, ["train is None of type NoneType"]),
     "axis out of range": (lambda: train(axis=2), ValueError, ["axis 2", "shape (8, 4)", "-2 to 1"]),
     "axis twice": (lambda: train(axis=(1, -1)), ValueError, ["axis is (1, -1)", "different axes"]),

@@ -129,3 +129,23 @@ def test_a_count_divides_to_rounding_where_the_device_does_not():
         got = on_such_a_device(divide, part, counts)
         want = oracle.wide(part) / oracle.wide(counts)
         assert np.abs(oracle.wide(got) / want - 1).max() <= 2 * oracle.ULP["float32"]
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_stacked_moments_of_several_layers_are_not_taken_for_those_of_one(layers):
+    """Their counts, one a layer, would be counts of features where there are as many of these."""
+    x = np.random.default_rng(0).standard_normal((layers, 8, 3)).astype(np.float32) + 3
+    masks = (np.arange(8) < np.array([8, 5, 3])[:layers, None])[..., None]
+    of_each = jax.vmap(lambda x, mask: jbn.moments(x, mask=mask))
+    a, b = of_each(x, masks), of_each(2 * x, masks)
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * layers), jbn.bn_init(3)[1])
+    with pytest.raises(ValueError, match=r"moments\[0\] has a count of shape .* jax.vmap\(jbn.merge\)"):
+        jbn.merge(a, b)
+    with pytest.raises(ValueError, match=r"moments has a count of shape"):
+        jbn.update(state, a)
+    whole = jax.vmap(jbn.merge)(a, b)
+    new = jax.vmap(lambda state, m: jbn.update(state, m, momentum=0.0))(state, whole)
+    for layer, mask in enumerate(masks[..., 0]):
+        rows = np.concatenate([x[layer, mask], 2 * x[layer, mask]])
+        close(jax.tree.map(lambda leaf, layer=layer: leaf[layer], whole), rows)
+        np.testing.assert_allclose(new.mean[layer], rows.mean(0), rtol=1e-6)
