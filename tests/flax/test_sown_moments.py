@@ -86,3 +86,13 @@ def test_moments_in_training_are_those_of_all_shards():
     layer = layer.clone(use_running_average=True)  # where the axis need not be bound
     _, new = layer.apply(variables, x[0], mutable=["intermediates"])
     assert_close(new["intermediates"]["moments"][0].mean, np.arange(6.0).reshape(2, 3).mean(0))
+
+
+@pytest.mark.parametrize("flag", ["unbiased", "sow_moments"])
+def test_a_flag_is_true_or_false(flag):
+    x = np.ones((4, 3), np.float32) * np.arange(4, dtype=np.float32)[:, None]
+    variables = jbn.linen.BatchNorm(False).init(jax.random.key(0), x)
+    with pytest.raises(TypeError, match=f"{flag} is 'no' of type str; expected True or False"):
+        jbn.linen.BatchNorm(False, **{flag: "no"}).apply(variables, x, mutable=["batch_stats", "intermediates"])
+    with pytest.raises(TypeError, match=f"{flag} is 'no' of type str; expected True or False"):
+        jbn.nnx.BatchNorm(3, **{flag: "no"}, rngs=nnx.Rngs(0))(x, use_running_average=False)
