@@ -62,8 +62,8 @@ def demo(options: DemoOptions, place: DemoPlace) -> None:
     """Train with and without batch normalization on handwritten digits.
 
     Ends with a table, a figure (DIR/figure.png) and its numbers (DIR/results.json). What batch normalization
-    is worth depends on the learning rate: try --learning-rate 1 too. A run that was stopped goes on from its
-    last checkpoint with --resume, to the same numbers as if it had not been stopped.
+    is worth depends on the learning rate: try --learning-rate 1 --out other too. A run that was stopped goes on from
+    its last checkpoint with --resume, to the same numbers as if it had not been stopped.
     """
     with loading():
         from jbn.lab.demo import run
@@ -187,7 +187,7 @@ def bench(context: typer.Context) -> None:
     """Time jbn beside the batch norms of the field; in a checkout of its repository only.
 
     The benchmarks are no part of the package: run this command in a checkout of the repository, with what
-    pip install -e ".[lab,peers]" installs there. There this help lists its options too. Exit status: 0 done, 2 a wrong
+    its extras lab and peers install. There this help lists its options too. Exit status: 0 done, 2 a wrong
     option or no checkout.
     """
     from jbn.lab import bench_command
