@@ -144,7 +144,7 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["fast"], "'STUDY': got 'fast', expected layers, chains, resnet50, startup, eager, imports, sums"),
+        (["fast"], "'STUDY': got 'fast', expected layers, chains, resnet50, startup, eager, ensembles, imports, sums"),
         (["layers", "--dtype", "float64"], "'--dtype': got 'float64', expected float32, bfloat16"),
         (["layers", "--model", "VGG"], "'--model': got 'VGG', expected ResNet-50, "),
         (["layers", "--peer", "torch"], "'--peer': got 'torch', expected Flax Linen, "),

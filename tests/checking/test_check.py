@@ -298,4 +298,4 @@ def test_the_command(monkeypatch, command, verdict):
 def test_the_command_refuses_devices_that_are_not_there(command):
     result = command("--devices", "9")
     assert result.exit_code == 2
-    assert "got 9, but JAX finds 8 devices (cpu)" in result.stderr
+    assert "got '9', but JAX finds 8 devices (cpu)" in result.stderr

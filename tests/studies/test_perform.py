@@ -327,7 +327,7 @@ def test_a_study_that_was_begun_otherwise_is_refused_before_the_others_are_measu
     perform(gallery.STUDIES["two"], "quick", tmp_path / "two", console())
     done = jbn("study", "all", "--size", "full", "--out", tmp_path)
     assert (done.exit_code, works["one"].done) == (2, [])
-    assert "was begun with quick" in " ".join(done.output.split())
+    assert "was begun with 'quick'" in " ".join(done.output.split())
 
 
 def test_a_full_disk_ends_all_at_once(tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_full_disk_ends_all_at_once(tmp_path, monkeypatch):
         (["batch-sise"], "there is no study 'batch-sise'; did you mean batch-size?"),
         (["al"], "did you mean all?"),
         (["x"], f"there is no study 'x'; expected {', '.join(gallery.STUDIES)}, all"),
-        (["batch-size", "--size", "small"], "got 'small', expected quick, default or full"),
+        (["batch-size", "--size", "small"], "got 'small'; expected quick, default or full"),
         (["batch-size", "--sise", "quick"], "--sise (Possible options: --size)"),
         (["batch-size", "more"], "unexpected extra argument"),
     ],
