@@ -1,6 +1,6 @@
 """``convergence``: steps to an accuracy with and without batch normalization, and what a unit is given meanwhile."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,6 +9,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jbn.studies.convergence_claims import (
+    ARMS,
+    CASES,
+    CLAIMS,
+    LEVEL,
+    exp_of,
+    find,
+    is_faster,
+    speed_up,
+    steps_of,
+)
 from jbn.studies.figures import (
     LOOKS,
     OF_BATCH_NORM,
@@ -22,18 +33,14 @@ from jbn.studies.figures import (
 from jbn.studies.intervals import (
     Interval,
     choose_rate,
-    conclude,
-    decide,
     interval,
-    leave_open,
     note_edges,
     points,
-    say_better,
     say_half,
 )
 from jbn.studies.networks import Activation, BatchNorm, Bias, Dense, FromZero, Network, Norm, Residual
 from jbn.studies.percentiles import percentiles, travel
-from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
+from jbn.studies.study import Cell, Measured, Numbers, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CLASSES, PIXELS, Plan, note_diverged, sweep, unseen
 
 WIDTHS = (PIXELS["mnist"], 100, 100, 100, CLASSES)
@@ -41,29 +48,12 @@ SHALLOW = (PIXELS["mnist"], 16, CLASSES)  # at the size "quick", where compiling
 BLOCKS = (8, 8, 16)  # features of the first convolution and of each block
 MOMENTUM = 0.9
 UNIT = 0  # the one that is drawn, named before anything was trained
-SAME = 0.01  # how much lower an accuracy may be and still count as good
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network and its data: its name, what it is, the rows of a step, and what is compared in it."""
-
-    label: str
-    what: str
-    data: str
-    batch_size: int
-    arms: tuple[str, ...] = ("batch norm", "none")
-
-
-CASES = {
-    "sigmoid": Case("sigmoid", "3×100 sigmoid (MNIST)", "mnist", 60),
-    "relu": Case("ReLU", "3×100 ReLU (MNIST)", "mnist", 60),
-    "residual": Case("residual", "2 residual blocks (digits)", "digits", 32, ("batch norm", "none", "from 0")),
-}
-ARMS = {"batch norm": "batch norm", "none": "none", "from 0": "none, from 0"}
+TRAVEL = (
+    "travel from look to look in all (mean of the three), over their spread (15th to 85th, mean of the looks); median "
+    "over the units of the last hidden layer, mean over seeds"
+)
 LABELS = ARMS | {"from 0": "none, branches\nbegin at 0"}  # in the figure
 OF_ARMS = {"batch norm": OF_BATCH_NORM, "none": OF_NONE, "from 0": LOOKS[1]}
-LEVEL = 0.9  # the accuracy to be reached
 
 
 @dataclass(frozen=True)
@@ -176,128 +166,12 @@ def _summarize(settings: Settings, numbers: Numbers) -> dict[str, Any]:
     return row
 
 
-def _find(summary: Summary, case: str, *arms: str) -> list[dict[str, Any]]:
-    found = {row["arm"]: row for row in summary["arms"] if row["case"] == case}
-    return [found[arm] for arm in arms]
-
-
-def _steps(row: dict[str, Any]) -> Interval:
-    """Return the steps that an arm needs, a geometric mean."""
-    return _exp(interval(np.log(row["needed"])))
-
-
-def _exp(found: Interval) -> Interval:
-    return Interval(*np.exp([found.mean, found.low, found.high]).tolist())
-
-
-def _speed_up(summary: Summary, case: str) -> Interval:
-    """Return the logarithm of how many times as many steps are needed without batch norm, seed by seed."""
-    norm, none = _find(summary, case, "batch norm", "none")
-    return interval(np.log(none["needed"]) - np.log(norm["needed"]))
-
-
-def _is_faster(case: str) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether batch norm needs fewer steps than none."""
-
-    def judge(summary: Summary) -> Outcome:
-        norm, none = _find(summary, case, "batch norm", "none")
-        by = _speed_up(summary, case)
-        late = ", where a seed that is late counts as if it had got there with the last step"
-        times, bound = _exp(by), late * (not all(none["reached"] + norm["reached"]))
-        sentence = (
-            f"To {points(LEVEL)} % of the test rows: {_say_steps(norm)}, {_say_steps(none)}; "
-            f"{times.mean:.1f} ({times.low:.1f} to {times.high:.1f}) times as many without it{bound}."
-        )
-        # What never gets there counts as if it had at the end. That is in its favour and may not decide anything.
-        by = leave_open(by, low=not all(norm["reached"]), high=not all(none["reached"]))
-        return conclude(sentence, by, [(ARMS[row["arm"]], row["edge"]) for row in (norm, none)], least=0)
-
-    return judge
-
-
-def _say_steps(row: dict[str, Any]) -> str:
-    late = row["reached"].count(False)
-    never = f" ({late} of {len(row['reached'])} seeds are late: not there after {row['steps']})" if late else ""
-    return f"{ARMS[row['arm']]} {'at least ' if late else ''}{_steps(row).mean:.0f} steps{never}"
-
-
-def _ends(case: str, one: str, other: str, least: float) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether an arm ends better than another by ``least`` or more, which may be below 0."""
-
-    def judge(summary: Summary) -> Outcome:
-        rows = _find(summary, case, one, other)
-        by = interval(np.subtract(*(row["test_accuracy"] for row in rows)))
-        said = [
-            f"{ARMS[row['arm']]} {points(row['interval']['mean'])} %" for row in _find(summary, case, *CASES[case].arms)
-        ]
-        beats = f"'{ARMS[one]}' is {say_better(by)} than '{ARMS[other]}'"
-        sentence = f"After {rows[0]['steps']} steps: {', '.join(said)}; {beats}."
-        same = f"As well is at most {points(-least)} points worse."
-        few = [_say_few(row) for row in rows if row["end_edge"]]
-        sentence = " ".join(part for part in (*few, sentence, same * bool(least)) if part)
-        return conclude(sentence, by, [(ARMS[row["arm"]], row["end_edge"]) for row in rows], least=least)
-
-    return judge
-
-
-def _say_few(row: dict[str, Any]) -> str:
-    """Return that most seeds of an arm were not given steps enough, "" where they were."""
-    below, seeds = sum(value < LEVEL for value in row["test_accuracy"]), len(row["test_accuracy"])
-    few = f"{row['steps']} steps are few for it: {below} of {seeds} seeds end below {points(LEVEL)} %."
-    return few * (2 * below > seeds)
-
-
-def _is_stabler(summary: Summary) -> Outcome:
-    ways = [np.asarray(row["travel"], float) for row in _find(summary, "sigmoid", "batch norm", "none")]
-    by = interval(np.log(ways[1]) - np.log(ways[0]))
-    times = _exp(by)
-    sentence = (
-        f"The percentiles move {ways[0].mean():.2f} times their distance with batch norm, {ways[1].mean():.2f} times "
-        f"without: {times.mean:.1f} ({times.low:.1f} to {times.high:.1f}) times as far."
-    )
-    return Outcome(sentence, decide(by, least=0))
-
-
-CLAIMS = (
-    Claim(
-        "Batch norm reaches an accuracy in fewer steps",
-        "Ioffe and Szegedy 2015, section 4.1 and figure 1a: 3×100 sigmoid units on MNIST",
-        _is_faster("sigmoid"),
-    ),
-    Claim(
-        "Sigmoid units end higher with it",
-        "Ioffe and Szegedy 2015, section 4.1 and figure 1a",
-        _ends("sigmoid", "batch norm", "none", 0),
-    ),
-    Claim(
-        "What a unit is given is more stable with it",
-        "Ioffe and Szegedy 2015, figure 1b and c: percentiles of a typical sigmoid's input",
-        _is_stabler,
-    ),
-    Claim(
-        "With ReLU, too, it takes fewer steps",
-        "Ioffe and Szegedy 2015, section 4.2: Inception on ImageNet takes less than half as many",
-        _is_faster("relu"),
-    ),
-    Claim(
-        "In a residual network, too, it takes fewer steps",
-        "Zhang et al. 2019, abstract: norms are widely believed to accelerate convergence",
-        _is_faster("residual"),
-    ),
-    Claim(
-        "A residual network whose branches begin at 0 trains as well without it",
-        "De and Smith 2020 (SkipInit), abstract; so too Zhang et al. 2019 (Fixup)",
-        _ends("residual", "from 0", "batch norm", -SAME),
-    ),
-)
-
-
 def tabulate(summary: Summary) -> Sheet:
     """Return steps, accuracies and movement, a row for each arm of each network."""
     rows = []
     for row in summary["arms"]:
         end, way = Interval(**row["interval"]), np.asarray(row.get("travel", np.nan), float).mean()
-        needed = f"{'' if all(row['reached']) else '≥'}{_steps(row).mean:.0f}"
+        needed = f"{'' if all(row['reached']) else '≥'}{steps_of(row).mean:.0f}"
         texts = (f"{row['rate']:g}", needed, f"{row['end_rate']:g}", say_half(end))
         moves = f"{way:.2f}" if "travel" in row else "-"
         rows.append((f"{CASES[row['case']].label}, {row['arm']}", *texts, moves))
@@ -306,8 +180,7 @@ def tabulate(summary: Summary) -> Sheet:
         "fewest on validation rows (rate). ≥: some seeds do not get there, and count as the steps that were made.",
         "end: test accuracy (%) after all steps with its 95 % interval (Student's t), at the rate that ends highest on "
         "validation rows (end rate).",
-        "moves: the way of the 15th, 50th and 85th percentile of what a unit is given for validation rows, from look "
-        "to look, over the mean distance of the outer two; median of the last hidden layer, mean over seeds. "
+        f"moves: how far the 15th, 50th and 85th percentile of what a unit is given for validation rows {TRAVEL}. "
         "Batch norm takes the statistics of these rows, as in training.",
         f"{'; '.join(f'{case.label}: {case.what}, {case.batch_size} rows a step' for case in CASES.values())}. Plain "
         "gradient descent at a rate that stays; from 0: no norm, each branch times a number that begins at 0.",
@@ -321,22 +194,25 @@ def tabulate(summary: Summary) -> Sheet:
 def draw(summary: Summary) -> Figure:
     """Draw accuracies over steps for each network, a unit's percentiles without and with batch norm, and steps."""
     times = [_say_times(summary, case) for case in CASES]
-    fewer = sum(_is_faster(case)(summary).verdict == "holds" for case in CASES)
+    fewer = sum(is_faster(case)(summary).verdict == "holds" for case in CASES)
     title = (
         f"Batch norm reaches {LEVEL:.0%} in fewer steps in {fewer} of {len(CASES)} networks: without it, sigmoid units "
-        f"need {times[0]} times as many, ReLU units {times[1]} times, a residual network {times[2]} times"
+        f"need {times[0]} as many, ReLU units {times[1]}, a residual network {times[2]}"
     )
     note = (
         f"Above: mean and 95 % interval of {summary['seeds']} seeds on test rows, each arm at the rate of its fewest "
-        f"steps. Below: the 15th, 50th and 85th percentile of what a sigmoid is given (unit {UNIT}, seed 0), and how "
-        f"far they move in all, in distances of the outer two, of all units and seeds. Steps to {LEVEL:.0%}: until a "
-        "seed is first there, geometric mean; the mean curve crosses elsewhere. ≥: some seeds do not get there; such a "
-        "seed counts as all the steps made."
+        f"steps{_say_other_ends(summary)}. Below: the 15th, 50th and 85th percentile of what one sigmoid is given "
+        f"(unit {UNIT}, seed 0), and how far they {TRAVEL}. Steps to {LEVEL:.0%}: until a seed is first there, "
+        "geometric mean; the mean curve crosses elsewhere; a seed that does not get there counts as all the steps made."
     )
-    units = _find(summary, "sigmoid", "none", "batch norm")
-    below = [f"a sigmoid, {row['arm']}:\nmoves {np.mean(row['travel']):.2f} distances" for row in units]
-    names = [*(case.what for case in CASES.values()), *below, f"steps to {LEVEL:.0%}"]
-    figure, axes = panels(title, note, names, columns=3, height=6.4)
+    units = find(summary, "sigmoid", "none", "batch norm")
+    below = [
+        f"a sigmoid, {row['arm']};\nmedian unit: percentiles\ntravel {np.mean(row['travel']):.2f} × their spread"
+        for row in units
+    ]
+    reached = f"steps to {LEVEL:.0%}\n(≥ k/n: k of n seeds get\nthere in the steps made)"
+    names = [*(case.what for case in CASES.values()), *below, reached]
+    figure, axes = panels(title, note, names, columns=3, height=6.9)
     for name, place in zip(CASES, axes, strict=False):
         _draw_curves(place, [row for row in summary["arms"] if row["case"] == name])
         level = f"{LEVEL:.0%}, to be reached" * (place is axes[2])  # below the arms in the legend
@@ -350,9 +226,22 @@ def draw(summary: Summary) -> Figure:
 
 
 def _say_times(summary: Summary, case: str) -> str:
-    norm, none = _find(summary, case, "batch norm", "none")
-    late = "about " if not all(norm["reached"]) else "" if all(none["reached"]) else "at least "
-    return f"{late}{_exp(_speed_up(summary, case)).mean:.1f}"
+    norm, none = find(summary, case, "batch norm", "none")
+    late, seeds = none["reached"].count(False), len(none["reached"])
+    bound = "about " if not all(norm["reached"]) else "at least " if late else ""
+    never = f" ({late} of {seeds} seeds do not get there)" if late else ""
+    return f"{bound}{exp_of(speed_up(summary, case)).mean:.1f} times{never}"
+
+
+def _say_other_ends(summary: Summary) -> str:
+    """Return which arms end higher at a rate that is not drawn, "" where none does."""
+    others = [
+        f"{CASES[row['case']].label}, {row['arm']}: {points(row['interval']['mean'])} % at rate {row['end_rate']:g}, "
+        f"drawn is {row['rate']:g}"
+        for row in summary["arms"]
+        if row["end_rate"] != row["rate"]
+    ]
+    return f"; not drawn: where another rate ends higher ({'; '.join(others)})" * bool(others)
 
 
 def _look_steps(row: dict[str, Any]) -> np.ndarray:
@@ -382,11 +271,14 @@ def _draw_steps(axes: Axes, summary: Summary) -> None:
     for number, arm in enumerate(ARMS):
         rows = [row for row in summary["arms"] if row["arm"] == arm]
         places = [list(CASES).index(row["case"]) + 0.27 * (number - 1) for row in rows]
-        draw_intervals(axes, places, [_steps(row) for row in rows], replace(OF_ARMS[arm], line=""), LABELS[arm])
+        draw_intervals(axes, places, [steps_of(row) for row in rows], replace(OF_ARMS[arm], line=""), LABELS[arm])
         for place, row in zip(places, rows, strict=True):
-            if not all(row["reached"]):
-                axes.annotate("≥", (place, _steps(row).high), (0, 6), textcoords="offset points", ha="center")
-    axes.set(yscale="log", xlim=(-0.5, len(CASES) - 0.5))
+            if late := row["reached"].count(False):
+                said, seeds = "≥ {}/{}", len(row["reached"])
+                # Those of neighbours would meet: every other one stands below.
+                beside = {"xytext": (0, (6, -20)[number // 2]), "textcoords": "offset points", "ha": "center"}
+                axes.annotate(said.format(seeds - late, seeds), (place, steps_of(row).high), **beside, fontsize="small")
+    axes.set(yscale="log", xlim=(-0.5, len(CASES) - 0.3))
     axes.set_xticks(range(len(CASES)), [case.label for case in CASES.values()])
     name_places(axes, (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000))
 

@@ -3,80 +3,22 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import linen as nn
-from jax import Array
 from matplotlib.figure import Figure
 
-from jbn import remat_policy
-from jbn.lab.models import NETWORKS
-from jbn.linen import BatchNorm
+from jbn.studies.compiled import AGREE, ARMS, LEANER, OURS, prepare
 from jbn.studies.figures import LOOKS, OF_BATCH_NORM, OF_NONE, draw_intervals, panels, put_legend_beside
 from jbn.studies.intervals import Interval, decide, interval, points
 from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
 from jbn.studies.timing import interleaved
 
-# Of the loss and of the norm of its gradient: float32 in another order through all layers.
-AGREE = 1e-3
 SIGNIFICANT = 0.1  # share of the step
 HALF = 0.5  # of the temporaries
 MINOR = 0.02  # of the time
-
-
-class OfFlax(nn.Module):
-    """Flax's batch norm, then addition and activation, called as jbn's is."""
-
-    use_running_average: bool
-    momentum: float
-    activation: Callable[[Array], Array] | None = None
-
-    @nn.compact
-    def __call__(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
-        """Return y."""
-        y = nn.BatchNorm(self.use_running_average, momentum=self.momentum, name="norm")(x, mask=mask)
-        y = y if residual is None else y + residual
-        return y if self.activation is None else self.activation(y)
-
-
-class Bias(nn.Module):
-    """No norm: a bias, then addition and activation, called as jbn's batch norm is."""
-
-    use_running_average: bool
-    momentum: float
-    activation: Callable[[Array], Array] | None = None
-
-    @nn.compact
-    def __call__(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
-        """Return y."""
-        y = x + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
-        y = y if residual is None else y + residual
-        return y if self.activation is None else self.activation(y)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A step: its name in the figure, what stands in the places of batch norm, and whether y is made twice."""
-
-    label: str
-    norm: Callable[..., Any]
-    again: bool = False
-
-
-# By their names in the table.
-ARMS = {
-    "none": Arm("none, a bias", Bias),
-    "Flax": Arm("batch norm of Flax", OfFlax),
-    "jbn": Arm("batch norm of jbn\n(this library)", BatchNorm),
-    "jbn, remat": Arm("jbn with\nremat_policy", BatchNorm, again=True),
-}
 OF_ARMS = (OF_NONE, LOOKS[1], OF_BATCH_NORM, LOOKS[3])
-OURS, LEANER = "jbn", "jbn, remat"
 MEMORY = ("kept", "temporaries")
 
 
@@ -106,73 +48,6 @@ def cells(size: Size) -> list[Cell]:
         for network, shape in extent.shapes.items()
         for repeat in range(extent.repeats)
     ]
-
-
-class Step(NamedTuple):
-    """A training step that is compiled."""
-
-    call: Callable[[], Any]
-    kept: int  # bytes between forward and backward
-    temporaries: int  # bytes beside arguments and outputs, at the peak
-    traffic: float  # bytes read and written, by the compiler of this machine
-    flops: float
-
-
-def kept_bytes(function: Callable[..., Any], varied: Any, *others: Any) -> int:
-    """Return the bytes that ``jax.vjp`` holds for the backward pass, each array counted once.
-
-    Args:
-        function: of ``varied`` and ``others``; returns what is differentiated, and more.
-        varied: what it is differentiated by.
-        others: more of its arguments.
-    """
-
-    def residuals(varied: Any, *others: Any) -> Any:
-        return jax.tree.leaves(jax.vjp(lambda varied: function(varied, *others), varied, has_aux=True)[1])
-
-    arrays = {id(variable): variable.aval for variable in jax.make_jaxpr(residuals)(varied, *others).jaxpr.outvars}
-    return sum(array.size * array.dtype.itemsize for array in arrays.values())  # type: ignore[attr-defined]
-
-
-@lru_cache(4)
-def prepare(network: str, shape: tuple[int, int, int, int]) -> dict[str, Step]:
-    """Return the step of each arm, compiled, after it was seen that all but the first compute the same."""
-    rng = np.random.default_rng(0)
-    images, labels = jnp.asarray(rng.standard_normal(shape, np.float32)), jnp.arange(shape[0]) % 10
-    steps = {name: _compile(network, arm, images, labels) for name, arm in ARMS.items()}
-    found = {name: [float(value) for value in step.call()[0]] for name, step in steps.items()}
-    for name in list(ARMS)[1:]:
-        if not np.allclose(found[name], found[OURS], rtol=AGREE, atol=0):
-            raise ArithmeticError(f"{network}: loss and gradient of {name} are {found[name]}, of {OURS} {found[OURS]}")
-    return steps
-
-
-def _compile(network: str, arm: Arm, images: Array, labels: Array) -> Step:
-    model, tx = NETWORKS[network](batch_norm=True, norm=arm.norm), optax.sgd(0.1, momentum=0.9)
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images[:2])
-    params, stats = variables["params"], variables.get("batch_stats", {})
-
-    def loss(params: Any, stats: Any, images: Array, labels: Array) -> tuple[Array, Any]:
-        logits, new = model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
-
-    of_params = jax.checkpoint(loss, policy=remat_policy()) if arm.again else loss
-
-    def step(params: Any, moving: Any, stats: Any, images: Array, labels: Array) -> Any:
-        (value, new), grads = jax.value_and_grad(of_params, has_aux=True)(params, stats, images, labels)
-        updates, moving = tx.update(grads, moving)
-        return (value, optax.tree.norm(grads)), optax.apply_updates(params, updates), moving, new
-
-    args = (params, tx.init(params), stats, images, labels)
-    program = jax.jit(step).lower(*args).compile()
-    memory, told = program.memory_analysis(), program.cost_analysis() or {}
-    return Step(
-        lambda: program(*args),
-        kept_bytes(of_params, params, stats, images, labels),
-        memory.temp_size_in_bytes if memory else 0,
-        told.get("bytes accessed", math.nan),
-        told.get("flops", math.nan),
-    )
 
 
 def measure(settings: Settings) -> Numbers:
@@ -364,11 +239,12 @@ def draw(summary: Summary) -> Figure:
     """Draw the share of the step, what is kept for the backward pass, and what is held at the peak."""
     note = (
         f"{summary['device']}; share: what is gone without norms, so none has no mark; 95 % intervals of "
-        f"{summary['repeats']} repeats. Kept: by what is differentiated; at the peak: temporaries of the whole step, "
-        "compiled for this machine. remat_policy, of jbn: what norms return is not kept, but computed again"
+        f"{summary['repeats']} repeats. {_pair(summary)} Kept: by what is differentiated; temporaries at the peak: of "
+        "the whole step, with all that is not a norm, compiled for this machine. remat_policy, of jbn: what norms "
+        "return is not kept, but computed again"
     )
-    names = ("share of the step", "kept for the backward pass", "held at the peak")
-    figure, (time, *memory) = panels(_title(summary), note, names, height=4.9)
+    names = ("share of the step", "kept for the backward pass", "temporaries at the peak")
+    figure, (time, *memory) = panels(_title(summary), note, names, height=5.3)
     places = np.arange(len(summary["networks"]))
     for number, ((name, arm), look) in enumerate(zip(ARMS.items(), OF_ARMS, strict=True)):
         rows = [find(summary, network, name) for network in summary["networks"]]
@@ -390,18 +266,33 @@ def draw(summary: Summary) -> Figure:
     return figure
 
 
+def _pair(summary: Summary) -> str:
+    """Say by how much steps take longer than jbn's of the same turn: marks beside each other do not show it."""
+    found = []
+    for network in summary["networks"]:
+        arms = {"Flax": "Flax", LEANER: "remat_policy"}
+        longer = {name: more(find(summary, network, arm)) for arm, name in arms.items()}
+        told = [f"{name} {points(by.mean)} ±{points(by.half)}" for name, by in longer.items()]
+        found.append(f"{network} {', '.join(told)}")
+    begin = "Compare arms by pairs, not by bars: a step takes so much more than jbn's of the same turn (-: less), %"
+    return f"{begin}: {'; '.join(found)}."
+
+
 def _title(summary: Summary) -> str:
-    """Say which norm keeps least and which holds least at the peak, and the share of the step of each."""
+    """Say what each norm makes of a whole step: what is kept, what is held at the peak, and its share of the time."""
     last = summary["networks"][-1]
-    told: list[str] = []
-    for what, verb in zip(MEMORY, ("keeps least for the backward pass", "holds least at the peak"), strict=True):
-        found = {name: _beside(summary, last, what, arm) for arm, name in NAMES.items()}
-        if not any(map(math.isnan, found.values())):
-            least = min(found, key=lambda name: found[name])
-            others = ", ".join(f"{name} {value:.2f}" for name, value in found.items() if name != least)
-            told.append(f"{least} {verb}, {found[least]:.2f} times{' as much as none' * (not told)} ({others})")
-    shares = ", ".join(f"{name} {_percent(share(find(summary, last, arm)).mean)} %" for arm, name in NAMES.items())
-    return f"In the {last}, {'; '.join(told)}. Shares of the step: {shares}"
+    lines = [f"Whole steps of the {last}, as multiples of those without norms, least first."]
+    for what, name in zip(MEMORY, ("Kept for the backward pass", "Temporaries at the peak"), strict=True):
+        beside = {arm: _beside(summary, last, what, arm) for arm in NAMES}
+        if not any(map(math.isnan, beside.values())):
+            lines.append(f"{name}: {_list(beside, 2)}.")
+    shares = {arm: 100 * share(find(summary, last, arm)).mean for arm in NAMES}
+    return "\n".join([*lines, f"Share of the time that norms take, %: {_list(shares, 0)}."])
+
+
+def _list(values: dict[str, float], digits: int) -> str:
+    ascending = sorted(values.items(), key=lambda pair: pair[1])
+    return ", ".join(f"{NAMES[arm]} {round(value, digits) + 0:.{digits}f}" for arm, value in ascending)
 
 
 COST = Study(

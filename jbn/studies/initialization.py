@@ -321,7 +321,9 @@ def draw(summary: Summary) -> Figure:
     gains, depths = summary["gains"], summary["depths"]
     counts = [(LABELS[arm], sum(bool(row["edge"]) for row in summary["cells"] if row["arm"] == arm)) for arm in ARMS]
     edges = ", ".join(f"{count} cells of '{label}'" for label, count in counts if count)
-    edges = f" (at an edge of the grid in {edges}: a better one may lie outside)" * bool(edges)
+    _, bounds = _gain_by_batch_norm(summary)
+    even = f"even if all of these trained, the title's difference would be {bounds.low:.0f} points at least"
+    edges = f" (at an edge of the grid in {edges}: a better one may lie outside, and {even})" * bool(edges)
     note = (
         f"Accuracy on test rows of digits (%), means of {summary['seeds']} seeds, each cell at its own best of "
         f"{summary['rates']} learning rates{edges}; {summary['steps']} steps of {BATCH} rows. The title counts pairs "

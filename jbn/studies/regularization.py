@@ -1,6 +1,6 @@
 """``regularization``: whether the noise of batch statistics regularizes, and what it leaves to dropout."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,31 +19,32 @@ from jbn.studies.figures import (
 from jbn.studies.intervals import (
     Interval,
     choose_rate,
-    conclude,
     decide,
     interval,
-    leave_open,
     note_edges,
     open_at_edges,
     points,
-    say_better,
     say_half,
-    say_points,
-    weigh,
 )
 from jbn.studies.networks import BatchNorm, Bias, Dense, Dropout, Norm
-from jbn.studies.study import Cell, Claim, Measured, Numbers, Outcome, Settings, Sheet, Size, Study, Summary
+from jbn.studies.regularization_claims import (
+    CLAIMS,
+    ROWS,
+    SAME,
+    USUAL,
+    best_dropout,
+    best_group,
+    better,
+    find,
+    groups_of,
+)
+from jbn.studies.study import Cell, Measured, Numbers, Settings, Sheet, Size, Study, Summary
 from jbn.studies.training import CLASSES, PIXELS, Plan, accuracies, note_diverged, sweep
 
 DATA = "digits"
 WIDTHS = (PIXELS[DATA], 128, 128, CLASSES)
-# A batch is all of the training rows: its own statistics are those of the population, and know no noise.
-ROWS = 200
-USUAL = 40  # the group with dropout: the divisor of 200 that is nearest to the usual batch of 32
 MOMENTUM = 0.9  # the rate falls to 0, so at the end the running statistics are those of the last networks
 SEEN = ("training", "validation", "test", "diverged")
-# How far apart two accuracies may lie and still be called the same, in every claim.
-SAME = 0.01
 
 
 @dataclass(frozen=True)
@@ -161,164 +162,6 @@ def _round(values: np.ndarray) -> list[float]:
     return [round(value, 6) for value in values.tolist()]
 
 
-def _find(summary: Summary, noise: float, group: int, dropout: float = 0.0) -> dict[str, Any]:
-    """Return what was found of an arm."""
-    wanted = (noise, group, dropout)
-    return next(row for row in summary["arms"] if (row["noise"], row["group"], row["dropout"]) == wanted)
-
-
-def _groups(summary: Summary, noise: float) -> list[dict[str, Any]]:
-    """Return what was found of batch norm alone, from the smallest group to the whole batch."""
-    rows = [row for row in summary["arms"] if row["noise"] == noise and row["group"] and not row["dropout"]]
-    return sorted(rows, key=lambda row: row["group"])
-
-
-def _best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the arm that does best on validation rows; test rows have no say in it."""
-    return max(rows, key=lambda row: row["validation"])
-
-
-def _best_group(summary: Summary, noise: float) -> dict[str, Any]:
-    """Return the best of the groups that are smaller than the batch."""
-    return _best(_groups(summary, noise)[:-1])
-
-
-def _best_dropout(summary: Summary, noise: float, group: int) -> dict[str, Any]:
-    return _best([row for row in summary["arms"] if (row["noise"], row["group"]) == (noise, group) and row["dropout"]])
-
-
-def _mean(row: dict[str, Any], what: str = "test") -> str:
-    return points(float(np.mean(row[what])))
-
-
-def _better(one: dict[str, Any], other: dict[str, Any]) -> tuple[Interval, list[tuple[str, str]]]:
-    """Return by how much an arm is better than another, seed by seed, and their edges."""
-    return interval(np.subtract(one["test"], other["test"])), [(row["arm"], row["edge"]) for row in (one, other)]
-
-
-def _compare(one: dict[str, Any], other: dict[str, Any], *more: str, least: float) -> Outcome:
-    """Return how two arms did, with more sentences, and whether by so much the first is better."""
-    by, edges = _better(one, other)
-    shown = ", ".join(f"{row['arm']}: {_mean(row)} %" for row in (one, other))
-    sentence = f"{shown}; {one['arm']} is {say_better(by)}, {weigh(open_at_edges(by, edges), SAME)}."
-    return conclude(" ".join([sentence, *more]), by, edges, least=least)
-
-
-# Which share of noise a judgement is about, out of those of a summary.
-Noise = Callable[[Sequence[float]], float]
-CLEAN, NOISY = min, max
-
-
-def _gap_falls(noise: Noise) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether the gap rises with the group: the slope of each seed, among groups of one rate.
-
-    The rate moves the gap too. What cannot fit the training rows, with labels as they are, has a small gap for this
-    reason, and no part in it.
-    """
-
-    def judge(summary: Summary) -> Outcome:
-        fits = {row["group"]: float(np.mean(row["training"])) for row in _groups(summary, CLEAN(summary["noises"]))}
-        rows = [row for row in _groups(summary, noise(summary["noises"])) if fits[row["group"]] >= 1 - SAME]
-        poor = ", ".join(f"bn {group} ({points(fit)} %)" for group, fit in fits.items() if fit < 1 - SAME)
-        unfit = f"Groups that fit less than {1 - SAME:.0%} of the training rows where labels are as they are"
-        beside = [f"{unfit} have no part in it: {poor}."] * bool(poor)
-        if (by := _slope(rows)) is None:
-            return Outcome(" ".join(["No two groups have the same rate.", *beside]), "not decided within the intervals")
-        gaps: dict[float, list[str]] = {}
-        for row in rows:
-            gaps.setdefault(row["rate"], []).append(f"{row['arm']}: {_mean(row, 'gap')}")
-        shown = "; ".join(f"at rate {rate:g} {', '.join(each)}" for rate, each in gaps.items())
-        sentence = f"Training less test, {shown} points; at the same rate it grows by {say_points(by)} a doubling."
-        edges = note_edges((row["arm"], row["edge"]) for row in rows)
-        verdict = decide(leave_open(by, low=bool(edges), high=bool(edges)), least=0)
-        return Outcome(" ".join([*edges, sentence, *beside]), verdict)
-
-    return judge
-
-
-def _slope(rows: Sequence[dict[str, Any]]) -> Interval | None:
-    """Return by how much the gap grows with each doubling of the group, among those of one rate; None for no two."""
-    same = np.equal.outer(*[[row["rate"] for row in rows]] * 2)
-    # From the middle of those of its rate.
-    doublings = (np.eye(len(rows)) - same / same.sum(1, keepdims=True)) @ np.log2([row["group"] for row in rows])
-    return interval(doublings @ [row["gap"] for row in rows] / (doublings @ doublings)) if doublings.any() else None
-
-
-Pick = Callable[[Summary, float], dict[str, Any]]
-
-
-def _arm(group: int, dropout: float = 0.0) -> Pick:
-    return lambda summary, noise: _find(summary, noise, group, dropout)
-
-
-def _is_better(noise: Noise, one: Pick, other: Pick) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether an arm beats another by more than what is called the same."""
-
-    def judge(summary: Summary) -> Outcome:
-        share = noise(summary["noises"])
-        chosen = ["The group is the best on validation rows."] * (one is _best_group)
-        return _compare(one(summary, share), other(summary, share), *chosen, least=SAME)
-
-    return judge
-
-
-def _dropout_can_go(noise: Noise) -> Callable[[Summary], Outcome]:
-    """Return the judgement whether batch norm is as good without dropout as with the best share dropped."""
-
-    def judge(summary: Summary) -> Outcome:
-        share = noise(summary["noises"])
-        without, dropped = _find(summary, share, 0), _best_dropout(summary, share, 0)
-        beside = f"Without batch norm: {_mean(without)} %, {dropped['arm']}: {_mean(dropped)} %."
-        rows = _find(summary, share, USUAL), _best_dropout(summary, share, USUAL)
-        return _compare(*rows, beside, least=-SAME)
-
-    return judge
-
-
-LUO = "Luo et al. 2019, section 2: the noise of batch statistics regularizes, and less the larger the batch"
-HOFFER = "Hoffer et al. 2017, algorithm 1 and table 1"
-IOFFE = "Ioffe and Szegedy 2015, section 3.4: removed, or reduced in strength; here removed"
-CLAIMS = (
-    Claim(
-        "Batch norm regularizes: the network generalizes better than without it",
-        "Ioffe and Szegedy 2015, section 3.4; here the best groups against no norm at all",
-        _is_better(CLEAN, _best_group, _arm(0)),
-    ),
-    Claim(
-        "Batch norm regularizes where labels are noise that can be learned by heart, too",
-        "Asked here",
-        _is_better(NOISY, _best_group, _arm(0)),
-    ),
-    Claim(
-        "At the same rate training and test come apart the more the larger the batch",
-        LUO,
-        _gap_falls(CLEAN),
-    ),
-    Claim(
-        "At the same rate training and test come apart the more the larger the batch where labels are noise, too",
-        LUO,
-        _gap_falls(NOISY),
-    ),
-    Claim(
-        "Statistics of small groups generalize better than those of the whole batch",
-        HOFFER,
-        _is_better(CLEAN, _best_group, _arm(ROWS)),
-    ),
-    Claim(
-        "Statistics of small groups generalize better where labels are noise",
-        HOFFER,
-        _is_better(NOISY, _best_group, _arm(ROWS)),
-    ),
-    Claim("With batch norm dropout can be removed", IOFFE, _dropout_can_go(CLEAN)),
-    Claim("With batch norm dropout can be removed where labels are noise", IOFFE, _dropout_can_go(NOISY)),
-    Claim(
-        "Dropout before batch norm does worse than batch norm alone: it shifts the variance in training",
-        "Li et al. 2019, abstract, here with half of the features dropped",
-        _is_better(CLEAN, _arm(USUAL), _arm(USUAL, 0.5)),
-    ),
-)
-
-
 def tabulate(summary: Summary) -> Sheet:
     """Return accuracies on test rows and gaps, a row per arm, two columns per share of noise."""
     names = list(dict.fromkeys(row["arm"] for row in summary["arms"]))
@@ -350,16 +193,20 @@ def draw(summary: Summary) -> Figure:
     note = (
         f"{ROWS} of the digits to train with, in one batch, two hidden layers of 128, {summary['steps']} steps; mean, "
         f"95 % interval of {summary['seeds']} seeds (compared one by one); each arm at its best rate; ringed group and "
-        f"share dropped: the best on validation rows; groups of {USUAL}: near a usual batch of 32"
+        f"share dropped: the best on validation rows; groups of {USUAL}: near a usual batch of 32. A line "
+        "that is level is one measurement, whatever the axis says below it"
     )
     figure, grid = panels(_title(summary), note, [_labels(noise) for noise in noises], height=5)
     for axes, noise in zip(grid, noises, strict=True):
-        groups, best = _groups(summary, noise), _best_group(summary, noise)
+        groups, best = groups_of(summary, noise), best_group(summary, noise)
         sizes = [row["group"] for row in groups]
         levels = {
-            "no normalization": (_find(summary, noise, 0), OF_NONE),
-            "dropout, no normalization": (_best_dropout(summary, noise, 0), LOOKS[1]),
-            f"batch norm by groups\nof {USUAL}, dropout": (_best_dropout(summary, noise, USUAL), LOOKS[3]),
+            "no normalization": (find(summary, noise, 0), OF_NONE),
+            f"{_dropped(summary, 0)},\nno normalization": (best_dropout(summary, noise, 0), LOOKS[1]),
+            f"groups of {USUAL},\n{_dropped(summary, USUAL)}\n(level only)": (
+                best_dropout(summary, noise, USUAL),
+                LOOKS[3],
+            ),
         }
         draw_intervals(axes, sizes, [_errors(row) for row in groups], OF_BATCH_NORM, "batch norm by groups")
         axes.plot([best["group"]], [_errors(best).mean], "o", markersize=14, markerfacecolor="none", color="0.3")
@@ -375,6 +222,14 @@ def draw(summary: Summary) -> Figure:
     return figure
 
 
+def _dropped(summary: Summary, group: int) -> str:
+    """Return which share of features is dropped in the best arms of a group, each share once."""
+    noises = min(summary["noises"]), max(summary["noises"])
+    return (
+        f"dropout {' and '.join(dict.fromkeys(str(best_dropout(summary, each, group)['dropout']) for each in noises))}"
+    )
+
+
 def _labels(noise: float) -> str:
     return f"{100 * noise:.0f} % of the labels noise" if noise else "labels as they are"
 
@@ -384,12 +239,12 @@ def _title(summary: Summary) -> str:
     found: list[str] = []
     errors, both = [], []
     for noise in sorted({min(summary["noises"]), max(summary["noises"])}):
-        best, none = _best_group(summary, noise), _find(summary, noise, 0)
+        best, none = best_group(summary, noise), find(summary, noise, 0)
         found.append(
-            f"ith {_labels(noise)} {'it' if found else 'batch norm'} {_helps(open_at_edges(*_better(best, none)))}"
+            f"ith {_labels(noise)} {'it' if found else 'batch norm'} {_helps(open_at_edges(*better(best, none)))}"
         )
         errors.append(f"{_errors(best).mean:.1f} (none {_errors(none).mean:.1f})")
-        both.append(f"{_errors(_best_dropout(summary, noise, USUAL)).mean:.1f}")
+        both.append(f"{_errors(best_dropout(summary, noise, USUAL)).mean:.1f}")
     return (
         f"W{'; w'.join(found)}.\nErrors, %: {' and '.join(errors)}; groups of {USUAL} with dropout {' and '.join(both)}"
     )

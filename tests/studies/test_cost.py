@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from jbn.lab.models import NETWORKS
+from jbn.studies import compiled
 from jbn.studies import cost as study
 from jbn.studies.gallery import run
 from jbn.studies.study import Measured
@@ -45,17 +46,17 @@ def test_each_network_has_each_arm(quick):
 
 
 def test_a_wrong_answer_is_not_timed(quick, monkeypatch):
-    monkeypatch.setitem(study.ARMS, "Flax", study.Arm("wrong", study.Bias))
-    study.prepare.cache_clear()
+    monkeypatch.setitem(study.ARMS, "Flax", compiled.Arm("wrong", compiled.Bias))
+    compiled.prepare.cache_clear()
     with pytest.raises(ArithmeticError, match="conv: loss and gradient of Flax are"):
-        study.prepare("conv", (8, 8, 8, 1))
+        compiled.prepare("conv", (8, 8, 8, 1))
 
 
 @pytest.mark.parametrize("network", ["conv", "resnet"])
 def test_the_networks_are_the_same_with_either_norm(network):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 8, 1), np.float32))
     answers = []
-    for norm in (study.OfFlax, study.BatchNorm):
+    for norm in (compiled.OfFlax, compiled.BatchNorm):
         model = NETWORKS[network](batch_norm=True, norm=norm)
         variables = model.init(jax.random.key(0), x, train=False)
         answers.append(
@@ -70,7 +71,7 @@ def test_what_is_kept_is_counted_once():
         return (a * b * other).sum() + (a * b).sum(), None
 
     a, b = jnp.ones((3, 4)), jnp.ones((3, 4))
-    least = study.kept_bytes(product, (a, b), jnp.ones((3, 4)))
+    least = compiled.kept_bytes(product, (a, b), jnp.ones((3, 4)))
     assert least % (12 * 4) == 0
     assert 2 * 48 <= least <= 5 * 48
 
@@ -169,9 +170,12 @@ def test_the_title_of_the_figure_says_what_came_out():
     figure = study.draw(study.summarize(cells))
     title = " ".join(figure.get_suptitle().split())
     assert title == (
-        "In the resnet, jbn with remat_policy keeps least for the backward pass, 0.75 times as much as none "
-        "(Flax 2.00, jbn 1.25); jbn holds least at the peak, 0.50 times (Flax 1.00, jbn with remat_policy 1.00). "
-        "Shares of the step: Flax 50 %, jbn 30 %, jbn with remat_policy 30 %"
+        "Whole steps of the resnet, as multiples of those without norms, least first. "
+        "Kept for the backward pass: jbn with remat_policy 0.75, jbn 1.25, Flax 2.00. "
+        "Temporaries at the peak: jbn 0.50, Flax 1.00, jbn with remat_policy 1.00. "
+        "Share of the time that norms take, %: jbn 30, jbn with remat_policy 30, Flax 50."
     )
-    assert len(figure.axes) == 3
+    note = " ".join(figure.get_supxlabel().split())
+    assert re.search(r"\(-: less\), %: dense Flax -?[\d.]+ ±[\d.]+, remat_policy 0\.1 ±0\.2; resnet Flax", note)
+    assert [axes.get_title("left").split()[0] for axes in figure.axes] == ["share", "kept", "temporaries"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [arm.label for arm in study.ARMS.values()]

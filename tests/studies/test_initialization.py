@@ -166,8 +166,13 @@ def test_the_figure_writes_each_number_and_its_title_says_what_came_out():
         other = study.draw(summary)
         assert f"trains at {word} gains" in " ".join(other.get_suptitle().split())
         note = " ".join(other.get_supxlabel().split())
-        assert "(at an edge of the grid in 1 cells of 'no norm': a better one may lie outside)" in note
+        assert "(at an edge of the grid in 1 cells of 'no norm': a better one may lie outside, and even if all" in note
         assert "Not drawn: before training the gradient of a kernel is 1.200 times that of the next layer's" in note
+    summary = study.summarize(measured({("none", 0.1): 0.1}))
+    assert (summary["cells"][0]["arm"], summary["cells"][0]["gain"]) == ("none", 0.1)
+    summary["cells"][0]["edge"] = "lowest"  # one of the two that do not train: 83 % would
+    note = " ".join(study.draw(summary).get_supxlabel().split())
+    assert "even if all of these trained, the title's difference would be 17 points at least)" in note
     none, batch = figure.axes
     assert [text.get_text() for text in none.texts] == ["10", "80", "80"] * 2
     assert [text.get_text() for text in batch.texts] == ["80", "80", "60"] * 2
