@@ -34,16 +34,18 @@ def page() -> str:
     head = (
         "# What is claimed about batch normalization, measured\n\n"
         "Written by `python -m benchmarks.studies jbn-study` of the results of `jbn study all`. `jbn report` makes\n"
-        "one file of them for a browser.\n"
+        "one file of them for a browser.\n\n"
+        "Found is what the whole 95 % interval agrees with, not so what the whole of it is against, open what it\n"
+        "leaves undecided. Small networks on small data were measured: elsewhere something else may come out.\n"
     )
     results = gallery()
     return "\n".join([head, readme.markdown(["", ""], map(_card, results.values())), *map(_section, results.values())])
 
 
 def _card(result: Result) -> list[str]:
-    name, question = result.study.name, _plain(result.study.question)
+    name, said = result.study.name, _plain(result.in_plain_words or result.study.question)
     found = tally(claim.verdict for claim in result.claims)
-    return [f"[![{name}]({name}/{FIGURE})](#{name})", f"[{name}](#{name}): {question} Of its claims {found}."]
+    return [f"[![{name}]({name}/{FIGURE})](#{name})", f"[{name}](#{name}): {said} Of its claims {found}."]
 
 
 def _section(result: Result) -> str:

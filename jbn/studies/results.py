@@ -10,6 +10,7 @@ from typing import Any, get_args
 from jbn.lab.errors import OptionError
 from jbn.lab.options import StudyOptions, check
 from jbn.lab.run import directory
+from jbn.studies import plain
 from jbn.studies.study import Sheet, Study, Verdict
 
 PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -75,6 +76,11 @@ class Result:
         size = f"size {self.size}" + (f", {self.seeds} seeds" if self.seeds else "")
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return f"Made at {size}, on {self.device}, with {versions}"
+
+    @property
+    def in_plain_words(self) -> str:
+        """What was asked and what came out in plain words, "" where there are none for it."""
+        return plain.put(self.study.name, {each.claim: each.verdict for each in self.claims})
 
     @property
     def decides(self) -> bool:
