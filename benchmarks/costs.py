@@ -29,7 +29,7 @@ from benchmarks import readme
 from benchmarks.compilers import Program, compile, mesh, missing
 from benchmarks.layers import Layer, Torch
 from benchmarks.peers import Peer, installed
-from jbn.studies.cost import kept_bytes
+from jbn.studies.compiled import kept_bytes
 
 RESULTS = Path(__file__).parent / "results" / "costs.json"
 IMAGES = jax.ShapeDtypeStruct((256, 56, 56, 256), jnp.bfloat16)

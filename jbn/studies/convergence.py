@@ -273,14 +273,19 @@ def _draw_steps(axes: Axes, summary: Summary) -> None:
         places = [list(CASES).index(row["case"]) + 0.27 * (number - 1) for row in rows]
         draw_intervals(axes, places, [steps_of(row) for row in rows], replace(OF_ARMS[arm], line=""), LABELS[arm])
         for place, row in zip(places, rows, strict=True):
-            if late := row["reached"].count(False):
-                said, seeds = "≥ {}/{}", len(row["reached"])
-                # Those of neighbours would meet: every other one stands below.
-                beside = {"xytext": (0, (6, -20)[number // 2]), "textcoords": "offset points", "ha": "center"}
-                axes.annotate(said.format(seeds - late, seeds), (place, steps_of(row).high), **beside, fontsize="small")
+            # Those of neighbours would meet: every other one stands below.
+            _say_reached(axes, place, row, -20 if number % 2 else 6)
     axes.set(yscale="log", xlim=(-0.5, len(CASES) - 0.3))
     axes.set_xticks(range(len(CASES)), [case.label for case in CASES.values()])
     name_places(axes, (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000))
+
+
+def _say_reached(axes: Axes, place: float, row: dict[str, Any], above: int) -> None:
+    """Write how many seeds get there, beside the steps of an arm some of whose seeds do not."""
+    reached, at = row["reached"], (place, steps_of(row).high)
+    if not all(reached):
+        said = f"≥ {reached.count(True)}/{len(reached)}"
+        axes.annotate(said, at, (0, above), textcoords="offset points", ha="center", fontsize="small")
 
 
 CONVERGENCE = Study(
