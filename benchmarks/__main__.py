@@ -2,9 +2,10 @@
 
 Studies: ``layers``, one norm on the shapes of real models (`benchmarks.speed`); ``chains`` and ``resnet50``, norms in
 networks, and ``startup``, tracing and compiling them (`benchmarks.networks`); ``eager``, calls that nobody compiled
-(`benchmarks.eager`); ``ensembles``, norms under ``vmap`` (`benchmarks.ensembles`); ``imports``; and ``sums``, ways of
-taking the sums inside (`benchmarks.sums`). With ``--write`` the figures go into results/, in a file for this kind of
-machine, and `benchmarks.report` makes the tables and the picture of the pages of them.
+(`benchmarks.eager`); ``ensembles``, norms under ``vmap`` (`benchmarks.ensembles`); ``imports``; ``sums``, ways of
+taking the sums inside (`benchmarks.sums`); and ``forward``, ways through a whole forward pass (`benchmarks.forward`).
+With ``--write`` the figures go into results/, in a file for this kind of machine, and `benchmarks.report` makes the
+tables and the picture of the pages of them.
 """
 
 import json
@@ -22,13 +23,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import eager, ensembles, networks, speed, sums
+from benchmarks import eager, ensembles, forward, networks, speed, sums
 from benchmarks.peers import installed
 from benchmarks.specs import BATCH, OTHERS, RESNET50
 from benchmarks.timing import quartiles
 
 RESULTS = Path(__file__).parent / "results"
-STUDIES = ("layers", "chains", "resnet50", "startup", "eager", "ensembles", "imports", "sums")
+STUDIES = ("layers", "chains", "resnet50", "startup", "eager", "ensembles", "imports", "sums", "forward")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -110,6 +111,7 @@ def bench(
         "ensembles": lambda: ensembles.measure(repeats),
         "imports": lambda: imports(repeats),
         "sums": lambda: sums.measure(repeats),
+        "forward": lambda: forward.measure(repeats),
     }
     path = RESULTS / f"{machine()}.json"
     for study in chosen:

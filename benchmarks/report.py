@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks import readme
 from benchmarks.speed import FLOORS
@@ -20,6 +21,10 @@ RESULTS = Path(__file__).parent / "results"
 MACHINE = "cpu-x86_64-2-cores"
 PEERS = ("Flax Linen", "Flax NNX", "Haiku", "Equinox", "Keras", "PyTorch", "PyTorch NHWC")
 MARKERS = dict(zip(PEERS, "sDv^Px+", strict=True))
+# Of Okabe and Ito, which people who do not see red or green tell apart; in grey the markers do.
+PEER_COLOURS = dict(
+    zip(PEERS, ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#808080"), strict=True)
+)
 SUITES = ("gpu-h200", "gpu-h100", "gpu-a100", "tpu-v5e", "tpu-v6e")
 
 Found = dict[str, Any]
@@ -122,6 +127,28 @@ def sums(found: Found) -> str:
     return readme.markdown(["", *(f"{row['spec'].removeprefix('ResNet-50 ')}, {row['dtype']}" for row in rows)], lines)
 
 
+def ensembles(found: Found) -> str:
+    """Return the table of ensembles: ratios to Flax Linen."""
+    rows = found["ensembles"]
+    calls = list(dict.fromkeys(row["call"] for row in rows))
+    lines = [
+        [spec, *(spread(row["ratio"]["Flax Linen"]) for call in calls for row in rows
+                 if (row["spec"], row["call"]) == (spec, call))]
+        for spec in dict.fromkeys(row["spec"] for row in rows)
+    ]  # fmt: skip
+    return readme.markdown(["members × x, state", *(f"{call}, / Flax" for call in calls)], lines)
+
+
+def forward(found: Found) -> str:
+    """Return the table of ways through a forward pass: ratios to Flax Linen, and their geometric mean."""
+    rows = found["forward"]
+    lines = []
+    for way in rows[0]["to Flax"]:
+        medians = [row["to Flax"][way][1] for row in rows]
+        lines.append([way, *(f"{value:.2f}" for value in (*medians, mean(medians)))])
+    return readme.markdown(["/ Flax", *(row["spec"].removeprefix("ResNet-50 ") for row in rows), "mean"], lines)
+
+
 def passes(found: Found) -> str:
     """Return the table of passes by the compilers, forward and backward, jbn / Flax, and of peak memory."""
     cells: dict[tuple[str, int, int], dict[str, str]] = {}
@@ -140,21 +167,27 @@ def passes(found: Found) -> str:
 
 def picture(found: Found) -> Figure:
     """Draw how often the floor each library takes, forward and backward, on the shapes of a ResNet-50."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axis, dtype in zip(panels, ("float32", "bfloat16"), strict=True):
         some = of_resnet(found["layers"], dtype, "forward and backward")
-        for name in dict.fromkeys(name for row in some for name in row["seconds"] if name != "copy"):
-            there = [(i, 1 / row["of_floor"][name]) for i, row in enumerate(some) if name in row["of_floor"]]
-            ours = name == "jbn"
-            axis.plot(*zip(*there, strict=True), MARKERS.get(name, "o"), color=COLOURS[True] if ours else "0.45",
-                      markersize=8 if ours else 5, label=name, zorder=3 if ours else 2)  # fmt: skip
+        names = ("jbn", *(name for name in PEERS if any(name in row["of_floor"] for row in some)))
+        for place, name in zip(np.linspace(-0.3, 0.3, len(names)), names, strict=True):  # beside, not upon, each other
+            there = [(i + place, 1 / row["of_floor"][name]) for i, row in enumerate(some) if name in row["of_floor"]]
+            look = {"color": PEER_COLOURS.get(name, COLOURS[True]), "marker": MARKERS.get(name, "o")}
+            size = 8 if name == "jbn" else 5
+            axis.plot(*zip(*there, strict=True), linestyle="", markersize=size, label=name, **look)
         axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":", label="8 sweeps as fast as a copy")
         axis.set(title=dtype, yscale="log", xticks=range(len(some)))
         axis.set_xticklabels([row["spec"].removeprefix("ResNet-50 ") for row in some], rotation=40, ha="right")
+        axis.set_yticks((0.5, 1, 2, 4), ("0.5", "1", "2", "4"))
+        axis.set_xlim(-0.5, len(some) - 0.5)
+        for i in range(1, len(some)):
+            axis.axvline(i - 0.5, color="0.4", alpha=0.2, linewidth=0.8)
         axis.grid(axis="y", color="0.4", alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("time, forward and backward,\nin times of the floor")
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    panels[0].set_ylabel("time, forward and backward,\nin times of the floor (less is faster)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     return figure
@@ -170,7 +203,7 @@ def tables(machine: str = MACHINE) -> dict[str, str]:
     """Return the tables by the names of their markers, those whose studies were measured."""
     found, counted = map(read, (machine, "passes"))
     made = {"speed": speed, "speed-short": speed_short, "layers": layers, "networks": networks}
-    made |= {"beginnings": beginnings, "sums": sums}
+    made |= {"beginnings": beginnings, "sums": sums, "ensembles": ensembles, "forward": forward}
     needed = {"networks": {"chains", "resnet50"}, "beginnings": {"startup", "imports", "eager"}}
     needed |= {name: {"layers"} for name in ("speed", "speed-short")}
     there = {name: table for name, table in made.items() if needed.get(name, {name}) <= found.keys()}

@@ -15,7 +15,7 @@ pytest.importorskip("typer", reason="the runner is a command line")
 from typer.testing import CliRunner
 
 import benchmarks.__main__ as runner
-from benchmarks import networks, readme, report, speed, studies
+from benchmarks import forward, networks, readme, report, speed, studies
 from benchmarks.layers import Layer
 from benchmarks.peers import PEERS, Peer
 from benchmarks.resnet50 import ResNet50, Sizes
@@ -135,6 +135,16 @@ def test_networks_agree_before_they_are_timed(monkeypatch):
     row = networks.timed(steps, 1, lines.append)
     assert lines == ["off: not timed, its loss is 1.01, Flax's 1.0"]
     assert set(row["seconds"]) == {"jbn", "Flax Linen"}
+
+
+@pytest.mark.parametrize("way", forward.WAYS)
+def test_every_way_through_a_forward_pass_is_right(way):
+    x = np.random.default_rng(0).standard_normal((4, 6, 6, 64), np.float32) + np.float32(0.5)
+    wide = x.astype(np.float64)
+    want = np.maximum((wide - wide.mean((0, 1, 2))) / np.sqrt(wide.var((0, 1, 2)) + forward.EPSILON), 0)
+    for k in (0.45, 1.45):  # near 0, and where the running mean is far from it
+        found = jax.jit(forward.WAYS[way])(x, jnp.full(64, k))
+        np.testing.assert_allclose(found, want, atol=256 * np.finfo(np.float32).eps)
 
 
 def run(*arguments):
