@@ -1,4 +1,4 @@
-"""The prototype of a product that takes a norm in and gives the next one's sums out: exact, and worth what it claims."""
+"""The prototype of a product that takes a norm in and gives sums out: exact, and worth what PERFORMANCE.md says."""
 
 import json
 from functools import partial
