@@ -189,8 +189,15 @@ def _read(name: str, record: Any) -> Record:
         )
     if other := [path for path in record if not isinstance(path, str)]:
         raise TypeError(f"{name} has the path {other[0]!r}; expected text, such as 'layers/0'.")
-    calls = {path: call if isinstance(call, Call) else Call("", (), (as_numpy(call),)) for path, call in record.items()}
+    calls = {path: _read_call(f"{name}[{path!r}]", call) for path, call in record.items()}
     return {path: Call(call.kind, _part(call.inputs), _part(call.outputs)) for path, call in calls.items()}
+
+
+def _read_call(name: str, call: Any) -> Call:
+    try:
+        return call if isinstance(call, Call) else Call("", (), (as_numpy(call),))
+    except TypeError as error:
+        raise TypeError(f"{name} {error}") from error
 
 
 def _part(arrays: tuple[Array, ...]) -> tuple[Array, ...]:

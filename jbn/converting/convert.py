@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 
+from jbn.arguments import read_choice
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
 from jbn.converting.names import Names, check_keys, rename, rename_arrays
 from jbn.converting.trees import (
@@ -24,6 +25,7 @@ from jbn.converting.trees import (
     index_shapes,
     is_float,
 )
+from jbn.core.checks import read_flag
 from jbn.paths import count_of, find_wrapper, name_few, select
 
 Value = TypeVar("Value")
@@ -129,6 +131,7 @@ def convert(
     evaluates with that. What a layer is made with, such as epsilon, momentum and padding, is not in its arrays: see
     ``jbn.convert_options``.
     """
+    unbiased = read_flag("unbiased", unbiased)
     origin, goal = read_dialect("source", source, unbiased), read_dialect("target", target, unbiased)
     tree, known = unpack("tree", origin, tree)
     like, known_there = unpack("like", goal, like)
@@ -172,9 +175,7 @@ def _kind_of(error: Exception) -> type[Exception]:
 
 def read_dialect(argument: str, name: str, unbiased: bool) -> Dialect:
     """Return the dialect of a library, or refuse an argument that names none."""
-    if not isinstance(name, str) or name not in DIALECTS:
-        raise ValueError(f"{argument} is {name!r}; expected one of {', '.join(map(repr, DIALECTS))}.")
-    dialect = DIALECTS[name]
+    dialect = DIALECTS[read_choice(argument, name, DIALECTS)]
     return replace(dialect, unbiased=unbiased) if dialect.unbiased is None else dialect
 
 
@@ -222,10 +223,12 @@ def read_by_path(
     """Return what was said by pattern for each path; the first that matches counts."""
     found: dict[Path, Value] = {}
     paths = ["/".join(path) for path in layers]
-    if not isinstance(said or {}, Mapping):
+    if said is None:
+        return found
+    if not isinstance(said, Mapping):
         raise TypeError(f"{argument} is {said!r}; expected a mapping of patterns.")
-    check_keys(argument, said or {})
-    for pattern, value in (said or {}).items():
+    check_keys(argument, said)
+    for pattern, value in said.items():
         if not fits(value):
             raise ValueError(f"{argument}: {pattern!r} has {value!r}; expected {expected}.")
         try:

@@ -12,11 +12,13 @@ from flax.core import meta, unfreeze
 from flax.errors import ModifyScopeVariableError
 from flax.typing import VariableDict
 
+from jbn.arguments import check_model
 from jbn.folding.layers import TRAINS, call_marked, check_folded_call, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
 from jbn.linen.module import BatchNorm
 from jbn.linen.norms import Norms
 from jbn.linen.statistics import holds_statistics
+from jbn.linen.variables import check_variables
 from jbn.norms import Classes, find_class
 from jbn.paths import join
 
@@ -151,6 +153,8 @@ def fold(
 
 def _trace(known: Norms, model: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[Links, _Called]:
     """Trace a call of a model in evaluation."""
+    check_model(model, nn.Module, "flax.linen")
+    check_variables(variables)
     called, norms = _Called({}, {}), list[str]()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
