@@ -116,7 +116,7 @@ def renorm_schedule(
     """
     if read_number(steps) is None or not steps > 0:
         raise refuse("steps", steps, "a number above 0, the step from which on both are at their ends")
-    r_end, d_end = _read_limit("r_max", r_max, 1), _read_limit("d_max", d_max, 0)
+    r_end, d_end = map(jnp.asarray, (_read_limit("r_max", r_max, 1), _read_limit("d_max", d_max, 0)))
     done = read_real("step", step).astype(jnp.float32) / steps - 1 / 8
     return 1 + (r_end - 1) * jnp.clip(done * (8 / 7), 0, 1), d_end * jnp.clip(done * 2, 0, 1)
 

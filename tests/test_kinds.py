@@ -178,6 +178,8 @@ CALLS = {
 THEIRS = {"batch", "*args", "rngs"}
 # Functions that were passed raise what they raise, and so does a model with the batches that it was passed.
 FUNCTIONS = {"activation", "normalize_by", "names", "apply", "call", "progress", "method", "momentum", "model"}
+# Where text and any object may stand: a tree of anything, a name, a pattern, what is not looked at.
+ANYTHING = {"params", "axis_name", "patterns", "padding"}
 KINDS = {
     "nothing": None,
     "text": "nope",
@@ -236,8 +238,12 @@ def faults(name, argument):
     """Return by kind what is wrong with the error about a wrong kind of an argument."""
     word = argument.lstrip("*")
     for kind, value in KINDS.items():
+        if value is TABLE[name]().get(argument) or (name == "jbn.check" and value is None):
+            continue  # what is as it was; and a check of every device takes long
         try:
             run(name, TABLE[name]() | {argument: value})
+            if kind in ("text", "an object") and argument not in ANYTHING and not runs_on(argument, value):
+                yield f"{name}({argument}={kind}) is taken"
         except Exception as error:
             ours = "/jbn/" in traceback.extract_tb(error.__traceback__)[-1].filename.replace("\\", "/")
             text = str(error).split("\n")[0]

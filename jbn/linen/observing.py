@@ -146,7 +146,7 @@ def recalibrate(
     return variables.copy(new) if isinstance(variables, FrozenDict) else {**variables, **new}  # type: ignore[return-value]
 
 
-def _read_variables(model: nn.Module, variables: VariableDict) -> tuple[Any, Any]:
+def _read_variables(model: nn.Module, variables: Any) -> tuple[Any, Any]:
     """Return the parameters and the statistics."""
     check_model(model, nn.Module, "flax.linen")
     check_variables(variables)

@@ -4,13 +4,12 @@ from collections.abc import Mapping
 
 from flax.core.scope import CollectionFilter, in_filter
 from flax.errors import InvalidFilterError
-from flax.typing import VariableDict
 
 from jbn.arguments import refuse
 from jbn.paths import name_few
 
 
-def check_variables(variables: VariableDict) -> None:
+def check_variables(variables: object) -> None:
     """Refuse what are no variables, such as one collection of them."""
     if not isinstance(variables, Mapping):
         fix = ": one mapping of both" if isinstance(variables, tuple | list) else ""
