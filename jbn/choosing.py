@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jbn.arguments import read_real, refuse
 from jbn.core.choice import Correction, NormalizeBy
 from jbn.core.lax import lax
 from jbn.core.numbers import read_number
@@ -113,8 +114,11 @@ def renorm_schedule(
 
     Source: Ioffe 2017, section 4.1.
     """
-    done = jnp.asarray(step, jnp.float32) / steps - 1 / 8
-    return 1 + (r_max - 1) * jnp.clip(done * (8 / 7), 0, 1), d_max * jnp.clip(done * 2, 0, 1)
+    if read_number(steps) is None or not steps > 0:
+        raise refuse("steps", steps, "a number above 0, the step from which on both are at their ends")
+    r_end, d_end = map(jnp.asarray, (_read_limit("r_max", r_max, 1), _read_limit("d_max", d_max, 0)))
+    done = read_real("step", step).astype(jnp.float32) / steps - 1 / 8
+    return 1 + (r_end - 1) * jnp.clip(done * (8 / 7), 0, 1), d_end * jnp.clip(done * 2, 0, 1)
 
 
 def mix(a: Moments, b: Moments, weight: ArrayLike) -> Moments:
@@ -142,5 +146,9 @@ def mix(a: Moments, b: Moments, weight: ArrayLike) -> Moments:
     Source: S. Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", 2020,
     eq. 3.
     """
+    for name, value in (("a", a), ("b", b)):
+        if not isinstance(value, Moments):
+            raise refuse(name, value, "Moments, as jbn.moments(x) returns them")
+    weight = read_real("weight", weight)
     delta = (a.pilot - b.pilot) + (a.offset - b.offset)
     return replace(b, offset=b.offset + (1 - weight) * delta, var=a.var + weight * (b.var - a.var))

@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jbn.arguments import read_path
 from jbn.atomic import replace_file
 from jbn.converting.trees import as_numpy
 from jbn.keras_files import read_h5, read_keras
@@ -94,7 +95,7 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[Any, ArrayTree] | 
     Source: https://huggingface.co/docs/safetensors, and ``numpy.lib.format``. ``torch.save`` writes pickles, which can
     run any code where they are read: in PyTorch use ``safetensors.torch.save_file(model.state_dict(), path)``.
     """
-    path = Path(path)
+    path = read_path("path", path)
     if path.suffix not in _FORMATS:
         raise ValueError(f"path is {str(path)!r}; expected a file that ends in {' or '.join(_FORMATS)}.")
     if path.exists() and not path.is_file():
@@ -140,7 +141,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, NumPyArray]:
 
     Source: see ``jbn.save_arrays``.
     """
-    path = Path(path)
+    path = read_path("path", path)
     kind = "/" if path.is_dir() else path.suffix
     if kind not in _READERS:
         what = "a folder" if kind == "/" else "a file"

@@ -113,7 +113,7 @@ def trainable_mask(params: Tree, frozen: Patterns) -> Tree:
     >>> tx = optax.multi_transform({True: optax.adamw(1e-3), False: optax.set_to_zero()}, mask)
     """
     keys, _, structure = flatten(params, "params")
-    return jax.tree.unflatten(structure, [not hit for hit in select(list(map(join, keys)), frozen)])
+    return jax.tree.unflatten(structure, [not hit for hit in select(list(map(join, keys)), frozen, argument="frozen")])
 
 
 def decay_mask(params: Tree) -> Tree:

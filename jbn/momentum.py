@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jbn.arguments import read_real
 from jbn.core.numbers import read_number
 
 
@@ -36,7 +37,7 @@ def cumulative(count: ArrayLike) -> Array:
 
     Source: PyTorch, ``torch.nn.BatchNorm2d``.
     """
-    n = jnp.asarray(count, float)
+    n = read_real("count", count).astype(float)
     return n / (n + 1)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+from jbn.arguments import is_several, refuse
 from jbn.paths import name_few
 
 Classes: TypeAlias = type | Sequence[type]
@@ -49,12 +50,14 @@ class NormClasses:
 
 def read_also(also: Classes, base: type) -> tuple[type, ...]:
     """Read the argument ``also``: classes of norms, modules of one kind, that are called as Flax's norm is."""
-    kinds = (also,) if isinstance(also, type) else tuple(also)
+    kinds = (also,) if isinstance(also, type) else tuple(also) if is_several(also) else None
+    if kinds is None:
+        raise refuse("also", also, f"classes of norms, subclasses of {_module(base)}, such as also=(BatchNorm,)")
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, base)):
             raise TypeError(
-                f"also has {kind!r}; expected classes of norms, subclasses of {base.__module__.split('.')[1]}.Module "
-                "of Flax, such as also=(BatchNorm,)."
+                f"also has {kind!r}; expected classes of norms, subclasses of {_module(base)}, "
+                "such as also=(BatchNorm,)."
             )
         taken = list(inspect.signature(kind.__call__).parameters)[2:]  # type: ignore[attr-defined]
         if unknown := [name for name in taken if name not in _TAKEN]:
@@ -63,6 +66,10 @@ def read_also(also: Classes, base: type) -> tuple[type, ...]:
                 f"use_running_average=None, *, mask=None), or less of it. {_fix(kind)}"
             )
     return kinds
+
+
+def _module(base: type) -> str:
+    return f"{base.__module__.split('.')[1]}.Module of Flax"
 
 
 def check_fields(kind: type, fields: Iterable[str]) -> None:

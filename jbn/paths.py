@@ -55,15 +55,15 @@ def match(path: str, patterns: Patterns) -> bool:
     return any(_hits(path, pattern) for pattern in those) and not any(_hits(path, pattern) for pattern in without)
 
 
-def select(paths: Sequence[str], patterns: Patterns, kind: str = "path") -> list[bool]:
+def select(paths: Sequence[str], patterns: Patterns, kind: str = "path", argument: str = "patterns") -> list[bool]:
     """Say of each path whether it matches; every pattern must match one of them, those after a ``!`` too."""
-    for pattern in _read_patterns(patterns):
+    for pattern in _read_patterns(patterns, argument):
         if not any(_hits(path, pattern.removeprefix("!")) for path in paths):
             near = get_close_matches(pattern, paths, n=4, cutoff=0.0)
             there = f" ({name_few(map(repr, near), len(paths))})" if near else ""
             raise ValueError(
-                f"patterns: {pattern!r} matches none of the {count_of(len(paths), kind)}{there}; expected patterns of "
-                f"fnmatch for paths joined by '/'.{_name_wrapper(paths, pattern.removeprefix('!'))}"
+                f"{argument}: {pattern!r} matches none of the {count_of(len(paths), kind)}{there}; expected patterns "
+                f"of fnmatch for paths joined by '/'.{_name_wrapper(paths, pattern.removeprefix('!'))}"
             )
     return [match(path, patterns) for path in paths]
 
@@ -98,10 +98,10 @@ def count_of(number: int, what: str) -> str:
     return " ".join([str(number), noun + "s" * (number != 1), *more])
 
 
-def _read_patterns(patterns: Patterns) -> Sequence[str]:
+def _read_patterns(patterns: Patterns, argument: str = "patterns") -> Sequence[str]:
     several = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
-        raise TypeError(f"patterns is {patterns!r}; expected a string or a sequence of strings.")
+        raise TypeError(f"{argument} is {patterns!r}; expected a string or a sequence of strings.")
     return several
 
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jbn.arguments import check_options
+
 
 @dataclass
 class Found:
@@ -32,6 +34,7 @@ class Found:
 
 
 def check_overrides(overrides: Mapping[str, Any], options: Collection[str]) -> None:
-    """Refuse overrides of other names than those of ``options``."""
+    """Refuse overrides of other names than those of ``options``, and of other kinds than a layer takes."""
     if unknown := sorted(set(overrides) - set(options)):
         raise TypeError(f"replace() got {', '.join(unknown)}; expected overrides named {', '.join(options)}.")
+    check_options(**overrides)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from jax import Array
 from jax.numpy import asarray
 from jax.typing import ArrayLike
 
+from jbn.arguments import is_several
 from jbn.core import checks
 from jbn.core.axes import Sync
 from jbn.core.numbers import Momentum, read_momentum, read_number
@@ -175,12 +176,12 @@ def _pool(xp: Any, counts: Any, parts: list[tuple[Any, Any]]) -> tuple[Any, Any]
 
 def _read_states(states: Any) -> list[Survey]:
     """Read the states, which have one structure and shapes."""
-    if isinstance(states, Mapping) or hasattr(states, "_fields") or not isinstance(states, Iterable):
+    if not _is_list(states) or hasattr(states, "_fields"):
         raise TypeError(
             f"states is of type {type(states).__name__}; expected a list of states, one of each client: "
             "merge_states([state, other], [rows, other_rows])."
         )
-    models = [survey(state) for state in states]
+    models = [_survey(i, state) for i, state in enumerate(states)]
     if not models:
         raise ValueError("states holds none; expected one state or more.")
     paths, _, _ = flatten(models[0].structure.unflatten(models[0].leaves))
@@ -198,9 +199,21 @@ def _read_states(states: Any) -> list[Survey]:
     return models
 
 
+def _survey(i: int, state: Any) -> Survey:
+    try:
+        return survey(state)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"states[{i}]: {error}") from error
+
+
+def _is_list(several: Any) -> bool:
+    """Say whether something has items in an order."""
+    return np.ndim(several) > 0 if hasattr(several, "dtype") else is_several(several) and not isinstance(several, Set)
+
+
 def _read_counts(counts: Any, states: int) -> Any:
     """Read the counts as an array, of NumPy where they are known."""
-    if not isinstance(counts, Iterable) or isinstance(counts, Mapping | str):
+    if not _is_list(counts):
         raise TypeError(f"counts is {counts!r}; expected a list of numbers of rows, one of each state.")
     each = list(counts)
     if len(each) != states:

@@ -112,8 +112,8 @@ def compare(
     with u the unit roundoff of the coarser of the two dtypes, u₃₂ that of float32, or of float64 where both have that,
     and ā the mean of each channel. So errors that grow from layer to layer are rounding, and a jump is not: a far mean
     costs digits where the numbers are held, not where a normalization takes the mean away. What a layer took counts
-    too, channel by channel, as a normalization would see it. A layer that parts, but whose output the layer after it
-    makes equal again, is not the first that parts: ``fold`` moves what a norm does into the layer before.
+    too, channel by channel, as a normalization would see it. A layer that parts, but whose output the layers that take
+    it make equal again, is not the first that parts: ``fold`` moves what a norm does into the layer beside it.
 
     Args:
         a: what ``jbn.linen.record``, ``jbn.nnx.record`` or ``jbn.record`` returned; or outputs by path, arrays of any
@@ -156,21 +156,19 @@ def compare(
         )
     matches, before = list[ComparedLayer](), 0.0
     previous: Call | None = None
-    parting: list[tuple[ComparedLayer, Call | None, float]] = []  # with what the explanation needs
+    known = list[tuple[Call | None, float]]()  # what the explanation of a match needs
     for i, j in pairs:
         match, seen = _match((i, j), first[i], second[j], before, tolerance)
         matches.append(match)
-        if match.parts:
-            parting.append((match, previous, before))
-        else:
+        known.append((previous, before))
+        if not match.parts:
             previous, before = first[i], max(before, seen)
-            parting = [entry for entry in parting if not _is_taken(entry[0], match, first, second)]
+    parting = _find_parting(matches, first, second)
     partners = [{pair[k] for pair in pairs} for k in range(2)]
     alone = tuple(p for p in first if p not in partners[0]), tuple(p for p in second if p not in partners[1])
     if parting:
-        match, previous, before = parting[0]
-        i, j = match.paths
-        message = _explain(match, first[i], second[j], previous, before, tolerance)
+        match, (i, j) = matches[parting[0]], matches[parting[0]].paths
+        message = _explain(match, first[i], second[j], *known[parting[0]], tolerance)
         return Comparison(tuple(matches), alone, match, message)
     meet = sum(match.parts for match in matches)
     meet_again = f", {meet} of them meet again" * bool(meet)
@@ -191,8 +189,15 @@ def _read(name: str, record: Any) -> Record:
         )
     if other := [path for path in record if not isinstance(path, str)]:
         raise TypeError(f"{name} has the path {other[0]!r}; expected text, such as 'layers/0'.")
-    calls = {path: call if isinstance(call, Call) else Call("", (), (as_numpy(call),)) for path, call in record.items()}
+    calls = {path: _read_call(f"{name}[{path!r}]", call) for path, call in record.items()}
     return {path: Call(call.kind, _part(call.inputs), _part(call.outputs)) for path, call in calls.items()}
+
+
+def _read_call(name: str, call: Any) -> Call:
+    try:
+        return call if isinstance(call, Call) else Call("", (), (as_numpy(call),))
+    except TypeError as error:
+        raise TypeError(f"{name} {error}") from error
 
 
 def _part(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -200,12 +205,33 @@ def _part(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(np.stack([a.real, a.imag], -1) if np.iscomplexobj(a) else a for a in arrays)
 
 
-def _is_taken(old: ComparedLayer, new: ComparedLayer, a: Record, b: Record) -> bool:
-    """Say whether a layer takes in both models what another has returned."""
-    return all(
-        any(np.array_equal(x, y) for x in calls[old.paths[k]].outputs for y in calls[new.paths[k]].inputs)
-        for k, calls in enumerate((a, b))
+def _find_parting(matches: list[ComparedLayer], a: Record, b: Record) -> list[int]:
+    """Return which matches part, without those of which all that take what they return make it equal again.
+
+    What takes a match may part too, if it is made good itself: a layer between two norms does the work of both.
+    """
+    if not any(match.parts for match in matches):
+        return []
+    outputs, inputs = (
+        [
+            tuple({*map(_fingerprint, getattr(c[match.paths[k]], what))} for k, c in enumerate((a, b)))
+            for match in matches
+        ]
+        for what in ("outputs", "inputs")
     )
+    parting = list[int]()
+    for i in reversed([i for i, match in enumerate(matches) if match.parts]):
+        takers = [j for j in range(i + 1, len(matches)) if all(map(set.intersection, outputs[i], inputs[j]))]
+        if not takers or {*takers} & {*parting}:
+            parting.insert(0, i)
+    return parting
+
+
+def _fingerprint(x: Array) -> int:
+    """Return a number that is the same for the same values in another order: arrays are transposed on the way."""
+    with np.errstate(over="ignore"):
+        bits = (np.asarray(x, np.float64) + 0.0).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return int(((bits ^ (bits >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)).sum())
 
 
 def _match(pair: Pair, a: Call, b: Call, before: float, tolerance: float | None) -> tuple[ComparedLayer, float]:

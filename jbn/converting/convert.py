@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from math import isqrt
 from numbers import Integral
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 
+from jbn.arguments import read_choice
 from jbn.converting.dialects import DIALECTS, KINDS, Dialect, Said, translate
 from jbn.converting.names import Names, check_keys, rename, rename_arrays
 from jbn.converting.trees import (
@@ -24,6 +27,7 @@ from jbn.converting.trees import (
     index_shapes,
     is_float,
 )
+from jbn.core.checks import read_flag
 from jbn.paths import count_of, find_wrapper, name_few, select
 
 Value = TypeVar("Value")
@@ -94,7 +98,8 @@ def convert(
             "transpose_kernel". What their layout does not say, groups and channels, is read from ``like``.
         flattened: the shapes (C, H, W), features first, by patterns as above, of examples that are flattened before a
             dense layer or a normalization; or unflattened after it, if that is the size of what comes out. PyTorch and
-            Equinox flatten the features first, the others last.
+            Equinox flatten the features first, the others last. Shapes agree without it; ``{}`` says that there is
+            none.
         count: how many values per feature the running variance was estimated from, batch · height · width, for all
             normalizations or by patterns as above. With it the variance is converted between that of a sample, in
             PyTorch, and the biased one of the others; without it, it stays as it is, and evaluation the same.
@@ -114,6 +119,10 @@ def convert(
             that are negative.
         TypeError: for trees of another kind.
 
+    Warns:
+        UserWarning: without ``flattened``, where a dense layer seems to take flattened examples, by as many inputs as
+            a convolution has channels, times a number.
+
     >>> import numpy as np, jbn
     >>> names = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
     >>> state_dict = {f"layers.0.{name}": np.ones(3, np.float32) for name in names}
@@ -129,6 +138,7 @@ def convert(
     evaluates with that. What a layer is made with, such as epsilon, momentum and padding, is not in its arrays: see
     ``jbn.convert_options``.
     """
+    unbiased = read_flag("unbiased", unbiased)
     origin, goal = read_dialect("source", source, unbiased), read_dialect("target", target, unbiased)
     tree, known = unpack("tree", origin, tree)
     like, known_there = unpack("like", goal, like)
@@ -140,6 +150,7 @@ def convert(
     kind = read_by_path("kinds", kinds, origin, layers, KINDS.__contains__, f"one of {', '.join(map(repr, KINDS))}")
     shape = read_by_path("flattened", flattened, origin, layers, _is_shape, "a shape (C, H, W), features first")
     number = read_by_path("count", everywhere, origin, layers, _is_count, "2 or more values")
+    shapes: dict[Path, dict[str, tuple[int, ...]]] = {}  # of the form between libraries
     found: dict[Path, Layer] = {}
     came: dict[Path, str] = {}
     for path, new in rename(names, origin, goal, list(layers)).items():
@@ -154,9 +165,12 @@ def convert(
             arrays = {name: as_numpy(leaf) for name, leaf in layers[path].items()}
             said = Said(kind.get(path) or known.get(path) or known_there.get(new), shape.get(path), number.get(path))
             found[new] = translate(arrays, origin, goal, place, said)
+            shapes[path] = {name: value.shape for name, value in origin.decode(arrays, said.kind).items()}
             came[new] = old
         except (ValueError, TypeError) as error:
             raise _kind_of(error)(f"{old} of tree {error}") from error
+    if flattened is None and origin.features_first != goal.features_first:
+        _warn_of_flattened(shapes, kind, origin, source, target)
     if wanted is not None:
         _check_complete(origin, goal, list(layers), found, came, wanted)
         return fill(like, goal.addresses(like), goal.stored(like, found), goal.numpy)
@@ -166,15 +180,50 @@ def convert(
     return made if goal.numpy else jax.tree.map(jax.device_put, made)
 
 
+def _warn_of_flattened(
+    shapes: Mapping[Path, Mapping[str, tuple[int, ...]]],
+    kinds: Mapping[Path, str],
+    origin: Dialect,
+    source: str,
+    target: str,
+) -> None:
+    """Warn of a dense layer whose inputs seem to be flattened images: no shape tells their order.
+
+    They are as many as no other layer has features, and a multiple of the channels of the widest convolution, or of the
+    last one, if layers are in an order of their own. After global pooling they are the channels themselves.
+    """
+    kernels = {path: shape["kernel"] for path, shape in shapes.items() if "kernel" in shape and path not in kinds}
+    convolutions = {path: shape[-1] for path, shape in kernels.items() if len(shape) > 2}
+    ordered = [*shapes] != sorted(shapes)
+    places = (
+        {max(convolutions, key=lambda path: convolutions[path]), *[*convolutions][-1:] * ordered}
+        if convolutions
+        else ()
+    )
+    for path, shape in kernels.items():
+        others = {size[-1] for other, held in shapes.items() if other != path for size in held.values() if size}
+        for place in places if len(shape) == 2 and shape[0] not in others else ():
+            channels, positions = convolutions[place], shape[0] // convolutions[place]
+            if positions * channels == shape[0] and positions > 1:
+                side = isqrt(positions)
+                example = (channels, side, side) if side**2 == positions else (channels, positions, 1)
+                warnings.warn(
+                    f"{origin.spell(path)} of tree takes {shape[0]} values, {positions} for each of the {channels} "
+                    f"channels of {origin.spell(place)}: if these are flattened before it, {source} and {target} have "
+                    f"them in another order, and nothing else says so. Expected flattened={{{origin.spell(path)!r}: "
+                    f"{example}}}, the shape (C, H, W) before; or flattened={{}} if they are not.",
+                    stacklevel=3,
+                )
+                return
+
+
 def _kind_of(error: Exception) -> type[Exception]:
     return TypeError if isinstance(error, TypeError) else ValueError
 
 
 def read_dialect(argument: str, name: str, unbiased: bool) -> Dialect:
     """Return the dialect of a library, or refuse an argument that names none."""
-    if not isinstance(name, str) or name not in DIALECTS:
-        raise ValueError(f"{argument} is {name!r}; expected one of {', '.join(map(repr, DIALECTS))}.")
-    dialect = DIALECTS[name]
+    dialect = DIALECTS[read_choice(argument, name, DIALECTS)]
     return replace(dialect, unbiased=unbiased) if dialect.unbiased is None else dialect
 
 
@@ -222,10 +271,12 @@ def read_by_path(
     """Return what was said by pattern for each path; the first that matches counts."""
     found: dict[Path, Value] = {}
     paths = ["/".join(path) for path in layers]
-    if not isinstance(said or {}, Mapping):
+    if said is None:
+        return found
+    if not isinstance(said, Mapping):
         raise TypeError(f"{argument} is {said!r}; expected a mapping of patterns.")
-    check_keys(argument, said or {})
-    for pattern, value in (said or {}).items():
+    check_keys(argument, said)
+    for pattern, value in said.items():
         if not fits(value):
             raise ValueError(f"{argument}: {pattern!r} has {value!r}; expected {expected}.")
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias
 
+from jbn.arguments import read_choice
 from jbn.converting.convert import Library
 from jbn.core.numbers import is_schedule, read_number
 from jbn.momentum import Debiased, cumulative
@@ -98,13 +99,13 @@ def convert_options(options: LayerOptions, source: Library, target: Library) -> 
 
     Source: the constructors of PyTorch 2.13, Keras 3.15, Haiku 0.0.17, Equinox 0.13.8 and Flax 0.12.8.
     """
-    for argument, library in (("source", source), ("target", target)):
-        if library not in DEFAULTS:
-            raise ValueError(f"{argument} is {library!r}; expected one of {', '.join(map(repr, DEFAULTS))}.")
-    known = DEFAULTS[source]
+    known = DEFAULTS[read_choice("source", source, DEFAULTS)]
+    read_choice("target", target, DEFAULTS)
     options, more = _read_layer(options, source, target)
     if strange := [name for name in options if name not in known]:
-        raise ValueError(f"options of {source}: {', '.join(strange)} cannot be mapped; expected {', '.join(known)}.")
+        raise ValueError(
+            f"options of {source}: {', '.join(map(str, strange))} cannot be mapped; expected {', '.join(known)}."
+        )
     if lacking := [name for name, value in known.items() if value is None and name not in options]:
         raise ValueError(f"options of {source} lack {', '.join(lacking)}; expected them, for there is no default.")
     for name, value in options.items():

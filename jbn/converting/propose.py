@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from jbn.arguments import refuse
 from jbn.converting.convert import Library, read_by_path, read_dialect, read_layers, unpack
 from jbn.converting.dialects import KINDS
 from jbn.converting.flow import Flow, trace_flow
 from jbn.converting.pairing import Arrays, Fits, Match, Search, find_groups
-from jbn.converting.trees import LibraryTree, Path, dtype_of, index
+from jbn.converting.trees import LibraryTree, Path, dtype_of, index_shapes
 from jbn.paths import ArrayTree, count_of, name_few
 
 
@@ -124,9 +125,11 @@ def propose_names(
     """
     origin, goal = read_dialect("source", source, False), read_dialect("target", target, False)
     (tree, known), (like, _) = unpack("tree", origin, tree), unpack("like", goal, like)
-    ours = read_layers("tree", lambda tree: index(origin.addresses(tree), tree), _keep_order(tree))
-    theirs = read_layers("like", lambda like: index(goal.addresses(like), like), _keep_order(like))
+    ours = read_layers("tree", lambda tree: index_shapes(origin.addresses(tree), tree), _keep_order(tree))
+    theirs = read_layers("like", lambda like: index_shapes(goal.addresses(like), like), _keep_order(like))
     said = read_by_path("kinds", kinds, origin, ours, KINDS.__contains__, f"one of {', '.join(map(repr, KINDS))}")
+    if call is not None and not callable(call):
+        raise refuse("call", call, "a function of like and inputs that calls the target, such as model.apply")
     flow = Flow() if call is None else trace_flow(call, like, goal.addresses(like), inputs)
     if call is not None and not flow.order:
         raise ValueError("call meets no data; expected those of the model in inputs, after source and target.")

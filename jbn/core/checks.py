@@ -339,9 +339,7 @@ def read_axis_name(
         if axis_index_groups is not None:
             raise ValueError("axis_index_groups needs axis_name, the axis whose indices are grouped; it is None.")
         return Sync()
-    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"axis_name is {axis_name!r}; expected one name or several different ones, or None.")
+    names = read_axis_names(axis_name)
     for name in names:
         try:
             lax.axis_size(name)
@@ -362,6 +360,21 @@ def read_axis_name(
         )
     sync = Sync(names)
     return sync if axis_index_groups is None else replace(sync, groups=_read_shard_groups(axis_index_groups, sync))
+
+
+def read_axis_names(axis_name: object) -> tuple[Hashable, ...]:
+    """Return the names of axes; numbers are none, for to JAX they are positions."""
+    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    try:
+        different = len(set(names)) == len(names) > 0
+        named = not any(isinstance(name, int | float) or name is None for name in names)
+    except TypeError:  # not hashable
+        different, named = True, False
+    if not (named and different):
+        raise (ValueError if named else TypeError)(
+            f"axis_name is {axis_name!r}; expected one name or several different ones, such as 'data', or None."
+        )
+    return names
 
 
 def _read_shard_groups(groups: Sequence[Sequence[int]], sync: Sync) -> tuple[tuple[int, ...], ...]:

@@ -89,7 +89,8 @@ def bn_init(
     shape = checks.read_features(num_features)
     kind = checks.read_dtype(dtype, zeros(()))
     wide = checks.arithmetic_dtype(kind)
-    params = Params(ones(shape, kind) if use_scale else None, zeros(shape, kind) if use_bias else None)
+    has_scale, has_bias = checks.read_flag("use_scale", use_scale), checks.read_flag("use_bias", use_bias)
+    params = Params(ones(shape, kind) if has_scale else None, zeros(shape, kind) if has_bias else None)
     state = State(zeros(shape, wide), ones(shape, wide))
     return params, CountedState(*state, zeros((), jnp.int32)) if checks.read_flag("counted", counted) else state
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from jbn.arguments import read_choice
 from jbn.converting.trees import AnyArray, as_numpy, narrow
 from jbn.core import checks
 from jbn.core.layout import Layout
@@ -27,6 +28,7 @@ Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
 
 # Paddings of Flax that put no zeros beside x.
 _WITHOUT_ZEROS = ("VALID", "CIRCULAR", "REFLECT")
+_PLACES = ("previous", "next")
 
 
 def affine(params: ParamsLike, state: StateLike, *, epsilon: float = 1e-5) -> Params:
@@ -281,11 +283,7 @@ def _give(name: str, value: Any, dtype: DTypeLike, place: Any) -> Array:
 
 
 def _read_into(into: object) -> bool:
-    if into not in ("previous", "next"):
-        raise ValueError(
-            f"into is {into!r}; expected 'previous' or 'next': the layer before or after the normalization."
-        )
-    return into == "previous"
+    return bool(read_choice("into", into, _PLACES, ": the layer before or after the normalization") == _PLACES[0])
 
 
 def _check_float(name: str, array: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from jbn.arguments import is_several, refuse
 from jbn.paths import Keys, flatten
 from jbn.programs import find_inner, trace
 
@@ -55,7 +56,7 @@ class Links:
 
     def choose(self, pairs: Sequence[Pair] | None) -> Folds:
         """Return the pairs that were asked for, or for each norm the layer before it and else the one after it."""
-        given = self._propose() if pairs is None else [tuple(map(str, pair)) for pair in pairs]
+        given = self._propose() if pairs is None else _read_pairs(pairs)
         for pair in given:
             if pair not in self.pairs:
                 linked = ", ".join(map(repr, [known for known in self.pairs if set(known) & set(pair)])) or "none"
@@ -74,6 +75,19 @@ class Links:
         before = [pair for pair in self.pairs if pair[1] in self.norms]
         done = {norm for _, norm in before}
         return before + [pair for pair in self.pairs if pair[0] in self.norms and pair[0] not in done]
+
+
+def _read_pairs(pairs: Any) -> list[Pair]:
+    if not is_several(pairs):
+        raise refuse("pairs", pairs, "a list of (layer, norm) or (norm, layer), such as those of foldable(...).pairs")
+    several = list(pairs)
+    for pair in several:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(path, str) for path in pair)):
+            raise TypeError(
+                f"pairs has {pair!r}; expected (layer, norm) or (norm, layer), two paths joined by '/', such as "
+                "('block/conv', 'block/bn')."
+            )
+    return [(first, second) for first, second in several]
 
 
 def mark(x: Array, role: Literal["in", "out"], path: str) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -12,11 +12,14 @@ from flax.core import meta, unfreeze
 from flax.errors import ModifyScopeVariableError
 from flax.typing import VariableDict
 
+from jbn.arguments import check_model
 from jbn.folding.layers import TRAINS, call_marked, check_folded_call, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
 from jbn.linen.module import BatchNorm
 from jbn.linen.norms import Norms
+from jbn.linen.replacing import StandIn
 from jbn.linen.statistics import holds_statistics
+from jbn.linen.variables import check_variables
 from jbn.norms import Classes, find_class
 from jbn.paths import join
 
@@ -27,14 +30,27 @@ _BYPASSED = (
     "class itself. Exporters that put code of their own in the place of Flax's layers do this: trace first, and give "
     "them the program, jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(lambda x: apply(variables, x))(x))."
 )
+_NOT_REPLACED = (
+    "{} is not folded, and was jbn's inside of jbn.linen.replace() when the model was; expected a call of apply inside "
+    "of that context too, or a fold outside of it."
+)
 
 
 @dataclass(frozen=True)
 class _Called:
-    """The layers and norms of a traced call by path, norms as those of jbn that compute what they do."""
+    """The layers and norms of a traced call by path, norms as those of jbn that compute what they do.
 
-    layers: dict[str, Any]
-    norms: dict[str, BatchNorm]
+    Attributes:
+        layers: the layers.
+        norms: the norms.
+        ours: paths of norms that were jbn's, by themselves or inside of ``replace``.
+        replaced: paths of those that were so inside of ``replace``.
+    """
+
+    layers: dict[str, Any] = field(default_factory=dict)
+    norms: dict[str, BatchNorm] = field(default_factory=dict)
+    ours: set[str] = field(default_factory=set)
+    replaced: set[str] = field(default_factory=set)
 
 
 def foldable(model: nn.Module, variables: VariableDict, *args: Any, also: Classes = (), **kwargs: Any) -> Folds:
@@ -95,11 +111,13 @@ def fold(
     Returns:
         ``apply``, to be called with these variables as ``model.apply`` is; the new variables, without those of folded
         norms; and ``Folds(pairs, kept)``. They hold for calls that go the way that was traced: for another ``method``
-        or a flag that changes what follows what, fold with that.
+        or a flag that changes what follows what, fold with that. Inside of ``jbn.linen.replace`` norms are folded as
+        they compute there, and stay so after the block.
 
     Raises:
         ValueError: for pairs that the call does not show, with what it does show of their paths; for a norm that
-            normalizes by the batch, here or in ``apply``; for layers of ``also`` whose variables are not those of
+            normalizes by the batch, here or in ``apply``; in ``apply`` for a norm that is kept and has left the
+            ``replace`` in which the model was folded; for layers of ``also`` whose variables are not those of
             Flax's.
         TypeError: for classes of ``also`` whose fields or call are not Flax's.
 
@@ -130,9 +148,11 @@ def fold(
             layer, path = context.module, join(context.module.path)
             called_itself = context.method_name == "__call__"
             met.update([path] if called_itself else [])
-            if called_itself and path in norms and (kind := known.find_class(layer)):
-                evaluate = getattr(layer, "use_running_average", None)
-                return _call_rest(called.norms[path], path, *args, ours=kind is BatchNorm, evaluate=evaluate, **kwargs)
+            if called_itself and path in norms and known.find_class(layer):
+                evaluate, ours = getattr(layer, "use_running_average", None), path in called.ours
+                return _call_rest(called.norms[path], path, *args, ours=ours, evaluate=evaluate, **kwargs)
+            if called_itself and path in called.replaced and not isinstance(layer, StandIn):
+                raise ValueError(_NOT_REPLACED.format(path or "The norm"))
             y = call(*args, **kwargs)
             if called_itself and path in without_bias and find_class(layer, _LAYERS):
                 bias = meta.unbox(layer.get_variable("params", "bias")).astype(y.dtype)
@@ -151,7 +171,9 @@ def fold(
 
 def _trace(known: Norms, model: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[Links, _Called]:
     """Trace a call of a model in evaluation."""
-    called, norms = _Called({}, {}), list[str]()
+    check_model(model, nn.Module, "flax.linen")
+    check_variables(variables)
+    called, norms = _Called(), list[str]()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer, path = context.module, join(context.module.path)
@@ -174,6 +196,8 @@ def _trace(known: Norms, model: nn.Module, variables: Any, args: Any, kwargs: An
         return y
 
     def call_norm(call: Any, layer: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        called.ours.update([path] if known.find_class(layer) is BatchNorm else [])
+        called.replaced.update([path] if isinstance(layer, StandIn) else [])
         called.norms[path] = norm = BatchNorm(**known.read_fields(layer) | {"parent": None})
         if _trains(getattr(layer, "use_running_average", None), *args, **kwargs):
             raise ValueError(TRAINS.format(path or "The norm"))

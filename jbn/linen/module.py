@@ -11,11 +11,12 @@ from flax.typing import Initializer
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jbn.arguments import check_options
 from jbn.core.activation import Activation
 from jbn.core.checks import arithmetic_dtype, cast_array, cast_mask, read_flag, read_layout
 from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward, moments
-from jbn.core.numbers import Momentum, check_momentum, is_schedule, read_epsilon
+from jbn.core.numbers import Momentum, is_schedule
 from jbn.core.prepare import AxisName, Groups, fill_affine
 from jbn.linen.freezing import frozen_at
 
@@ -90,9 +91,8 @@ class BatchNorm(nn.Module):
     sow_moments: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse numbers where they are written: a network can be initialized and evaluated with a wrong momentum."""
-        read_epsilon(self.epsilon)
-        check_momentum(self.momentum)
+        """Refuse options where they are written: a network can be initialized and evaluated with a wrong momentum."""
+        check_options(**vars(self))
         super().__post_init__()
 
     @nn.compact

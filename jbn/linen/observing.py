@@ -9,14 +9,16 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 from flax.core import FrozenDict, unfreeze
-from flax.core.scope import CollectionFilter, in_filter
+from flax.core.scope import CollectionFilter
 from flax.core.scope import DenyList as DenyList  # for typing.get_type_hints: CollectionFilter names it as text
 from flax.typing import RNGSequences, VariableDict
 from jax import Array
 
+from jbn.arguments import check_model
 from jbn.core.state import Upstream
 from jbn.linen.norms import Norms
 from jbn.linen.replacing import replace
+from jbn.linen.variables import check_mutable, check_variables
 from jbn.norms import Classes
 from jbn.observing.calls import NumberedBatches, arguments
 from jbn.observing.diagnose import Diagnosis
@@ -144,12 +146,10 @@ def recalibrate(
     return variables.copy(new) if isinstance(variables, FrozenDict) else {**variables, **new}  # type: ignore[return-value]
 
 
-def _read_variables(model: object, variables: object) -> tuple[Any, Any]:
+def _read_variables(model: nn.Module, variables: Any) -> tuple[Any, Any]:
     """Return the parameters and the statistics."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is of type {type(model).__name__}; expected a flax.linen.Module.")
-    if not isinstance(variables, Mapping):
-        raise TypeError(f"variables is of type {type(variables).__name__}; expected those of model.init.")
+    check_model(model, nn.Module, "flax.linen")
+    check_variables(variables)
     if "batch_stats" not in variables:
         raise ValueError(
             f"variables holds {', '.join(map(str, variables)) or 'nothing'}; expected batch_stats beside params, as "
@@ -164,8 +164,7 @@ def _training_call(
     """Return the call of a model as a function of parameters, statistics and batch that returns new statistics."""
     kinds = Norms.read(also).also
     mutable = [name for name in variables if name != "params"] if mutable is None else mutable
-    if not in_filter(mutable, "batch_stats"):
-        raise ValueError(f"mutable is {mutable!r}; expected batch_stats among them, which a call in training changes.")
+    check_mutable(mutable)
     others = {name: value for name, value in variables.items() if name not in ("params", "batch_stats")}
 
     def apply(params: Any, stats: Any, batch: Any, **keys: Any) -> Any:

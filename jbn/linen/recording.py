@@ -8,7 +8,9 @@ from typing import Any
 import flax.linen as nn
 from flax.typing import VariableDict
 
+from jbn.arguments import check_model
 from jbn.comparing.record import Record, Recorder
+from jbn.linen.variables import check_variables
 from jbn.paths import join
 
 
@@ -33,6 +35,9 @@ def record(model: nn.Module | Callable[..., Any], variables: VariableDict, *args
     >>> [(path, call.kind, call.outputs[0].shape) for path, call in calls.items()]
     [('layers_0', 'Dense', (8, 4)), ('layers_1', 'BatchNorm', (8, 4)), ('', 'Sequential', (8, 4))]
     """
+    if isinstance(model, type) or not callable(getattr(model, "apply", model)):
+        check_model(model, nn.Module, "flax.linen")
+    check_variables(variables)
     recorder = Recorder()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:

@@ -30,15 +30,16 @@ OPTIONS = (
 _SCOPE = Scope[tuple[tuple[str, Hashable], ...]]("replace")
 
 
-class _StandIn(BatchNorm):
+class StandIn(BatchNorm):
     """A layer in the scope of the one that was called, which reports to ``capture_intermediates`` itself."""
 
     @nn.nowrap
     def sow(self, col: str, name: str, *args: Any, **kwargs: Any) -> bool:
+        """Leave what ``capture_intermediates`` stores to the layer that was called."""
         return name != "__call__" and super().sow(col, name, *args, **kwargs)
 
 
-_StandIn.__name__ = BatchNorm.__name__  # for contexts within this one, such as record, which tell classes by name
+StandIn.__name__ = BatchNorm.__name__  # for contexts within this one, such as record, which tell classes by name
 
 
 @contextmanager
@@ -105,7 +106,7 @@ def replace(*, also: Classes = (), **overrides: Any) -> Iterator[Found]:
         fields = norms.read_fields(layer) | overrides | {"parent": layer.scope}
         inside = True
         try:  # a call like any other, which freeze, contexts within this one and other interceptors see
-            return _StandIn(**fields)(*args, **kwargs)
+            return StandIn(**fields)(*args, **kwargs)
         finally:
             inside = False
 

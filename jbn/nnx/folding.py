@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jbn.arguments import check_model
 from jbn.core.activation import Activation
 from jbn.folding.layers import TRAINS, call_marked, check_folded_call, do_the_rest, fold_layer
 from jbn.folding.links import Folds, Links, Pair, find_links
@@ -141,6 +142,7 @@ def fold(
 
 def _trace(known: Norms, model: nnx.Module, args: Any, kwargs: Any) -> Links:
     """Trace a call of a copy of the model whose layers and norms mark what they take and return."""
+    check_model(model, nnx.Module, "flax.nnx")
     copy = nnx.clone(model)
     copy.eval()
     norms = known.find(copy)

@@ -13,12 +13,13 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from jbn.arguments import check_options
 from jbn.core.activation import Activation
 from jbn.core.axes import forbid_transformations
 from jbn.core.checks import OneValue, cast_array, cast_mask, read_flag
 from jbn.core.choice import NormalizeBy
 from jbn.core.forward import batch_norm, bn_forward, moments
-from jbn.core.numbers import check_momentum, is_schedule, read_epsilon
+from jbn.core.numbers import is_schedule
 from jbn.core.prepare import fill_affine
 from jbn.freezing import Frozen
 from jbn.nnx.variables import read, write
@@ -113,10 +114,11 @@ class BatchNorm(nnx.BatchNorm):
         sow_moments: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(num_features, **options)
+        mine = {"activation": activation, "group_size": group_size, "normalize_by": normalize_by}
+        flags = {"unbiased": unbiased, "sow_moments": sow_moments}
         # Here, where they are written: a network can be evaluated with a wrong momentum.
-        read_epsilon(self.epsilon)
-        check_momentum(self.momentum)
+        check_options(num_features=num_features, **options, **mine, **flags)
+        super().__init__(num_features, **options)
         self.activation = activation
         self.group_size = group_size
         self.unbiased = unbiased

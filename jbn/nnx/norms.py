@@ -1,9 +1,11 @@
 """Which modules of NNX are norms: by the statistics that they hold, and by the class whose computation they are."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
 
+from jbn.arguments import refuse
 from jbn.nnx.module import NEW, BatchNorm
 from jbn.nnx.variables import become, read
 from jbn.norms import STATISTICS, Classes, NormClasses, check_fields, check_variables, read_also
@@ -33,7 +35,10 @@ class Norms(NormClasses):
 
         Those of the classes of ``also`` are checked.
         """
-        found = [(join(path), module) for path, module in nnx.iter_graph(model) if holds_statistics(module)]
+        modules = [(join(path), module) for path, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)]
+        if not modules and not isinstance(model, list | tuple | Mapping):
+            raise refuse("model", model, "a flax.nnx.Module, or a list, tuple or dictionary of them")
+        found = [(path, module) for path, module in modules if holds_statistics(module)]
         for path, module in found:
             kind = self.find_class(module)
             if kind in self.also:
@@ -47,8 +52,6 @@ class Norms(NormClasses):
 
 def holds_statistics(module: Any) -> bool:
     """Say whether a module is Flax's norm, or has a mean and a var that are ``nnx.BatchStat``."""
-    if not isinstance(module, nnx.Module):
-        return False
     own = vars(module)
     return isinstance(module, nnx.BatchNorm) or all(isinstance(own.get(name), nnx.BatchStat) for name in STATISTICS)
 

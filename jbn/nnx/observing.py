@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jbn.arguments import check_model, refuse
 from jbn.core.state import Upstream
 from jbn.nnx.editing import replace
 from jbn.norms import Classes
@@ -127,8 +128,10 @@ def recalibrate(
 
 def _take_apart(model: Any, also: Classes, method: Method, call: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Return the parameters and statistics of a model, and its call as a function of them and a numbered batch."""
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model is of type {type(model).__name__}; expected a flax.nnx.Module.")
+    check_model(model, nnx.Module, "flax.nnx")
+    known = callable(getattr(type(model), method, None)) if isinstance(method, str) else callable(method)
+    if not known:
+        raise refuse("method", method, f"the name of a method of {type(model).__name__}, or a function of the model")
     copy = nnx.clone(model)
     with warnings.catch_warnings():
         # A model without any norm of Flax is named as one by what observes it.

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from jbn.arguments import check_model
 from jbn.comparing.record import Record, Recorder
 from jbn.nnx.variables import become
 from jbn.paths import join
@@ -32,6 +33,7 @@ def record(model: nnx.Module, *args: Any, **kwargs: Any) -> Record:
     >>> [(path, call.kind) for path, call in jbn.nnx.record(model, jnp.ones((2, 4))).items()]
     [('layers/0', 'Linear'), ('layers/1', 'BatchNorm'), ('', 'Sequential')]
     """
+    check_model(model, nnx.Module, "flax.nnx")
     copy, recorder = nnx.clone(model), Recorder()
     modules = [(join(path), module) for path, module in nnx.iter_graph(copy) if isinstance(module, nnx.Module)]
     paths = {id(module): path for path, module in modules}

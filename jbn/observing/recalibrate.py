@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 import jax
 import numpy as np
 
+from jbn.arguments import read_choice
 from jbn.core.checks import read_flag
 from jbn.core.state import Observation, Upstream
 from jbn.observing.survey import Batch, Layer, Seen, Statistics, survey
@@ -173,9 +174,8 @@ def _agree(old: Statistics, new: Statistics) -> bool:
 
 def check_batches(batches: object, upstream: object) -> None:
     """Refuse what are no batches, or none that can be read as often as ``upstream`` needs."""
-    if upstream not in get_args(Upstream):
-        raise ValueError(f"upstream is {upstream!r}; expected {' or '.join(map(repr, get_args(Upstream)))}.")
-    one = hasattr(batches, "dtype") or hasattr(batches, "_fields") or isinstance(batches, Mapping | str)
+    read_choice("upstream", upstream, get_args(Upstream))
+    one = hasattr(batches, "dtype") or hasattr(batches, "_fields") or isinstance(batches, Mapping | str | bytes)
     if one or not isinstance(batches, Iterable):
         raise TypeError(
             f"batches is of type {type(batches).__name__}; expected an iterable of batches. One batch is [batch]."

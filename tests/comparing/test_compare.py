@@ -211,6 +211,64 @@ def test_fold_meets_again(x, variables, recorded):
     assert "3 of them meet again" in found.message
 
 
+class Chain(nn.Module):
+    """A dense layer between two norms, which both go into it; with ``fork`` something else takes it too."""
+
+    fork: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6, name="dense")(nn.BatchNorm(True, name="before")(nn.relu(x)))
+        y = nn.BatchNorm(True, name="after")(x)
+        return nn.Dense(3, name="head")(nn.relu(y)) + (nn.Dense(3, name="fork")(x) if self.fork else 0)
+
+
+def test_a_layer_that_does_the_work_of_both_its_neighbours_meets_again():
+    x = jax.random.normal(jax.random.key(0), (16, 5))
+    variables = randomize(Chain().init(jax.random.key(1), x))
+    a, (apply, folded, folds) = jbn.linen.record(Chain(), variables, x), jbn.linen.fold(Chain(), variables, x)
+    assert len(folds.pairs) == 2
+    found = jbn.compare(a, jbn.linen.record(apply, folded, x))
+    assert found.first is None, found
+    assert "2 of them meet again" in found.message
+
+
+def test_a_layer_that_is_made_good_on_one_way_alone_parts():
+    x = jax.random.normal(jax.random.key(0), (16, 5))
+    variables = randomize(Chain(fork=True).init(jax.random.key(1), x))
+    other = jax.tree.map(lambda leaf: leaf, variables)
+    other["params"]["dense"]["bias"] += 1.0
+    other["batch_stats"]["after"]["mean"] += 1.0
+    found = jbn.compare(*(jbn.linen.record(Chain(fork=True), each, x) for each in (variables, other)))
+    assert found.first.paths == ("dense", "dense"), found
+
+
+def test_a_fold_meets_again_where_arrays_are_rearranged_between_layer_and_norm():
+    torch = pytest.importorskip("torch")
+
+    class Net(torch.nn.Module):
+        def __init__(self, flat):
+            super().__init__()
+            self.dense, self.norm, self.flat = torch.nn.Linear(5, 6), torch.nn.BatchNorm1d(6), flat
+
+        def forward(self, x):
+            y = self.dense(x)
+            return self.norm(y.flatten(0, 1)).reshape(y.shape) if self.flat else self.norm(y.mT).mT
+
+    for flat in (False, True):
+        net = Net(flat).eval()
+        torch.nn.init.uniform_(net.norm.weight, 0.5, 2.0, generator=torch.Generator().manual_seed(0))
+        x = torch.randn((4, 7, 5), generator=torch.Generator().manual_seed(1))
+        a, dense, norm = jbn.record(net, x), net.dense, net.norm
+        params = {"scale": norm.weight, "bias": norm.bias}
+        state = {"mean": norm.running_mean, "var": norm.running_var}
+        kernel, bias = jbn.fold(params, state, dense.weight, dense.bias, layout="OI")
+        dense.load_state_dict({"weight": torch.tensor(np.array(kernel)), "bias": torch.tensor(np.array(bias))})
+        net.norm = torch.nn.Identity()
+        found = jbn.compare(a, jbn.record(net, x))
+        assert (found.first, found.matches[0].parts) == (None, True), found
+
+
 def test_a_copied_model_of_nnx_stays_as_it_is():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(

@@ -199,3 +199,36 @@ def test_pixels_of_one_need_no_order():
     square = {"fc.weight": RNG.standard_normal((6, 6)).astype("float32")}
     params = jbn.convert(square, "torch", "linen", flattened={"fc": (6, 1, 1)})["params"]
     np.testing.assert_array_equal(params["fc"]["kernel"], square["fc.weight"].T)
+
+
+# Rows of a dense layer after a convolution of 6 channels, what else there is, and whether somebody must say something.
+AFTER = {
+    "flattened": (6 * 25, {}, True),
+    "flattened, not square": (6 * 10, {}, True),
+    "pooled": (6, {}, False),
+    "no multiple": (40, {}, False),
+    "after a dense layer": (12, {"a.weight": (12, 6), "a.bias": (12,)}, False),
+    "after a norm": (12, {"a.weight": (12,), "a.running_mean": (12,), "a.running_var": (12,)}, False),
+    "without a convolution": (150, {"conv.weight": (6, 3)}, False),
+}
+
+
+@pytest.mark.parametrize("case", AFTER)
+def test_a_dense_layer_that_seems_to_take_flattened_images_is_warned_of(case, recwarn):
+    rows, others, warns = AFTER[case]
+    shapes = {"conv.weight": (6, 3, 5, 5), "fc.weight": (10, rows)} | others
+    tree = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    variables = jbn.convert(tree, "torch", "linen")
+    text = [str(warning.message) for warning in recwarn.list]
+    assert len(text) == warns
+    if warns:
+        example = (6, 5, 5) if rows == 150 else (6, 10, 1)
+        assert f"fc of tree takes {rows} values, {rows // 6} for each of the 6 channels of conv" in text[0]
+        assert f"flattened={{'fc': {example}}}" in text[0]
+        assert recwarn.list[0].filename == __file__
+        assert jbn.convert(tree, "torch", "linen", flattened={"fc": example})
+        jbn.convert(variables, "linen", "torch")  # the other way round too
+        assert len(recwarn.list) == 2
+    jbn.convert(tree, "torch", "linen", flattened={})
+    jbn.convert(tree, "torch", "torch")
+    assert len(recwarn.list) == 2 * warns
