@@ -44,10 +44,20 @@ def test_no_text_installs_by_name_what_has_no_name_yet(path):
     assert version.SOURCE != "." or not BY_NAME.search(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_text_installs_a_checkout_into_an_environment_of_its_own(path):
+    text = path.read_text(encoding="utf-8")
+    before = [text[: found.start()] for found in FROM_CHECKOUT.finditer(text)]
+    assert all(re.search(r"\.venv[\w-]*/bin/$", part) for part in before)  # many systems refuse pip their own
+
+
 def test_one_constant_changes_every_message(monkeypatch):
-    assert version.install("flax") == 'pip install -e ".[flax]" in a checkout of jbn'
+    monkeypatch.setattr(sys, "executable", "/a b/bin/python")
+    assert version.install("flax") == "'/a b/bin/python' -m pip install -e '.[flax]' in a checkout of jbn"
     monkeypatch.setattr(version, "SOURCE", "jbn")
-    assert version.install("flax") == 'pip install "jbn[flax]"'
+    assert version.install("flax") == "'/a b/bin/python' -m pip install 'jbn[flax]'"
+    monkeypatch.setattr(sys, "executable", None)
+    assert version.install("flax") == "python -m pip install 'jbn[flax]'"
 
 
 def test_the_version_is_one():

@@ -61,8 +61,9 @@ def jbn(
 def demo(options: DemoOptions, place: DemoPlace) -> None:
     """Train with and without batch normalization on handwritten digits.
 
-    Ends with a table, a figure (DIR/figure.png) and its numbers (DIR/results.json). What batch normalization
-    is worth depends on the learning rate: try --learning-rate 1 --out other too. A run that was stopped goes on from
+    Ends with a table, a figure (DIR/figure.png) and its numbers (DIR/results.json). At the default learning rate
+    networks without batch normalization learn too, in more steps; at a larger one only those with it may, and at a
+    still larger one none. See --model dense --learning-rate 3 --out other. A run that was stopped goes on from
     its last checkpoint with --resume, to the same numbers as if it had not been stopped.
     """
     with loading():

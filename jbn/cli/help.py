@@ -29,14 +29,24 @@ class Help(_Formatter):  # type: ignore[misc]
         """Write what has been broken into lines, its hyphens as they were."""
         super().write(string.replace(UNBROKEN, "-"))
 
+    def write_usage(self, prog: str, args: str = "", *more: Any) -> None:
+        """Write what is typed; Typer puts a name that must be given into braces, which people read as a choice."""
+        super().write_usage(prog, re.sub(r"\{(\w+)\}", r"\1", args), *more)
+
     def write_text(self, text: str) -> None:
         """Write paragraphs."""
         super().write_text(text.replace("-", UNBROKEN))
 
     def write_dl(self, rows: Sequence[tuple[str, str]], *_: Any, **__: Any) -> None:
         """Write names with what they stand for beside them, below where there is no room for that."""
-        # Typer says of arguments of which type of Python they are.
-        rows = [(re.sub(r" <.*>$", "", name), text.replace("-", UNBROKEN)) for name, text in rows]
+        # Typer says of arguments of which type of Python they are, and puts a default that it is told into parentheses.
+        rows = [
+            (
+                re.sub(r" <.*>$", "", name),
+                re.sub(r"\[default: \((.*)\)\]", r"[default: \1]", text).replace("-", UNBROKEN),
+            )
+            for name, text in rows
+        ]
         longest = min(max((len(name) for name, _ in rows), default=0), BESIDE)
         super().write_dl(rows, BESIDE if longest + LEAST_TEXT + 2 <= self.width else BELOW)
 

@@ -95,7 +95,7 @@ def diagnose_run(path: Path, *, batch_size: int | None, seed: int) -> Diagnosed:
     batches = Batches(training, batch_size or saved.options.batch_size, mesh)
     with blame_checkpoint(f"cannot use the data of the run in '{saved.out}': "):
         batch = batches.read(batches.rows(0, seed))
-    recipe, state = saved.read(training, mesh)
+    recipe, state = saved.read(mesh)
     found = diagnose(
         _training_pass(recipe),
         state.params,

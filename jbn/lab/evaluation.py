@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from jbn.lab.data.batches import Batch, Batches
-from jbn.lab.data.images import Source
-from jbn.lab.data.parts import open_beside
+from jbn.lab.data.images import DATA, Source
+from jbn.lab.data.parts import fit, open_beside, parts_of
 from jbn.lab.devices import mesh_of
 from jbn.lab.errors import OptionError
-from jbn.lab.options import EvaluateOptions
+from jbn.lab.options import EvaluateOptions, TrainOptions
 from jbn.lab.report import show, waiting
 from jbn.lab.run.saved import Saved, blame_checkpoint, find_saved
 from jbn.lab.step import judge
@@ -80,8 +80,8 @@ def evaluate_run(options: EvaluateOptions) -> Evaluated:
         OptionError: there is no such checkpoint, there are no data to evaluate on, or one of both cannot be read.
     """
     saved, mesh = find_saved(options.checkpoint), mesh_of(1)
-    source, training, images = _data_of(saved, options.data)
-    recipe, state = saved.read(training, mesh)
+    source, images = _data_of(saved, options.data)
+    recipe, state = saved.read(mesh)
     batches = Batches(source, options.batch_size or saved.options.batch_size, mesh)
     # Shuffled, for a folder may hold one class after the other, and no batch of training does. In equal shares, for
     # the statistics of a last batch of few images would be those of few.
@@ -100,16 +100,26 @@ def evaluate_run(options: EvaluateOptions) -> Evaluated:
     return Evaluated(title, source.labels, judged)
 
 
-def _data_of(saved: Saved, other: Path | None) -> tuple[Source, Source, str]:
-    """Return the images to evaluate on and those of the training, and the first in words."""
-    parts = saved.data(validation=other is None)
+def _data_of(saved: Saved, other: str | None) -> tuple[Source, str]:
+    """Return the images to evaluate on, and in words which they are."""
+    options, among = saved.options, "the training data"
+    if other in DATA:
+        # The split of the run: of its own data, none of these was trained with.
+        test = parts_of(TrainOptions(model=options.model, data=other, seed=options.seed)).test
+        assert test is not None
+        fit(test, saved.form, other, "--data", among)
+        return test, f"{count_of(len(test), 'image')} of the test of {other}"
     if other is not None:
-        found = open_beside(parts.training, other, "--data", "the training data")
-        return found, parts.training, f"{count_of(len(found), 'image')} in '{other}'"
-    if parts.validation is None:
+        found = open_beside(saved.form, Path(other), "--data", among)
+        return found, f"{count_of(len(found), 'image')} in '{other}'"
+    try:
+        validation = saved.data(validation=True).validation
+    except OptionError as error:
+        raise OptionError(error.option, f"{error}; --data names others to evaluate on") from None
+    if validation is None:
         lacking = f"is missing, and the run in '{saved.out}' was started without --validation"
-        raise OptionError("--data", f"{lacking}; expected a folder of images to evaluate on")
-    return parts.validation, parts.training, f"{count_of(len(parts.validation), 'image')} of its validation"
+        raise OptionError("--data", f"{lacking}; expected a folder of images to evaluate on, digits or mnist")
+    return validation, f"{count_of(len(validation), 'image')} of its validation"
 
 
 def _judge(

@@ -18,6 +18,7 @@ import typer
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 from jax import export
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jbn import load_arrays, save_arrays
@@ -27,7 +28,7 @@ from jbn.lab.devices import mesh_of
 from jbn.lab.errors import FileError, OptionError, file_errors
 from jbn.lab.options import ExportOptions
 from jbn.lab.report import waiting
-from jbn.lab.run.saved import blame_checkpoint, find_saved
+from jbn.lab.run.saved import Saved, blame_checkpoint, find_saved
 from jbn.linen import fold
 from jbn.paths import count_of
 from jbn.version import install
@@ -52,8 +53,9 @@ class Product(NamedTuple):
         network: as it was trained.
         variables: its weights and running statistics.
         evaluate: the same in evaluation, a function of images (n, h, w, c) alone, its batch norms folded.
-        images: float32 (n, h, w, c), some of the data, to try files on.
+        images: float32 (n, h, w, c), to try files on.
         bound: how far the logits of a file may be from those of the network, relative to the largest.
+        those: which images they are, in words.
         words: what it is, in words.
     """
 
@@ -62,6 +64,7 @@ class Product(NamedTuple):
     evaluate: Callable[[Any], Any]
     images: Any
     bound: float
+    those: str
     words: tuple[str, ...]
 
 
@@ -81,9 +84,7 @@ def run(options: ExportOptions, console: Console) -> None:
             with waiting(console, f"Writing {file.name}; most of the time it compiles ..."):
                 error = _write(product, file)
             differ = f"differ by {error:.0e} of the largest" if error else "are the same"
-            console.print(
-                f"Wrote {file}: its logits of {count_of(len(product.images), 'image')} {differ}", soft_wrap=True
-            )
+            console.print(f"Wrote {file}: its logits of {product.those} {differ}", soft_wrap=True)
     except FileError as error:
         typer.echo(f"jbn: {error}", err=True)
         raise typer.Exit(1) from None
@@ -104,15 +105,12 @@ def _check(options: ExportOptions) -> None:
 
 
 def _open(options: ExportOptions) -> Product:
-    """Return what is to be exported, and the first batch of the data of its run."""
+    """Return what is to be exported, and images to try it on."""
     saved, mesh = find_saved(options.checkpoint), mesh_of(1)
-    training = saved.data(validation=False).training
-    recipe, state = saved.read(training, mesh)
+    recipe, state = saved.read(mesh)
     if options.average and state.average is None:
         raise OptionError("--average", f"there is none: the run in '{saved.out}' was started without --ema")
-    batches = Batches(training, saved.options.batch_size, mesh)
-    with blame_checkpoint(f"cannot use the data of the run in '{saved.out}': "):
-        images = batches.read(batches.rows(0, seed=0)).images
+    images, those = _images_of(saved, mesh)
     network, variables = recipe.network, jax.device_get(state.average if options.average else state.variables)
     apply, folded, folds = fold(network, variables, images, train=False)
     words = [f"{saved.options.model} in '{saved.out}' after step {state.step}"]
@@ -125,7 +123,20 @@ def _open(options: ExportOptions) -> Product:
     def evaluate(images: Any) -> Any:
         return apply(folded, images, train=False)
 
-    return Product(network, variables, evaluate, images, BOUNDS[saved.options.dtype], tuple(words))
+    return Product(network, variables, evaluate, images, BOUNDS[saved.options.dtype], those, tuple(words))
+
+
+def _images_of(saved: Saved, mesh: Mesh) -> tuple[Any, str]:
+    """Return images to try files on, a batch of the training data or, where these cannot be read, noise; and which."""
+    size = saved.options.batch_size
+    try:
+        batches = Batches(saved.data(validation=False).training, size, mesh)
+        with blame_checkpoint():
+            images = batches.read(batches.rows(0, seed=0)).images
+        return images, count_of(len(images), "image")
+    except OptionError:
+        noise = jax.random.uniform(jax.random.key(0), (size, *saved.form.image_shape))
+        return noise, f"{count_of(size, 'image')} of noise, for the data of its run cannot be read,"
 
 
 def _write(product: Product, file: Path) -> float:

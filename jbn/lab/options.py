@@ -134,6 +134,9 @@ class TrainOptions(Options):
 
     Attributes:
         fingerprint: of the data. This and what follows is no option: the data and the demo decide it.
+        image_shape: height, width and channels of its images; empty in files of earlier versions, like what follows.
+        classes: its largest label and one.
+        kind: what its files hold, see ``jbn.lab.data.images.Form``.
         batch_norm: whether ``dense`` and ``conv`` have it.
         momentum: of ``sgd``.
         steps: after which the run ends; None where ``epochs`` tell.
@@ -173,6 +176,9 @@ class TrainOptions(Options):
     )
     seed: int = option(0, "Seed of weights, order and augmentation.", SEED)
     fingerprint: str = ""
+    image_shape: tuple[int, ...] = field(default=(), metadata={"kept": whole_number(1, 2**31 - 1)})
+    classes: int = 0
+    kind: str = ""
     batch_norm: bool = True
     momentum: float = 0.9
     steps: int | None = None
@@ -239,8 +245,11 @@ class EvaluateOptions:
     """The argument and the options of ``jbn evaluate``; the help of a field says what it is."""
 
     checkpoint: Path = argument(MISSING, CHECKPOINT, file_name(Path, "CHECKPOINT"))
-    data: Path | None = option(
-        None, "Folder of other images to evaluate on, as for jbn train. Default: those of the validation.", OUT
+    data: str | None = option(
+        None,
+        "Other images to evaluate on: a folder, as for jbn train, or the test images of digits or mnist. "
+        "Default: those of the validation.",
+        file_name(str, "digits|mnist|DIR", tuple(DEMO_RATES)),
     )
     batch_size: int | None = option(None, "Images at once. Default: a batch of the run.", whole_number(2, 2**24))
 

@@ -64,14 +64,15 @@ class Recipe:
         return optax.chain(decay, optax.sgd(self.rate(), momentum=options.momentum or None, nesterov=True))
 
 
+def network_of(options: TrainOptions, classes: int) -> nn.Module:
+    """Return the network of a run whose data have so many classes."""
+    dtype = jnp.bfloat16 if options.dtype == "bfloat16" else None
+    return NETWORKS[options.model](batch_norm=options.batch_norm, classes=classes, dtype=dtype)
+
+
 def recipe_of(options: TrainOptions, batches: Batches) -> Recipe:
     """Return the recipe of a run whose training data are cut into these batches."""
-    network = NETWORKS[options.model](
-        batch_norm=options.batch_norm,
-        classes=batches.source.classes,
-        dtype=jnp.bfloat16 if options.dtype == "bfloat16" else None,
-    )
-    recipe = Recipe(options, network, batches.per_epoch)
+    recipe = Recipe(options, network_of(options, batches.source.classes), batches.per_epoch)
     for option, steps in (("--epochs", recipe.steps), ("--warmup-epochs", recipe.warmup)):
         if steps > MOST_STEPS:
             raise OptionError(

@@ -77,7 +77,10 @@ def train(options: TrainOptions, place: TrainPlace, console: Console) -> dict[st
         options = processes.agree(lambda: directory.resume(place, options))
     with waiting(console, "Reading the data ..."):
         parts = processes.agree(lambda: parts_of(options))
-    began, options = options.fingerprint, replace(options, fingerprint=parts.fingerprint)
+    began, options = (
+        options.fingerprint,
+        replace(options, fingerprint=parts.fingerprint, **parts.training.form._asdict()),
+    )
     processes.compare(options)
     changed = [before != now for before, now in zip(began.split("-"), options.fingerprint.split("-"), strict=False)]
     if place.resume and any(changed):

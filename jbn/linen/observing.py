@@ -21,8 +21,7 @@ from jbn.linen.replacing import replace
 from jbn.linen.variables import check_mutable, check_variables
 from jbn.norms import Classes
 from jbn.observing.calls import NumberedBatches, arguments
-from jbn.observing.diagnose import Diagnosis
-from jbn.observing.diagnose import diagnose as diagnose_function
+from jbn.observing.diagnose import Diagnosis, examine
 from jbn.observing.recalibrate import check_batches
 from jbn.observing.recalibrate import recalibrate as recalibrate_function
 from jbn.observing.survey import Batch
@@ -80,8 +79,7 @@ def diagnose(
     """
     params, stats = _read_variables(model, variables)
     apply = _training_call(model, variables, also, mutable, call)
-    options: dict[str, Any] = {"epsilon": epsilon, "momentum": momentum, "updates": updates}
-    return diagnose_function(apply, params, stats, batch, **options)
+    return examine(apply, params, stats, batch, epsilon=epsilon, momentum=momentum, updates=updates, door="jbn.linen")
 
 
 def recalibrate(

@@ -15,8 +15,7 @@ from jbn.core.state import Upstream
 from jbn.nnx.editing import replace
 from jbn.norms import Classes
 from jbn.observing.calls import Method, NumberedBatches, arguments
-from jbn.observing.diagnose import Diagnosis
-from jbn.observing.diagnose import diagnose as diagnose_function
+from jbn.observing.diagnose import Diagnosis, examine
 from jbn.observing.recalibrate import check_batches
 from jbn.observing.recalibrate import recalibrate as recalibrate_function
 from jbn.observing.survey import Batch
@@ -73,8 +72,7 @@ def diagnose(
     def apply(params: Any, stats: Any, batch: Any) -> Any:
         return run(params, stats, (np.uint32(0), batch))
 
-    options: dict[str, Any] = {"epsilon": epsilon, "momentum": momentum, "updates": updates}
-    return diagnose_function(apply, params, stats, batch, **options)
+    return examine(apply, params, stats, batch, epsilon=epsilon, momentum=momentum, updates=updates, door="jbn.nnx")
 
 
 def recalibrate(

@@ -122,6 +122,21 @@ def diagnose(
     Source: S. Ioffe, C. Szegedy, "Batch Normalization", 2015, for what is compared; the standard errors are those of
     mean and log-variance of normal values. No other library has such a tool.
     """
+    return examine(apply, params, state, batch, epsilon=epsilon, momentum=momentum, updates=updates, door="jbn")
+
+
+def examine(
+    apply: Apply,
+    params: ArrayTree,
+    state: ArrayTree,
+    batch: Batch,
+    *,
+    epsilon: float,
+    momentum: float | None,
+    updates: int | None,
+    door: str,
+) -> Diagnosis:
+    """Diagnose, for who came through ``door``: the module whose tools the messages name, such as "jbn.linen"."""
     epsilon = read_epsilon(epsilon)
     prior = _read_prior(momentum, updates)
     if not callable(apply):
@@ -149,9 +164,9 @@ def diagnose(
 
     layers = {layer: compare(layer) for layer in sorted(model.layers, key=depth)}
     findings = [
-        *find_unobserved([layer.path for layer in idle], [layer.path for layer in foreign], len(layers)),
+        *find_unobserved([layer.path for layer in idle], [layer.path for layer in foreign], len(layers), door),
         *_find_non_finite(params, batch, {layer: remembered[layer] for layer in idle}, seen, before),
-        *(f for layer, shown in layers.items() for f in Examination(shown, epsilon, layer in seen).findings()),
+        *(f for layer, shown in layers.items() for f in Examination(shown, epsilon, door, layer in seen).findings()),
     ]
     return Diagnosis(tuple(layers.values()), tuple(findings))
 

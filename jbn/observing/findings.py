@@ -106,10 +106,14 @@ class Examination:
     """A layer, and what is the matter with each of its channels.
 
     A channel that one kind explains is not judged by the kinds that would follow from it.
+
+    Attributes:
+        door: the module whose tools messages name, such as "jbn.linen".
     """
 
     layer: LayerStatistics
     epsilon: float
+    door: str
     is_observed: bool = True
 
     def findings(self) -> Iterator[Finding]:
@@ -168,7 +172,7 @@ class Examination:
             f"running statistics are {self.layer.dtype}",
             np.full(self.layer.count.shape, narrow),
             "They are known to two or three digits, and training would refuse to move them, for they would stall. Cast "
-            "them to float32, and take them anew: jbn.recalibrate.",
+            f"them to float32, and take them anew: {self.door}.recalibrate.",
         )
 
     def _broken_memory(self) -> Iterator[Finding]:
@@ -177,7 +181,7 @@ class Examination:
             "running mean or variance is not a number that can be used",
             ~self.usable,
             "Evaluation is NaN there, or the bias. Go back to an older checkpoint, or take the statistics anew: "
-            "jbn.recalibrate.",
+            f"{self.door}.recalibrate.",
         )
 
     def _few_values(self) -> Iterator[Finding]:
@@ -187,7 +191,7 @@ class Examination:
             f"only {count_of(int(count.min()), 'value per channel')} in this batch, expected {FEW} or more",
             count < FEW,
             "Statistics of so few differ much from batch to batch, and y with them. Take larger batches, or those of "
-            "all devices together (axis_name); for evaluation, jbn.recalibrate.",
+            f"all devices together (axis_name); for evaluation, {self.door}.recalibrate.",
         )
 
     def _constant(self) -> Iterator[Finding]:
@@ -242,7 +246,7 @@ class Examination:
                 f"running statistics are as if {layer.prior:.0%} of them were still the initial mean 0 and variance 1",
                 both,
                 f"{describe(by_prior, layer.gap_by_prior)} Train longer, take a smaller momentum, or use "
-                "jbn.recalibrate. If they are those of normalized data, normalize this batch too.",
+                f"{self.door}.recalibrate. If they are those of normalized data, normalize this batch too.",
             )
             size, gap, off, beside = beyond, layer.gap_beyond_prior, other, ", beyond that"
         else:
@@ -252,7 +256,7 @@ class Examination:
             f"running statistics are not those of this batch{beside}",
             off,
             f"{describe(size, gap)} They are those of other weights or other data, or follow too slowly: use "
-            "jbn.recalibrate, or a smaller momentum.",
+            f"{self.door}.recalibrate, or a smaller momentum.",
         )
 
     def _far_mean(self) -> Iterator[Finding]:
@@ -269,13 +273,14 @@ class Examination:
         )
 
 
-def find_unobserved(idle: Sequence[str], foreign: Sequence[str], number: int) -> Iterator[Finding]:
+def find_unobserved(idle: Sequence[str], foreign: Sequence[str], number: int, door: str) -> Iterator[Finding]:
     """Find layers that have shown nothing, so that this is known of them alone.
 
     Args:
         idle: the paths of those that evaluate, or are not called.
         foreign: the paths of those whose code is not jbn's.
         number: how many layers there are.
+        door: see ``Examination``.
     """
     if idle:
         message = (
@@ -285,10 +290,15 @@ def find_unobserved(idle: Sequence[str], foreign: Sequence[str], number: int) ->
         )
         yield Finding("", "evaluates", (), message, tuple(idle))
     if foreign:
+        fix = "For copies of Flax's class say so: also=(Class,)."
+        if door == "jbn":
+            fix = (
+                "For Flax's own use diagnose of jbn.linen or jbn.nnx, or replace there; for copies of their class tell "
+                "either so: also=(Class,)."
+            )
         message = (
             f"{len(foreign)} of {count_of(number, 'layer')} are not jbn's, and what they see is not known: "
-            f"{name_few(foreign)}. For Flax's own use diagnose of jbn.linen or jbn.nnx, or replace there; for copies "
-            "of their class tell either so: also=(Class,)."
+            f"{name_few(foreign)}. {fix}"
         )
         yield Finding("", "foreign", (), message, tuple(foreign))
 

@@ -78,7 +78,7 @@ def test_what_no_other_library_has_is_named(keras):
     layers = [
         keras.Input((3,)),
         keras.layers.Normalization(name="scaled"),
-        keras.layers.Dense(2),
+        keras.layers.Dense(2, name="dense"),  # of itself it would be numbered after those of other tests
         keras.layers.Dropout(0.5),
     ]
     model = keras.Sequential(layers, name="net")

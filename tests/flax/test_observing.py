@@ -1,5 +1,7 @@
 """``diagnose`` and ``recalibrate`` of both Flax modules: exact on models as people have them."""
 
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from flax import nnx
 import jbn
 import jbn.linen
 import jbn.nnx
+from jbn.observing import findings
 from tests.observing.test_recalibrate import C, check, cut, rows
 from tests.support import oracle
 
@@ -366,7 +369,36 @@ def test_nnx_subclasses_with_code_of_their_own_are_named():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(Own(C, rngs=rngs), nnx.BatchNorm(C, rngs=rngs))
     with jax.numpy_rank_promotion("allow"):
-        findings = jbn.nnx.diagnose(model, rows()).findings
-        assert findings[0].layers == ("layers/0",)
+        found = jbn.nnx.diagnose(model, rows()).findings
+        assert found[0].layers == ("layers/0",)
         with pytest.raises(ValueError, match=r"^layers/0 gave no moments"):
             jbn.nnx.recalibrate(model, [rows()])
+
+
+@pytest.mark.parametrize("door", ["jbn", "jbn.linen", "jbn.nnx"])
+def test_findings_name_the_tools_of_the_door_that_one_came_through(door):
+    class Own(nnx.BatchNorm):
+        def __call__(self, x):
+            return super().__call__(x)
+
+    x = rows()[:8] + 3
+    if door == "jbn.nnx":
+        model = nnx.Sequential(nnx.BatchNorm(C, rngs=nnx.Rngs(0)), Own(C, rngs=nnx.Rngs(0)))
+        with jax.numpy_rank_promotion("allow"):
+            found = jbn.nnx.diagnose(model, x)
+    else:
+        model = Mixed()
+        variables = model.init(KEY, x, False)
+        found = jbn.linen.diagnose(model, variables, x, train=True)
+    if door == "jbn":
+
+        def apply(params, stats, x):
+            given = {"params": params, "batch_stats": stats}
+            with jbn.linen.replace():
+                return model.apply(given, x, True, mutable=["batch_stats"])[1]["batch_stats"]
+
+        found = jbn.diagnose(apply, variables["params"], variables["batch_stats"], x)
+    messages = {finding.kind: finding.message for finding in found.findings}
+    assert f" {door}.recalibrate." in messages["few values"]
+    assert ("use diagnose of jbn.linen or jbn.nnx" in messages["foreign"]) == (door == "jbn")
+    assert "jbn.recalibrate" not in Path(findings.__file__).read_text(encoding="utf-8")  # nor in any other finding

@@ -205,7 +205,7 @@ def lines_of(figure):
 
 
 def kinds(layer, epsilon=lab.EPSILON):
-    return {finding.kind for finding in Examination(layer, epsilon).findings()}
+    return {finding.kind for finding in Examination(layer, epsilon, "jbn").findings()}
 
 
 @pytest.mark.parametrize(

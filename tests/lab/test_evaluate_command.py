@@ -60,7 +60,7 @@ def test_each_image_is_judged_by_the_statistics_that_are_named(whole):
     running, batch, _ = found.judged
     kept = find_saved(whole)
     parts = kept.data(validation=True)
-    _, state = kept.read(parts.training, mesh_of(1))
+    _, state = kept.read(mesh_of(1))
     data = parts.validation.rows(np.arange(360))
     losses, right = dense_judged(state.params, state.batch_stats, data)
     np.testing.assert_allclose(running.losses, losses, rtol=1e-4, atol=oracle.tolerance("float32", 128))
@@ -108,6 +108,33 @@ def test_other_images_than_those_of_the_run(tmp_path):
     found = [judged(out, data=path) for path in (shuffled, in_order)]
     np.testing.assert_allclose(found[0].judged[0].losses[sorted_], found[1].judged[0].losses, rtol=1e-5)
     assert f"after step 1, 41 images in '{shuffled}'" in found[0].title
+
+
+def test_other_images_need_no_data_of_the_training(tmp_path):
+    data, other = (folder(tmp_path / name, random_data(number)) for name, number in (("data", 64), ("other", 41)))
+    out = tmp_path / "run"
+    assert train(out, options(**{"--data": data, "--validation": other, "--epochs": 1})).exit_code == 0
+    expected = [judged(out, data=path) for path in (str(other), "digits")]
+    assert expected[1].title.endswith("after step 1, 360 images of the test of digits")
+    assert (expected[1].labels == parts_of(TrainOptions()).test.labels).all()
+    shutil.rmtree(data)
+    for before, path in zip(expected, (str(other), "digits"), strict=True):
+        for each, same in zip(judged(out, data=path).judged, before.judged, strict=True):
+            assert (each.losses == same.losses).all()
+    refused(evaluate(out), "cannot use the data of the run", "--data names others to evaluate on")
+    refused(evaluate(out, "--data", "mnist"), "'--data'", "mnist holds images of 28 x 28 x 1; expected 8 x 8 x 1")
+    floats = folder(tmp_path / "floats", random_data(9))
+    np.savez(floats / "part-0.npz", images=np.zeros((9, 8, 8, 1), np.uint8), labels=random_data(9).labels)
+    refused(evaluate(out, "--data", floats), "holds uint8 images, the training data float")
+
+
+def test_a_run_of_an_earlier_version_asks_its_data_for_their_form(whole, tmp_path):
+    copied = shutil.copytree(whole, tmp_path / "run")
+    text = json.loads((copied / "options.json").read_text())
+    assert (text.pop("image_shape"), text.pop("classes"), text.pop("kind")) == ([8, 8, 1], 10, "")
+    (copied / "options.json").write_text(json.dumps(text))
+    found, expected = (judged(path).judged[0].losses for path in (copied, whole))
+    assert (found == expected).all()
 
 
 @pytest.mark.parametrize(

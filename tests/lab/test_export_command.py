@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -25,6 +26,8 @@ from jbn.version import install
 from tests.lab.test_diagnose_command import refused, saved
 from tests.lab.test_train import random_data
 from tests.support.oracle import relative_l2, tolerance
+from tests.support.runs import folder, options
+from tests.support.runs import train as train_command
 
 IMAGES = random_data(5).images
 
@@ -37,7 +40,7 @@ def run(*arguments):
 def network_of(path):
     """Return the network in evaluation, as it was trained, and its variables."""
     kept = find_saved(path)
-    recipe, state = kept.read(kept.data(validation=False).training, mesh_of(1))
+    recipe, state = kept.read(mesh_of(1))
     return lambda variables, x: recipe.network.apply(variables, x, train=False), state
 
 
@@ -99,6 +102,18 @@ def test_the_average_of_weights_is_exported_where_it_is_asked_for(whole, tmp_pat
         assert np.array_equal(apply(kept, IMAGES), expected)
         program = export.deserialize(bytearray((tmp_path / f"{name}.jaxexport").read_bytes()))
         assert relative_l2(program.call(IMAGES), expected) < tolerance(np.float32, 1000)
+
+
+def test_a_network_whose_data_are_gone_is_tried_on_noise(tmp_path):
+    data, out, file = folder(tmp_path / "data", random_data(40)), tmp_path / "run", tmp_path / "network.jaxexport"
+    assert train_command(out, options(**{"--data": data, "--epochs": 1, "--batch-size": 7})).exit_code == 0
+    shutil.rmtree(data)
+    result = run(out, file)
+    assert result.exit_code == 0, result.output
+    assert "its logits of 7 images of noise, for the data of its run cannot be read, differ by" in result.output
+    apply, state = network_of(out)
+    logits = export.deserialize(bytearray(file.read_bytes())).call(IMAGES)
+    assert relative_l2(logits, apply(state.variables, IMAGES)) < tolerance(np.float32, 1000)
 
 
 def test_a_network_in_bfloat16(tmp_path):

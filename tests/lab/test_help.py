@@ -58,6 +58,7 @@ def test_help_is_whole_at_any_width(width):
             flag = options.flag(field.name)
             assert field.metadata.get("argument") or re.search(rf"^  {flag}\b", text, re.MULTILINE)
         assert max(map(len, text.splitlines())) <= min(width, 80)
+        assert not re.search(r"[{}]|default: \(", text)  # Typer's marks of what must be given, and of what it is told
         assert "<" not in text  # types of Python are nothing that one types
     assert max(map(len, lists.splitlines())) <= min(width, 80)
     assert "..." not in lists.split("\n", 1)[1]

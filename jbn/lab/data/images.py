@@ -29,6 +29,20 @@ class Images(NamedTuple):
     labels: np.ndarray
 
 
+class Form(NamedTuple):
+    """What a network has to know of the data that it was trained with, and other data have to fit.
+
+    Attributes:
+        image_shape: height, width and channels of every image.
+        classes: the largest label and one.
+        kind: "uint8" or "float", what the files hold; "" where there are none.
+    """
+
+    image_shape: tuple[int, int, int]
+    classes: int
+    kind: str
+
+
 class Source(ABC):
     """A data set of which any process can read any rows.
 
@@ -36,11 +50,13 @@ class Source(ABC):
         labels: int32 (n,), all of them, in memory.
         image_shape: height, width and channels of every image.
         fingerprint: a short text that differs where the data differ.
+        kind: see ``Form``.
     """
 
     labels: np.ndarray
     image_shape: tuple[int, int, int]
     fingerprint: str
+    kind: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,6 +65,11 @@ class Source(ABC):
     def classes(self) -> int:
         """The largest label and one."""
         return int(self.labels.max()) + 1
+
+    @property
+    def form(self) -> Form:
+        """What a network has to know."""
+        return Form(self.image_shape, self.classes, self.kind)
 
     @abstractmethod
     def rows(self, rows: np.ndarray) -> Images:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jbn.lab.data.folder import ONE_KIND, Folder, open_folder
-from jbn.lab.data.images import DATA, Held, Source, enlarge
+from jbn.lab.data.images import DATA, Form, Held, Source, enlarge
 from jbn.lab.errors import OptionError
 from jbn.lab.kinds import meant
 from jbn.lab.options import TrainOptions
@@ -44,18 +44,23 @@ def parts_of(options: TrainOptions) -> Parts:
         raise OptionError("--data", f"{found}; expected two classes or more: of one there is nothing to learn")
     if options.validation is None:
         return Parts(training)
-    return Parts(training, open_beside(training, Path(options.validation), "--validation", "--data"))
+    return Parts(training, open_beside(training.form, Path(options.validation), "--validation", "--data"))
 
 
-def open_beside(training: Source, path: Path, option: str, among: str) -> Folder:
+def open_beside(form: Form, path: Path, option: str, among: str) -> Folder:
     """Return a folder that ``option`` names; ``OptionError`` where it does not fit the training data, ``among``."""
-    found, here = open_folder(path, option=option), f"'{path}'"
-    if found.image_shape != training.image_shape:
-        shapes = [" x ".join(map(str, part.image_shape)) for part in (found, training)]
-        raise OptionError(option, f"{here} holds images of {shapes[0]}; expected {shapes[1]}, as in {among}")
-    if isinstance(training, Folder) and found.kind != training.kind:
-        raise OptionError(option, f"{here} holds {found.kind} images, {among} {training.kind}; {ONE_KIND}")
-    if found.classes > training.classes:
-        largest = f"expected at most {training.classes - 1}, the largest in {among}"
-        raise OptionError(option, f"{here} has the label {found.classes - 1}; {largest}")
+    found = open_folder(path, option=option)
+    fit(found, form, f"'{path}'", option, among)
+    if form.kind and found.kind != form.kind:
+        raise OptionError(option, f"'{path}' holds {found.kind} images, {among} {form.kind}; {ONE_KIND}")
     return found
+
+
+def fit(found: Source, form: Form, here: str, option: str, among: str) -> None:
+    """Raise ``OptionError`` where data, ``here``, are none that a network of those ``among`` can be asked about."""
+    if found.image_shape != form.image_shape:
+        shapes = [" x ".join(map(str, shape)) for shape in (found.image_shape, form.image_shape)]
+        raise OptionError(option, f"{here} holds images of {shapes[0]}; expected {shapes[1]}, as in {among}")
+    if found.classes > form.classes:
+        largest = f"expected at most {form.classes - 1}, the largest in {among}"
+        raise OptionError(option, f"{here} has the label {found.classes - 1}; {largest}")

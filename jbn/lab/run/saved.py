@@ -10,14 +10,13 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jbn.lab.data.batches import Batches
-from jbn.lab.data.images import Source
+from jbn.lab.data.images import Form
 from jbn.lab.data.parts import Parts, parts_of
 from jbn.lab.errors import FileError, OptionError
 from jbn.lab.options import TrainOptions
 from jbn.lab.run.checkpoints import Checkpoints, is_step
 from jbn.lab.run.directory import CHECKPOINTS, OPTIONS, read_options
-from jbn.lab.step import Recipe, State, initial_state, recipe_of
+from jbn.lab.step import Recipe, State, initial_state, network_of
 
 
 class Saved(NamedTuple):
@@ -43,10 +42,23 @@ class Saved(NamedTuple):
                 raise FileError("they are not what they were when it began")
         return parts
 
-    def read(self, training: Source, mesh: Mesh) -> tuple[Recipe, State]:
-        """Return the recipe of the run and the state that it has saved, on the devices of ``mesh``."""
-        recipe = recipe_of(self.options, Batches(training, self.options.batch_size, mesh))
-        like = jax.eval_shape(lambda: initial_state(recipe, training.image_shape))
+    @property
+    def form(self) -> Form:
+        """That of the training data, which need not be there any more but for a run of an earlier version."""
+        options = self.options
+        if len(options.image_shape) != 3:
+            return self.data(validation=False).training.form
+        height, width, channels = options.image_shape
+        return Form((height, width, channels), options.classes, options.kind)
+
+    def read(self, mesh: Mesh) -> tuple[Recipe, State]:
+        """Return the recipe of the run and the state that it has saved, on the devices of ``mesh``.
+
+        The length of an epoch is not that of the run: it decides learning rates, and no step is made.
+        """
+        form = self.form
+        recipe = Recipe(self.options, network_of(self.options, form.classes), per_epoch=1)
+        like = jax.eval_shape(lambda: initial_state(recipe, form.image_shape))
         with Checkpoints(self.out / CHECKPOINTS, keep=0) as checkpoints, blame_checkpoint():
             steps = checkpoints.steps()
             chosen = max(steps, default=0) if self.step is None else self.step
