@@ -31,7 +31,7 @@ def blocks(channels: tuple[int, ...], key: Array) -> list[Block]:
         return Block(*jbn.bn_init(before), jax.random.normal(key, (before, after)) / before**0.5)
 
     keys = jax.random.split(key, len(channels) - 1)
-    return [make(*pair, key) for *pair, key in zip(channels, channels[1:], keys, strict=False)]
+    return [make(before, after, key) for before, after, key in zip(channels, channels[1:], keys, strict=False)]
 
 
 def plain(chain: list[Block], x: Array) -> tuple[Array, list[Any]]:
