@@ -177,5 +177,6 @@ def test_the_title_of_the_figure_says_what_came_out():
     )
     note = " ".join(figure.get_supxlabel().split())
     assert re.search(r"\(%, \+: slower\): dense Flax [+-][\d.]+ ±[\d.]+, remat_policy \+0\.1 ±0\.2; resnet Flax", note)
+    assert re.search(r"which 'kept' may include; \w+: 0\.50 to 1\.00 MB\. ", note)
     assert [axes.get_title("left").split()[0] for axes in figure.axes] == ["share", "kept", "temporaries"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [arm.label for arm in study.ARMS.values()]
