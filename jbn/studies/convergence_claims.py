@@ -105,6 +105,16 @@ def _say_few(row: dict[str, Any]) -> str:
     return few * (2 * below > seeds)
 
 
+def say_begin_at_0(summary: Summary) -> str:
+    """Return why it is open whether branches that begin at 0 end as well, "" where that is decided."""
+    (row,) = find(summary, "residual", "from 0")
+    if _AS_WELL(summary).verdict != "not decided within the intervals":
+        return ""
+    reasons = [f"its best rate is the {row['end_edge']} tried"] * bool(row["end_edge"])
+    reasons += [f"{row['steps']} steps are few"] * bool(_say_few(row))
+    return f" Begin at 0: {' and '.join(reasons)}{': ' * bool(reasons)}undecided."
+
+
 def _is_stabler(summary: Summary) -> Outcome:
     ways = [np.asarray(row["travel"], float) for row in find(summary, "sigmoid", "batch norm", "none")]
     by = interval(np.log(ways[1]) - np.log(ways[0]))
@@ -116,6 +126,7 @@ def _is_stabler(summary: Summary) -> Outcome:
     return Outcome(sentence, decide(by, least=0))
 
 
+_AS_WELL = _ends("residual", "from 0", "batch norm", -SAME)
 CLAIMS = (
     Claim(
         "Batch norm reaches an accuracy in fewer steps",
@@ -145,6 +156,6 @@ CLAIMS = (
     Claim(
         "A residual network whose branches begin at 0 trains as well without it",
         "De and Smith 2020 (SkipInit), abstract; so too Zhang et al. 2019 (Fixup)",
-        _ends("residual", "from 0", "batch norm", -SAME),
+        _AS_WELL,
     ),
 )

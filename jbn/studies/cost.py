@@ -239,9 +239,9 @@ def draw(summary: Summary) -> Figure:
     """Draw the share of the step, what is kept for the backward pass, and what is held at the peak."""
     note = (
         f"{summary['device']}; share: what is gone without norms, so none has no mark; 95 % intervals of "
-        f"{summary['repeats']} repeats. {_pair(summary)} Kept: by what is differentiated; temporaries at the peak: of "
-        "the whole step, with all that is not a norm, compiled for this machine. remat_policy, of jbn: what norms "
-        "return is not kept, but computed again"
+        f"{summary['repeats']} repeats. {_pair(summary)} Kept: by what is differentiated; temporaries at the peak, of "
+        "the step compiled for this machine, are beside arguments and outputs, which 'kept' may include"
+        f"{_least(summary)}. remat_policy, of jbn: what norms return is not kept, but computed again"
     )
     names = ("share of the step", "kept for the backward pass", "temporaries at the peak")
     figure, (time, *memory) = panels(_title(summary), note, names, height=5.3)
@@ -272,20 +272,26 @@ def _pair(summary: Summary) -> str:
     for network in summary["networks"]:
         arms = {"Flax": "Flax", LEANER: "remat_policy"}
         longer = {name: more(find(summary, network, arm)) for arm, name in arms.items()}
-        told = [f"{name} {points(by.mean)} ±{points(by.half)}" for name, by in longer.items()]
+        told = [f"{name} {round(100 * by.mean, 1) + 0:+.1f} ±{points(by.half)}" for name, by in longer.items()]
         found.append(f"{network} {', '.join(told)}")
-    begin = "Compare arms by pairs, not by bars: a step takes so much more than jbn's of the same turn (-: less), %"
-    return f"{begin}: {'; '.join(found)}."
+    return f"Time against jbn's step in the same turn (%, +: slower): {'; '.join(found)}."
+
+
+def _least(summary: Summary) -> str:
+    """Return what the network of the smallest temporaries has of them, whose multiples are of little; "" if untold."""
+    told = {name: [find(summary, name, arm)["temporaries"] or 0 for arm in ARMS] for name in summary["networks"]}
+    name, least = min(told.items(), key=lambda pair: max(pair[1]))
+    return f"; {name}: {min(least) / 1e6:.2f} to {max(least) / 1e6:.2f} MB" * all(least)
 
 
 def _title(summary: Summary) -> str:
     """Say what each norm makes of a whole step: what is kept, what is held at the peak, and its share of the time."""
     last = summary["networks"][-1]
-    lines = [f"Whole steps of the {last}, as multiples of those without norms, least first."]
-    for what, name in zip(MEMORY, ("Kept for the backward pass", "Temporaries at the peak"), strict=True):
+    lines = [f"Whole steps of the {last}, least first."]
+    for what, name in zip(MEMORY, ("Kept for backward", "Temporaries at the peak"), strict=True):
         beside = {arm: _beside(summary, last, what, arm) for arm in NAMES}
         if not any(map(math.isnan, beside.values())):
-            lines.append(f"{name}: {_list(beside, 2)}.")
+            lines.append(f"{name}, without norms = 1: {_list(beside, 2)}.")
     shares = {arm: 100 * share(find(summary, last, arm)).mean for arm in NAMES}
     return "\n".join([*lines, f"Share of the time that norms take, %: {_list(shares, 0)}."])
 

@@ -321,15 +321,17 @@ def draw(summary: Summary) -> Figure:
     gains, depths = summary["gains"], summary["depths"]
     counts = [(LABELS[arm], sum(bool(row["edge"]) for row in summary["cells"] if row["arm"] == arm)) for arm in ARMS]
     edges = ", ".join(f"{count} cells of '{label}'" for label, count in counts if count)
-    _, bounds = _gain_by_batch_norm(summary)
-    even = f"even if all of these trained, the title's difference would be {bounds.low:.0f} points at least"
-    edges = f" (at an edge of the grid in {edges}: a better one may lie outside, and {even})" * bool(edges)
+    by, bounds = _gain_by_batch_norm(summary)
+    even = f"if all of these trained, the title's difference, {by.mean:.0f} points, would be {bounds.low:.0f} at least"
+    edges = f" (at an edge of the grid in {edges}: a better one may lie outside; even {even})" * bool(edges)
+    deep = summary["deep"]["layers"]
+    in_all = float(f"{np.mean(summary['growth']['batch']) ** (deep - 1):.2g}")
     note = (
         f"Accuracy on test rows of digits (%), means of {summary['seeds']} seeds, each cell at its own best of "
         f"{summary['rates']} learning rates{edges}; {summary['steps']} steps of {BATCH} rows. The title counts pairs "
-        "in each seed: cells counted here may differ. Gain: of all kernels, 1 as He et al. 2015 draw them for ReLU. "
-        f"Not drawn: before training the gradient of a kernel is {growth['batch']} times that of the next layer's with "
-        f"batch norm, {growth['none']} times without, in a network of {summary['deep']['layers']} layers."
+        "of gain and depth in each seed: cells counted here may differ. Gain 1: as He et al. 2015 draw for ReLU. "
+        f"Not drawn: before training the gradient of a kernel is {growth['batch']} times that of the next layer's "
+        f"(about {in_all:g} times over {deep} layers) with batch norm, {growth['none']} times without."
     )
     figure, grid = panels(_title(summary), note, [LABELS[arm] for arm in ARMS], height=4.2, sharey=True)
     for axes, values in zip(grid, means.values(), strict=True):
@@ -347,8 +349,8 @@ def _title(summary: Summary) -> str:
     more = ("about as many", "more", "fewer")[int(by.low > 0) - int(by.high < 0)]
     share = {arm: f"{_trained(summary, arm).mean():.0f}" for arm in ARMS}
     return (
-        f"Batch norm trains at {more} gains and depths: {share['batch']} % of the pairs reach {TRAINED} % accuracy on "
-        f"test rows, without it {share['none']} %"
+        f"Batch norm trains at {more} pairs of gain and depth: {share['batch']} % of them reach {TRAINED} % accuracy "
+        f"on test rows, without it {share['none']} %"
     )
 
 

@@ -259,7 +259,7 @@ def draw(summary: Summary) -> Figure:
         axes.plot(*best, "o", markersize=14, markerfacecolor="none", color=look.colour)
     axes.axhline(100 * (1 - TRAINS), color="0.4", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", yscale="log", ylabel="errors on test rows (%), logarithmic")
-    axes.set_xlabel("learning rate of the first step, logarithmic")
+    axes.set_xlabel("learning rate of the first step, falls linearly to 0; logarithmic")
     axes.set_xticks(rates[:: max(1, len(rates) // 8)], [f"{rate:g}" for rate in rates[:: max(1, len(rates) // 8)]])
     axes.minorticks_off()
     name_places(axes, (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 90))
@@ -276,9 +276,11 @@ def _title(summary: Summary) -> str:
     limit, *others = (_largest(summary, arm) for arm in summary["arms"])
     beside = "".join(f", of {arm} {each}" for arm, each in zip([*summary["arms"]][1:], others, strict=True))
     own, same = (say_better(_gain(summary, at, none)) for at in (norm, none))
+    right, of_layer = (points(summary["arms"][arm]["interval"]["mean"]) for arm in ("batch norm", "layer norm"))
     return (
         f"Batch norm trains at {larger}: the largest is {limit}{beside}.\n"
-        f"Each at its best rate it is {own} than none,\nat the best rate of none {same}"
+        f"Each at its best rate it is right in {right} % of the test rows, layer norm in {of_layer} %:\n"
+        f"{own} than none; at none's rate {same}"
     )
 
 

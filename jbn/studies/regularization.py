@@ -24,6 +24,7 @@ from jbn.studies.intervals import (
     note_edges,
     open_at_edges,
     points,
+    say_better,
     say_half,
 )
 from jbn.studies.networks import BatchNorm, Bias, Dense, Dropout, Norm
@@ -38,13 +39,14 @@ from jbn.studies.regularization_claims import (
     find,
     groups_of,
 )
-from jbn.studies.study import Cell, Measured, Numbers, Settings, Sheet, Size, Study, Summary
+from jbn.studies.study import Cell, Measured, Numbers, Settings, Sheet, Size, Study, Summary, Verdict
 from jbn.studies.training import CLASSES, PIXELS, Plan, accuracies, note_diverged, sweep
 
 DATA = "digits"
 WIDTHS = (PIXELS[DATA], 128, 128, CLASSES)
 MOMENTUM = 0.9  # the rate falls to 0, so at the end the running statistics are those of the last networks
 SEEN = ("training", "validation", "test", "diverged")
+UNDECIDED: Verdict = "not decided within the intervals"
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,9 @@ def tabulate(summary: Summary) -> Sheet:
         "on training rows, with the labels that training saw, less that (below 0 where noise among these labels is not "
         f"learned: test labels have none); each with its 95 % interval over {summary['seeds']} seeds (Student's t). "
         f"Beside them, the share of the {ROWS} training labels that are drawn anew.",
-        f"bn: batch norm by the statistics of so many rows of the whole batch of {ROWS}; drop: dropout of this share "
-        f"after each activation; none: a bias alone. {summary['steps']} steps. Where labels are noise a low rate "
-        "regularizes too, and any arm may have it.",
+        f"bn: batch norm by the statistics of so many rows of the whole batch of {ROWS} ({USUAL}: near a usual batch "
+        "of 32); drop: dropout of this share after each activation; none: a bias alone. "
+        f"{summary['steps']} steps. Where labels are noise a low rate regularizes too, and any arm may have it.",
     ]
     at = {id(row): f"{row['arm']} at {row['noise']:.0%}" for row in summary["arms"]}
     notes += note_edges((at[id(row)], row["edge"]) for row in summary["arms"])
@@ -192,9 +194,8 @@ def draw(summary: Summary) -> Figure:
     noises = sorted({min(summary["noises"]), max(summary["noises"])})
     note = (
         f"{ROWS} of the digits to train with, in one batch, two hidden layers of 128, {summary['steps']} steps; mean, "
-        f"95 % interval of {summary['seeds']} seeds (compared one by one); each arm at its best rate; ringed group and "
-        f"share dropped: the best on validation rows; groups of {USUAL}: near a usual batch of 32. A line "
-        "that is level is one measurement, whatever the axis says below it"
+        f"95 % interval of {summary['seeds']} seeds; each arm at its best rate, dropout at its best share on "
+        f"validation rows. {_by_seeds(summary)}A level line is one arm, drawn across all groups"
     )
     figure, grid = panels(_title(summary), note, [_labels(noise) for noise in noises], height=5)
     for axes, noise in zip(grid, noises, strict=True):
@@ -203,16 +204,14 @@ def draw(summary: Summary) -> Figure:
         levels = {
             "no normalization": (find(summary, noise, 0), OF_NONE),
             f"{_dropped(summary, 0)},\nno normalization": (best_dropout(summary, noise, 0), LOOKS[1]),
-            f"groups of {USUAL},\n{_dropped(summary, USUAL)}\n(level only)": (
-                best_dropout(summary, noise, USUAL),
-                LOOKS[3],
-            ),
+            f"groups of {USUAL},\n{_dropped(summary, USUAL)}": (best_dropout(summary, noise, USUAL), LOOKS[3]),
         }
         draw_intervals(axes, sizes, [_errors(row) for row in groups], OF_BATCH_NORM, "batch norm by groups")
-        axes.plot([best["group"]], [_errors(best).mean], "o", markersize=14, markerfacecolor="none", color="0.3")
         for number, (label, (row, look)) in enumerate(levels.items(), 1):
             # Side by side at both ends, so that in grey, too, each interval is seen to be that of its line.
             draw_intervals(axes, [sizes[0] / 1.4**number, sizes[-1] * 1.4**number], [_errors(row)] * 2, look, label)
+        ring: dict[str, Any] = {"markersize": 14, "markerfacecolor": "none", "color": "0.3"}
+        axes.plot([best["group"]], [_errors(best).mean], "o", label="ring: best on\nvalidation rows", **ring)
         axes.set(xscale="log", yscale="log", xlabel="rows of a group")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
@@ -230,6 +229,29 @@ def _dropped(summary: Summary, group: int) -> str:
     )
 
 
+def _by_seeds(summary: Summary) -> str:
+    """Return what bars beside each other do not show: the differences seed by seed, and which are not decided."""
+    told, both = [], []
+    for noise in sorted({min(summary["noises"]), max(summary["noises"])}):
+        best, none = best_group(summary, noise), find(summary, noise, 0)
+        by = open_at_edges(*better(best, none))
+        ours, theirs = _errors(best), _errors(none)
+        if decide(by, least=0) != UNDECIDED and ours.low < theirs.high and theirs.low < ours.high:
+            told.append(
+                f"With {_labels(noise)} bars of ring and no normalization overlap, but seed by seed the difference is "
+                f"{_say_size(better(best, none)[0])}. "
+            )
+        dropped, edges = better(*(best_dropout(summary, noise, group) for group in (USUAL, 0)))
+        is_open = decide(open_at_edges(dropped, edges), least=0) == UNDECIDED
+        both.append(f"{say_better(dropped)}{' (undecided)' * is_open}")
+    return f"{''.join(told)}Groups of {USUAL} against no normalization, both with dropout: {'; '.join(both)}. "
+
+
+def _say_size(by: Interval) -> str:
+    ends = sorted(map(abs, (by.low, by.high)))
+    return f"{points(abs(by.mean))} ({points(ends[0])} to {points(ends[1])})"
+
+
 def _labels(noise: float) -> str:
     return f"{100 * noise:.0f} % of the labels noise" if noise else "labels as they are"
 
@@ -237,16 +259,20 @@ def _labels(noise: float) -> str:
 def _title(summary: Summary) -> str:
     """Return whether batch norm in its best groups beats none, and then the errors of both, and those with dropout."""
     found: list[str] = []
-    errors, both = [], []
+    errors = []
+    dropped: dict[int, list[str]] = {USUAL: [], 0: []}
     for noise in sorted({min(summary["noises"]), max(summary["noises"])}):
         best, none = best_group(summary, noise), find(summary, noise, 0)
         found.append(
             f"ith {_labels(noise)} {'it' if found else 'batch norm'} {_helps(open_at_edges(*better(best, none)))}"
         )
-        errors.append(f"{_errors(best).mean:.1f} (none {_errors(none).mean:.1f})")
-        both.append(f"{_errors(best_dropout(summary, noise, USUAL)).mean:.1f}")
+        errors.append(f"{_errors(best).mean:.1f} (groups of {best['group']}; none {_errors(none).mean:.1f})")
+        for group, each in dropped.items():
+            each.append(f"{_errors(best_dropout(summary, noise, group)).mean:.1f}")
+    usual, without = (f"{_dropped(summary, group)} {{}}: {' and '.join(each)}" for group, each in dropped.items())
     return (
-        f"W{'; w'.join(found)}.\nErrors, %: {' and '.join(errors)}; groups of {USUAL} with dropout {' and '.join(both)}"
+        f"W{'; w'.join(found)}.\nErrors, %: {' and '.join(errors)};\n"
+        f"{usual.format(f'with groups of {USUAL}')}; {without.format('without norm')}"
     )
 
 

@@ -139,10 +139,10 @@ def test_the_title_of_the_figure_says_what_came_out():
     title = " ".join(figure.get_suptitle().split())
     assert title == (
         "Batch norm reaches 90% in fewer steps in 3 of 3 networks: without it, sigmoid units need 2.5 times as many, "
-        "ReLU units 2.0 times, a residual network at least 5.0 times (4 of 4 seeds do not get there)"
+        "ReLU units 2.0 times, a residual network at least 5.0 times (0 of 4 seeds get there)"
     )
-    assert [text.get_text() for text in figure.axes[5].texts] == ["≥ 0/4"]
-    assert "ends higher" not in figure.get_supxlabel()
+    assert [text.get_text() for text in figure.axes[5].texts] == ["none: ≥ 0/4"]
+    assert "Not drawn" not in figure.get_supxlabel()
     assert len(figure.axes) == 6
     figure = study.draw(study.summarize(measured(steps={("relu", "none"): 60}, travels={"none": 3.0})))
     assert "in fewer steps in 1 of 3 networks" in " ".join(figure.get_suptitle().split())
@@ -156,8 +156,9 @@ def test_the_figure_names_the_rate_of_a_better_end_that_it_does_not_draw():
     summary["arms"][5]["reached"] = [True, True, False, True]
     figure = study.draw(summary)
     note = " ".join(figure.get_supxlabel().split())
-    assert "where another rate ends higher (sigmoid, batch norm: 92.2 % at rate 0.4, drawn is 0.2)" in note
-    assert [text.get_text() for text in figure.axes[5].texts] == ["≥ 3/4"]
+    assert "(batch norm, none): sigmoid ends equal, 92.2 % each, at learning rates 0.4 and 0.2." in note
+    assert "Begin at 0" not in note
+    assert [text.get_text() for text in figure.axes[5].texts] == ["none: ≥ 3/4"]
 
 
 def test_a_verdict_that_an_edge_leaves_open_begins_with_the_reason():
@@ -169,6 +170,8 @@ def test_a_verdict_that_an_edge_leaves_open_begins_with_the_reason():
         row["edge"], row["end_edge"] = "lowest" * (row["arm"] == "batch norm"), "highest" * (row["arm"] == "from 0")
     *_, faster, ends = [claim.judge(summary) for claim in study.CLAIMS]
     assert [each.verdict for each in (faster, ends)] == [UNDECIDED] * 2
+    note = " ".join(study.draw(summary).get_supxlabel().split())
+    assert "Begin at 0: its best rate is the highest tried and 100 steps are few: undecided." in note
     reason = "The best rate is at an edge of the grid, and a better one may lie outside:"
     assert faster.sentence.startswith(f"{reason} batch norm (lowest). To 90.0 %")
     assert ends.sentence.startswith(

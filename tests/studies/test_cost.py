@@ -170,12 +170,13 @@ def test_the_title_of_the_figure_says_what_came_out():
     figure = study.draw(study.summarize(cells))
     title = " ".join(figure.get_suptitle().split())
     assert title == (
-        "Whole steps of the resnet, as multiples of those without norms, least first. "
-        "Kept for the backward pass: jbn with remat_policy 0.75, jbn 1.25, Flax 2.00. "
-        "Temporaries at the peak: jbn 0.50, Flax 1.00, jbn with remat_policy 1.00. "
+        "Whole steps of the resnet, least first. "
+        "Kept for backward, without norms = 1: jbn with remat_policy 0.75, jbn 1.25, Flax 2.00. "
+        "Temporaries at the peak, without norms = 1: jbn 0.50, Flax 1.00, jbn with remat_policy 1.00. "
         "Share of the time that norms take, %: jbn 30, jbn with remat_policy 30, Flax 50."
     )
     note = " ".join(figure.get_supxlabel().split())
-    assert re.search(r"\(-: less\), %: dense Flax -?[\d.]+ ±[\d.]+, remat_policy 0\.1 ±0\.2; resnet Flax", note)
+    assert re.search(r"\(%, \+: slower\): dense Flax [+-][\d.]+ ±[\d.]+, remat_policy \+0\.1 ±0\.2; resnet Flax", note)
+    assert re.search(r"which 'kept' may include; \w+: 0\.50 to 1\.00 MB\. ", note)
     assert [axes.get_title("left").split()[0] for axes in figure.axes] == ["share", "kept", "temporaries"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [arm.label for arm in study.ARMS.values()]

@@ -157,22 +157,24 @@ def test_the_figure_writes_each_number_and_its_title_says_what_came_out():
     figure = study.draw(study.summarize(measured({("none", 0.1): 0.1, ("batch", 10.0): 0.6})))
     title = " ".join(figure.get_suptitle().split())
     assert (
-        "trains at more gains and depths: 100 % of the pairs reach 50 % accuracy on test rows, without it 67 %" in title
+        "trains at more pairs of gain and depth: 100 % of them reach 50 % accuracy on test rows, without it 67 %"
+        in title
     )
     assert "grid" not in figure.get_supxlabel()
     for accuracy, word in (({("batch", 0.1): 0.1}, "fewer"), ({}, "about as many")):
         summary = study.summarize(measured(accuracy, growth=1.2))
         summary["cells"][0]["edge"] = "lowest"
         other = study.draw(summary)
-        assert f"trains at {word} gains" in " ".join(other.get_suptitle().split())
+        assert f"trains at {word} pairs" in " ".join(other.get_suptitle().split())
         note = " ".join(other.get_supxlabel().split())
-        assert "(at an edge of the grid in 1 cells of 'no norm': a better one may lie outside, and even if all" in note
+        assert "(at an edge of the grid in 1 cells of 'no norm': a better one may lie outside; even if all" in note
         assert "Not drawn: before training the gradient of a kernel is 1.200 times that of the next layer's" in note
+        assert "(about 38 times over 21 layers)" in note
     summary = study.summarize(measured({("none", 0.1): 0.1}))
     assert (summary["cells"][0]["arm"], summary["cells"][0]["gain"]) == ("none", 0.1)
     summary["cells"][0]["edge"] = "lowest"  # one of the two that do not train: 83 % would
     note = " ".join(study.draw(summary).get_supxlabel().split())
-    assert "even if all of these trained, the title's difference would be 17 points at least)" in note
+    assert "even if all of these trained, the title's difference, 33 points, would be 17 at least)" in note
     none, batch = figure.axes
     assert [text.get_text() for text in none.texts] == ["10", "80", "80"] * 2
     assert [text.get_text() for text in batch.texts] == ["80", "80", "60"] * 2

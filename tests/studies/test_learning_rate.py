@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jbn.studies import learning_rate as study
 from jbn.studies.gallery import run
+from jbn.studies.intervals import points
 from jbn.studies.study import Measured
 from jbn.studies.terminal import show_sheet
 
@@ -135,10 +136,13 @@ def test_the_table_fits_its_terminal(width):
 
 
 def test_the_title_of_the_figure_says_what_came_out():
-    figure = study.draw(study.summarize(measured(batch_norm=[0.85, 0.953, 0.98, 0.1])))
+    summary = study.summarize(measured(batch_norm=[0.85, 0.953, 0.98, 0.1]))
+    right, of_layer = (points(summary["arms"][arm]["interval"]["mean"]) for arm in ("batch norm", "layer norm"))
+    figure = study.draw(summary)
+    assert right != of_layer
     assert " ".join(figure.get_suptitle().split()) == (
         "Batch norm trains at larger rates: the largest is 1, of layer norm 0.1, of none 0.1. "
-        "Each at its best rate it is 3.0 points better (3.0 to 3.0) than none, "
-        "at the best rate of none 0.3 points better (0.3 to 0.3)"
+        f"Each at its best rate it is right in {right} % of the test rows, layer norm in {of_layer} %: "
+        "3.0 points better (3.0 to 3.0) than none; at none's rate 0.3 points better (0.3 to 0.3)"
     )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(study.ARMS)
