@@ -45,22 +45,24 @@ def machine() -> str:
 
 
 def imports(repeats: int) -> Rows:
-    """Time ``import jbn`` beside ``import jax``, each in fresh processes, in turns, after one that does not count."""
-    code = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+    """Time what an import adds to that which it needs, in fresh processes, in turns, after one that does not count."""
+    code = "import time; {}; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
     statements = {
-        "jax": "import jax",
-        "jbn": "import jbn; jbn.bn_init",
-    }  # jbn imports nothing before a name is asked for
+        "import jbn after import jax": (
+            "import jax",
+            "import jbn; jbn.bn_init",
+        ),  # a name: before it nothing is imported
+        "import jbn.linen after import flax.linen": ("import flax.linen", "import jbn.linen; jbn.linen.BatchNorm"),
+        "import jbn.nnx after import flax.nnx": ("import flax.nnx", "import jbn.nnx; jbn.nnx.BatchNorm"),
+    }
     # What pip installs is compiled to bytecode: a checkout must be able to keep its own, or each import compiles it.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    seconds: dict[str, list[float]] = {"jax": [], "jbn": []}
+    seconds: dict[str, list[float]] = {name: [] for name in statements}
     for _ in range(1 + repeats):
         for name, times in seconds.items():
-            command = [sys.executable, "-c", code.format(statements[name])]
+            command = [sys.executable, "-c", code.format(*statements[name])]
             times.append(float(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout))
-    both = {name: np.array(times[1:]) for name, times in seconds.items()}
-    more = quartiles(both["jbn"] - both["jax"])
-    return [{"seconds": {name: quartiles(times) for name, times in both.items()}, "jbn - jax": more}]
+    return [{"seconds": {name: quartiles(np.array(times[1:])) for name, times in seconds.items()}}]
 
 
 @app.command()
@@ -144,10 +146,6 @@ def _show(console: Console, rows: Rows) -> None:
     """Print times, and the ratio of jbn's to each other's, with quartiles."""
     for row in rows:
         title = " ".join(str(row[key]) for key in ("spec", "batch", "dtype", "study", "call", "program") if key in row)
-        if more := row.get("jbn - jax"):
-            console.print(
-                "import jbn after import jax: {1:.0f} ms ({0:.0f} to {2:.0f})".format(*(s * 1e3 for s in more))
-            )
         table = Table("", "ms", "jbn / this", "of the floor", title=title, title_justify="left")
         seconds, ratio, share = row.get("seconds", {}), row.get("ratio", {}), row.get("of_floor", {})
         for name in dict.fromkeys((*seconds, *ratio)):

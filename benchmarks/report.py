@@ -110,9 +110,14 @@ def beginnings(found: Found) -> str:
     (start,), (imported,) = found["startup"], found["imports"]
     lines = [[name, *(f"{start[part][name][1]:.1f}" for part in ("trace_s", "compile_s"))] for name in start["trace_s"]]
     table = readme.markdown(["53 norms", "trace, s", "compile, s"], lines)
-    more = imported["jbn - jax"]
-    said = f"jbn / Flax, both together: {spread(start['ratio']['Flax Linen'])}. `import jbn` after `import jax`: "
-    said += f"{more[1] * 1e3:.0f} ms ({more[0] * 1e3:.0f} to {more[2] * 1e3:.0f}). Eager calls, jbn / Flax: "
+    said = f"jbn / Flax, both together: {spread(start['ratio']['Flax Linen'])}. In ms: "
+    said += ", ".join(
+        "`{}` {:.0f} ({:.0f} to {:.0f})".format(
+            name.replace(" after ", "` after `"), *(1e3 * times[i] for i in (1, 0, 2))
+        )
+        for name, times in imported["seconds"].items()
+    )
+    said += ". Eager calls, jbn / Flax: "
     said += ", ".join(f"{row['call']} {spread(row['ratio']['Flax Linen'])}" for row in found["eager"])
     return f"{table}\n{said}.\n"
 
