@@ -54,10 +54,10 @@ def recalibrate(
         state: a tree with the ``mean`` and ``var`` of every layer; other leaves come back as they are.
         batches: what ``apply`` takes, one after the other; any tree of arrays each, sharded or not.
         upstream: what layers normalize by meanwhile. "batch": as ``apply`` says, in training by the batch, which is
-            what the parameters were trained with and takes one pass over the data; a last batch of one row is
-            normalized by the running statistics. "recalibrated": by the statistics
-            that are returned, as evaluation will, for batches too small to normalize by; it repeats the pass until no
-            statistics move, by more than 1e-5 of the deviation or the variance. After pass k
+            what the parameters were trained with and takes one pass over the data; a batch of one row is
+            normalized by the statistics of all others. "recalibrated": by the statistics that are returned, as
+            evaluation will, for batches too small to normalize by; it repeats the pass until no statistics move, by
+            more than 1e-5 of the deviation or the variance. After pass k
             the first k layers are exact, and one more pass confirms it; starting near the answer, such as after
             "batch", takes fewer.
         unbiased: let the variance be n/(n - 1) times the biased one, as in PyTorch.
@@ -104,8 +104,16 @@ def recalibrate(
     compiled = jax.jit(apply)
     for number in count(1):
         question = model.question(statistics, upstream)
-        answers = (model.ask(compiled, params, question, batch) for batch in batches)
-        seen, idle = model.select(model.merge(_look_ahead(answers, number, progress)))
+        answers = _look_ahead(
+            ((batch, model.ask(compiled, params, question, batch)) for batch in batches), number, progress
+        )
+        alone: Answers = []
+        found = model.merge(answer for _, answer in _set_aside(answers, alone if upstream == "batch" else None))
+        if alone and found:
+            gathered = statistics | {layer: _take(one, statistics[layer], unbiased) for layer, one in found.items()}
+            question = model.question(gathered, upstream)
+            found = model.merge((model.ask(compiled, params, question, batch) for batch, _ in alone), found)
+        seen, idle = model.select(found or model.merge(answer for _, answer in alone))
         if empty := [layer.path for layer, found in seen.items() if not (found.count > 1).any()]:
             raise ValueError(f"Fewer than two valid rows reached {name_few(empty)}; expected some batch to have them.")
         if upstream == "batch" and (alone := [layer.path for layer, found in seen.items() if found.is_alone]):
@@ -139,12 +147,12 @@ def _count_frames_of_jbn() -> int:
     return sum(1 for _ in takewhile(lambda name: name.partition(".")[0] == "jbn", names))
 
 
-Answers = Iterator[dict[Layer, Observation]]
+Answers = list[tuple[Batch, dict[Layer, Observation]]]
 
 
-def _look_ahead(answers: Answers, number: int, progress: Any) -> Answers:
-    """Yield the answer to each batch while the next one is under way."""
-    waiting: dict[Layer, Observation] | None = None
+def _look_ahead(answers: Iterator[Any], number: int, progress: Any) -> Iterator[Any]:
+    """Yield each batch with the answer to it while the next one is under way."""
+    waiting = None
     for done, ahead in enumerate(answers, 1):
         if waiting is not None:
             yield waiting
@@ -156,6 +164,25 @@ def _look_ahead(answers: Answers, number: int, progress: Any) -> Answers:
             "batches is empty; expected at least one batch. An iterator that was used before has none left."
         )
     yield waiting
+
+
+def _set_aside(answers: Iterable[Any], alone: Answers | None) -> Iterator[Any]:
+    """Yield the answers to batches whose rows have company, and put the others into ``alone``.
+
+    One row is normalized by the running statistics. Before the pass these are old, or those of a new layer, and what
+    the row then is to the layers that follow is no number of this model.
+    """
+    for batch, answer in answers:
+        if alone is not None and any(map(_has_one_row, answer.values())):
+            alone.append((batch, answer))
+        else:
+            yield batch, answer
+
+
+def _has_one_row(found: Observation) -> bool:
+    """Say whether some layer has seen one row at each of its calls; a stack has several."""
+    rows, updates = np.asarray(found.count) + np.asarray(found.rest), np.asarray(found.updates)
+    return bool(((updates > 0) & (rows == updates)).any())
 
 
 def _take(seen: Seen, before: Statistics, unbiased: bool) -> Statistics:

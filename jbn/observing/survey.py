@@ -1,6 +1,6 @@
 """What the layers of a model see when it runs, asked through their states: count, mean and variance of their rows."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias
 
@@ -181,9 +181,11 @@ class Survey:
 
         return search(layers) if runs([]) else []
 
-    def merge(self, answers: Iterable[dict[Layer, Observation]]) -> dict[Layer, Seen]:
-        """Return what every layer that was asked has seen in all runs."""
-        seen: dict[Layer, Seen] = {}
+    def merge(
+        self, answers: Iterable[dict[Layer, Observation]], before: Mapping[Layer, Seen] | None = None
+    ) -> dict[Layer, Seen]:
+        """Return what every layer that was asked has seen in all runs, and before."""
+        seen = dict(before or {})
         with np.errstate(invalid="ignore", over="ignore"):
             for answer in answers:
                 for layer, found in answer.items():
