@@ -116,9 +116,9 @@ def recalibrate(
         seen, idle = model.select(found or model.merge(answer for _, answer in alone))
         if empty := [layer.path for layer, found in seen.items() if not (found.count > 1).any()]:
             raise ValueError(f"Fewer than two valid rows reached {name_few(empty)}; expected some batch to have them.")
-        if upstream == "batch" and (alone := [layer.path for layer, found in seen.items() if found.is_alone]):
+        if upstream == "batch" and (rows := [layer.path for layer, found in seen.items() if found.is_alone]):
             raise ValueError(
-                f"{name_few(alone)} saw no more rows than batches, one value per channel: no batch to normalize by. "
+                f"{name_few(rows)} saw no more rows than batches, one value per channel: no batch to normalize by. "
                 "Expected larger batches, a last one of one row excepted, or upstream='recalibrated'."
             )
         new = {layer: _take(found, statistics[layer], unbiased) for layer, found in seen.items()}
