@@ -34,6 +34,7 @@ from jbn.paths import count_of
 from jbn.version import install
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+FOLDED = (".jaxexport", ".onnx")  # programs; arrays are those of the network as it was trained
 # How far logits may be from those of the network, relative to the largest: a folded kernel is rounded once more, in the
 # dtype of the arithmetic, and such errors add up over the layers.
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -115,9 +116,10 @@ def _open(options: ExportOptions) -> Product:
     apply, folded, folds = fold(network, variables, images, train=False)
     words = [f"{saved.options.model} in '{saved.out}' after step {state.step}"]
     words[0] += ", the average of its weights" * options.average
-    if folds.pairs:
+    programs = any(file.suffix in FOLDED for file in options.files)
+    if folds.pairs and programs:
         words.append(f"Folded into the layers beside them: {count_of(len(folds.pairs), 'norm')}")
-    if folds.kept:
+    if folds.kept and programs:
         words.append(f"Not folded: {', '.join(folds.kept)}")
 
     def evaluate(images: Any) -> Any:

@@ -120,6 +120,10 @@ def test_a_network_in_bfloat16(tmp_path):
     half = saved(tmp_path / "half", dtype="bfloat16")
     result = run(half, tmp_path / "half.jaxexport", tmp_path / "half.npz")
     assert result.exit_code == 0, result.output
+    assert "Folded into the layers beside them" in result.output
+    result = run(half, tmp_path / "alone.npz")  # arrays are not folded
+    assert result.exit_code == 0, result.output
+    assert "Folded" not in result.output
 
 
 def test_a_network_without_batch_norm(tmp_path):
