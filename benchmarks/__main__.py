@@ -47,11 +47,9 @@ def machine() -> str:
 def imports(repeats: int) -> Rows:
     """Time what an import adds to that which it needs, in fresh processes, in turns, after one that does not count."""
     code = "import time; {}; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+    # Each asks for a name: jbn imports nothing before that.
     statements = {
-        "import jbn after import jax": (
-            "import jax",
-            "import jbn; jbn.bn_init",
-        ),  # a name: before it nothing is imported
+        "import jbn after import jax": ("import jax", "import jbn; jbn.bn_init"),
         "import jbn.linen after import flax.linen": ("import flax.linen", "import jbn.linen; jbn.linen.BatchNorm"),
         "import jbn.nnx after import flax.nnx": ("import flax.nnx", "import jbn.nnx; jbn.nnx.BatchNorm"),
     }

@@ -194,27 +194,27 @@ def _warn_of_flattened(
     """
     kernels = {path: shape["kernel"] for path, shape in shapes.items() if "kernel" in shape and path not in kinds}
     convolutions = {path: shape[-1] for path, shape in kernels.items() if len(shape) > 2}
-    ordered = [*shapes] != sorted(shapes)
-    places = (
-        {max(convolutions, key=lambda path: convolutions[path]), *[*convolutions][-1:] * ordered}
-        if convolutions
-        else ()
-    )
+    if not convolutions:
+        return
+    places = [max(convolutions, key=lambda path: convolutions[path])]
+    if [*shapes] != sorted(shapes):
+        places.append([*convolutions][-1])
     for path, shape in kernels.items():
         others = {size[-1] for other, held in shapes.items() if other != path for size in held.values() if size}
-        for place in places if len(shape) == 2 and shape[0] not in others else ():
-            channels, positions = convolutions[place], shape[0] // convolutions[place]
-            if positions * channels == shape[0] and positions > 1:
-                side = isqrt(positions)
-                example = (channels, side, side) if side**2 == positions else (channels, positions, 1)
-                warnings.warn(
-                    f"{origin.spell(path)} of tree takes {shape[0]} values, {positions} for each of the {channels} "
-                    f"channels of {origin.spell(place)}: if these are flattened before it, {source} and {target} have "
-                    f"them in another order, and nothing else says so. Expected flattened={{{origin.spell(path)!r}: "
-                    f"{example}}}, the shape (C, H, W) before; or flattened={{}} if they are not.",
-                    stacklevel=3,
-                )
-                return
+        fitting = [place for place in places if shape[0] > convolutions[place] and shape[0] % convolutions[place] == 0]
+        if len(shape) == 2 and shape[0] not in others and fitting:
+            channels = convolutions[fitting[0]]
+            positions = shape[0] // channels
+            side = isqrt(positions)
+            example = (channels, side, side) if side**2 == positions else (channels, positions, 1)
+            warnings.warn(
+                f"{origin.spell(path)} of tree takes {shape[0]} values, {positions} for each of the {channels} "
+                f"channels of {origin.spell(fitting[0])}: if these are flattened before it, {source} and {target} have "
+                f"them in another order, and nothing else says so. Expected flattened={{{origin.spell(path)!r}: "
+                f"{example}}}, the shape (C, H, W) before; or flattened={{}} if they are not.",
+                stacklevel=3,
+            )
+            return
 
 
 def _kind_of(error: Exception) -> type[Exception]:

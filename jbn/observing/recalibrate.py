@@ -57,9 +57,8 @@ def recalibrate(
             what the parameters were trained with and takes one pass over the data; a batch of one row is
             normalized by the statistics of all others. "recalibrated": by the statistics that are returned, as
             evaluation will, for batches too small to normalize by; it repeats the pass until no statistics move, by
-            more than 1e-5 of the deviation or the variance. After pass k
-            the first k layers are exact, and one more pass confirms it; starting near the answer, such as after
-            "batch", takes fewer.
+            more than 1e-5 of the deviation or the variance. After pass k the first k layers are exact, and one more
+            pass confirms it; starting near the answer, such as after "batch", takes fewer.
         unbiased: let the variance be n/(n - 1) times the biased one, as in PyTorch.
         progress: called with the number of the pass and of the batches done in it, both from 1.
 
@@ -104,24 +103,23 @@ def recalibrate(
     compiled = jax.jit(apply)
     for number in count(1):
         question = model.question(statistics, upstream)
-        answers = _look_ahead(
-            ((batch, model.ask(compiled, params, question, batch)) for batch in batches), number, progress
-        )
-        alone: Answers = []
-        found = model.merge(answer for _, answer in _set_aside(answers, alone if upstream == "batch" else None))
+        asked = ((batch, model.ask(compiled, params, question, batch)) for batch in batches)
+        answers, alone = _look_ahead(asked, number, progress), list[Answered]()
+        if upstream == "batch":
+            answers = _set_aside(answers, alone)
+        found = model.merge(answer for _, answer in answers)
         if alone and found:
-            gathered = statistics | {layer: _take(one, statistics[layer], unbiased) for layer, one in found.items()}
-            question = model.question(gathered, upstream)
+            question = model.question(statistics | _take_all(found, statistics, unbiased), upstream)
             found = model.merge((model.ask(compiled, params, question, batch) for batch, _ in alone), found)
         seen, idle = model.select(found or model.merge(answer for _, answer in alone))
         if empty := [layer.path for layer, found in seen.items() if not (found.count > 1).any()]:
             raise ValueError(f"Fewer than two valid rows reached {name_few(empty)}; expected some batch to have them.")
-        if upstream == "batch" and (rows := [layer.path for layer, found in seen.items() if found.is_alone]):
+        if upstream == "batch" and (single := [layer.path for layer, found in seen.items() if found.is_alone]):
             raise ValueError(
-                f"{name_few(rows)} saw no more rows than batches, one value per channel: no batch to normalize by. "
-                "Expected larger batches, a last one of one row excepted, or upstream='recalibrated'."
+                f"{name_few(single)} saw no more rows than batches, one value per channel: no batch to normalize by. "
+                "Expected larger batches, one or another of one row excepted, or upstream='recalibrated'."
             )
-        new = {layer: _take(found, statistics[layer], unbiased) for layer, found in seen.items()}
+        new = _take_all(seen, statistics, unbiased)
         settled = all(_agree(statistics[layer], found) for layer, found in new.items())
         statistics |= new
         if settled or number >= passes:
@@ -147,12 +145,12 @@ def _count_frames_of_jbn() -> int:
     return sum(1 for _ in takewhile(lambda name: name.partition(".")[0] == "jbn", names))
 
 
-Answers = list[tuple[Batch, dict[Layer, Observation]]]
+Answered = tuple[Batch, dict[Layer, Observation]]
 
 
-def _look_ahead(answers: Iterator[Any], number: int, progress: Any) -> Iterator[Any]:
+def _look_ahead(answers: Iterator[Answered], number: int, progress: Any) -> Iterator[Answered]:
     """Yield each batch with the answer to it while the next one is under way."""
-    waiting = None
+    waiting: Answered | None = None
     for done, ahead in enumerate(answers, 1):
         if waiting is not None:
             yield waiting
@@ -166,14 +164,14 @@ def _look_ahead(answers: Iterator[Any], number: int, progress: Any) -> Iterator[
     yield waiting
 
 
-def _set_aside(answers: Iterable[Any], alone: Answers | None) -> Iterator[Any]:
+def _set_aside(answers: Iterator[Answered], alone: list[Answered]) -> Iterator[Answered]:
     """Yield the answers to batches whose rows have company, and put the others into ``alone``.
 
     One row is normalized by the running statistics. Before the pass these are old, or those of a new layer, and what
     the row then is to the layers that follow is no number of this model.
     """
     for batch, answer in answers:
-        if alone is not None and any(map(_has_one_row, answer.values())):
+        if any(map(_has_one_row, answer.values())):
             alone.append((batch, answer))
         else:
             yield batch, answer
@@ -183,6 +181,10 @@ def _has_one_row(found: Observation) -> bool:
     """Say whether some layer has seen one row at each of its calls; a stack has several."""
     rows, updates = np.asarray(found.count) + np.asarray(found.rest), np.asarray(found.updates)
     return bool(((updates > 0) & (rows == updates)).any())
+
+
+def _take_all(seen: dict[Layer, Seen], before: dict[Layer, Statistics], unbiased: bool) -> dict[Layer, Statistics]:
+    return {layer: _take(found, before[layer], unbiased) for layer, found in seen.items()}
 
 
 def _take(seen: Seen, before: Statistics, unbiased: bool) -> Statistics:

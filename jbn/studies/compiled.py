@@ -21,8 +21,8 @@ from jbn.linen import BatchNorm
 AGREE = 1e-3
 
 
-class OfFlax(nn.Module):
-    """Flax's batch norm, then addition and activation, called as jbn's is."""
+class InPlace(nn.Module):
+    """What stands in the place of jbn's batch norm and is called as it is: a change of x, then addition, activation."""
 
     use_running_average: bool
     momentum: float
@@ -31,24 +31,32 @@ class OfFlax(nn.Module):
     @nn.compact
     def __call__(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
         """Return y."""
-        y = nn.BatchNorm(self.use_running_average, momentum=self.momentum, name="norm")(x, mask=mask)
+        y = self.change(x, mask)
         y = y if residual is None else y + residual
         return y if self.activation is None else self.activation(y)
 
+    @nn.nowrap
+    def change(self, x: Array, mask: Array | None) -> Array:
+        """Return what comes before addition and activation."""
+        raise NotImplementedError
 
-class Bias(nn.Module):
-    """No norm: a bias, then addition and activation, called as jbn's batch norm is."""
 
-    use_running_average: bool
-    momentum: float
-    activation: Callable[[Array], Array] | None = None
+class OfFlax(InPlace):
+    """Flax's batch norm."""
 
-    @nn.compact
-    def __call__(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
-        """Return y."""
-        y = x + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
-        y = y if residual is None else y + residual
-        return y if self.activation is None else self.activation(y)
+    @nn.nowrap
+    def change(self, x: Array, mask: Array | None) -> Array:
+        """Return x, normalized."""
+        return nn.BatchNorm(self.use_running_average, momentum=self.momentum, name="norm")(x, mask=mask)
+
+
+class Bias(InPlace):
+    """No norm: a bias."""
+
+    @nn.nowrap
+    def change(self, x: Array, mask: Array | None) -> Array:
+        """Return x and the bias."""
+        return x + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 @dataclass(frozen=True)
