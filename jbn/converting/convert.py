@@ -201,7 +201,7 @@ def _warn_of_flattened(
         places.append([*convolutions][-1])
     for path, shape in kernels.items():
         others = {size[-1] for other, held in shapes.items() if other != path for size in held.values() if size}
-        fitting = [place for place in places if shape[0] > convolutions[place] and shape[0] % convolutions[place] == 0]
+        fitting = [place for place in places if shape[0] % convolutions[place] == 0]
         if len(shape) == 2 and shape[0] not in others and fitting:
             channels = convolutions[fitting[0]]
             positions = shape[0] // channels

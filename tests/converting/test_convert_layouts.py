@@ -1,5 +1,7 @@
 """convert: what the arrays of a layer mean elsewhere: conventions of the variance, kernels, flattened examples."""
 
+from collections import OrderedDict
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -201,34 +203,43 @@ def test_pixels_of_one_need_no_order():
     np.testing.assert_array_equal(params["fc"]["kernel"], square["fc.weight"].T)
 
 
-# Rows of a dense layer after a convolution of 6 channels, what else there is, and whether somebody must say something.
+# Rows of a dense layer after a convolution of 6 channels, what else there is before it, and the shape that somebody
+# must tell, if anybody must.
 AFTER = {
-    "flattened": (6 * 25, {}, True),
-    "flattened, not square": (6 * 10, {}, True),
-    "pooled": (6, {}, False),
-    "no multiple": (40, {}, False),
-    "after a dense layer": (12, {"a.weight": (12, 6), "a.bias": (12,)}, False),
-    "after a norm": (12, {"a.weight": (12,), "a.running_mean": (12,), "a.running_var": (12,)}, False),
-    "without a convolution": (150, {"conv.weight": (6, 3)}, False),
+    "flattened": (6 * 25, {}, (6, 5, 5)),
+    "flattened, not square": (6 * 10, {}, (6, 10, 1)),
+    "the widest of several": (9 * 25, {"deep.weight": (9, 6, 3, 3), "end.weight": (5, 9, 3, 3)}, (9, 5, 5)),
+    "the last of several": (4 * 25, {"deep.weight": (9, 6, 3, 3), "a.weight": (4, 9, 3, 3)}, (4, 5, 5)),
+    "pooled": (6, {}, None),
+    "no multiple": (40, {}, None),
+    "after a dense layer": (12, {"a.weight": (12, 6), "a.bias": (12,)}, None),
+    "after a norm": (12, {"a.weight": (12,), "a.running_mean": (12,), "a.running_var": (12,)}, None),
+    "without a convolution": (150, {"conv.weight": (6, 3)}, None),
 }
 
 
 @pytest.mark.parametrize("case", AFTER)
 def test_a_dense_layer_that_seems_to_take_flattened_images_is_warned_of(case, recwarn):
-    rows, others, warns = AFTER[case]
-    shapes = {"conv.weight": (6, 3, 5, 5), "fc.weight": (10, rows)} | others
-    tree = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    rows, others, example = AFTER[case]
+    shapes = {"conv.weight": (6, 3, 5, 5)} | others | {"fc.weight": (10, rows)}
+    # As from PyTorch: JAX would sort the names of a plain dictionary.
+    tree = OrderedDict((name, np.ones(shape, np.float32)) for name, shape in shapes.items())
     variables = jbn.convert(tree, "torch", "linen")
     text = [str(warning.message) for warning in recwarn.list]
+    warns = example is not None
     assert len(text) == warns
     if warns:
-        example = (6, 5, 5) if rows == 150 else (6, 10, 1)
-        assert f"fc of tree takes {rows} values, {rows // 6} for each of the 6 channels of conv" in text[0]
+        (place,) = (name[:-7] for name, shape in shapes.items() if len(shape) == 4 and shape[0] == example[0])
+        each = rows // example[0]
+        assert f"fc of tree takes {rows} values, {each} for each of the {example[0]} channels of {place}:" in text[0]
         assert f"flattened={{'fc': {example}}}" in text[0]
         assert recwarn.list[0].filename == __file__
         assert jbn.convert(tree, "torch", "linen", flattened={"fc": example})
-        jbn.convert(variables, "linen", "torch")  # the other way round too
-        assert len(recwarn.list) == 2
+        assert len(recwarn.list) == 1
+        if not others:  # the other way round too; there the names are in order, and tell nothing of that of the layers
+            jbn.convert(variables, "linen", "torch")
+            assert len(recwarn.list) == 2
+    told = len(recwarn.list)
     jbn.convert(tree, "torch", "linen", flattened={})
     jbn.convert(tree, "torch", "torch")
-    assert len(recwarn.list) == 2 * warns
+    assert len(recwarn.list) == told
