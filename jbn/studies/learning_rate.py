@@ -279,7 +279,7 @@ def _title(summary: Summary) -> str:
     right, of_layer = (points(summary["arms"][arm]["interval"]["mean"]) for arm in ("batch norm", "layer norm"))
     return (
         f"Batch norm trains at {larger}: the largest is {limit}{beside}.\n"
-        f"Each at its best rate it is right in {right} % of the test rows, layer norm in {of_layer} %:\n"
+        f"Each at its best rate it is right in {right} % of the test rows, layer norm in {of_layer} %; it is\n"
         f"{own} than none; at none's rate {same}"
     )
 

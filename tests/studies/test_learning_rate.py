@@ -142,7 +142,7 @@ def test_the_title_of_the_figure_says_what_came_out():
     assert right != of_layer
     assert " ".join(figure.get_suptitle().split()) == (
         "Batch norm trains at larger rates: the largest is 1, of layer norm 0.1, of none 0.1. "
-        f"Each at its best rate it is right in {right} % of the test rows, layer norm in {of_layer} %: "
+        f"Each at its best rate it is right in {right} % of the test rows, layer norm in {of_layer} %; it is "
         "3.0 points better (3.0 to 3.0) than none; at none's rate 0.3 points better (0.3 to 0.3)"
     )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(study.ARMS)
