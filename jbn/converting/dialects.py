@@ -199,10 +199,11 @@ def _check_statistics(layer: Layer) -> None:
     for name, value in wide.items():
         bad = ~np.isfinite(value) | ((value < 0) if name == "var" else False)
         if bad.any():
+            least = ", 0 or more" if name == "var" else ""
             raise ValueError(
-                f"has a running {name} that is NaN, infinite or negative in {bad.sum()} of "
-                f"{count_of(bad.size, 'value')}, such as {value[bad].flat[0]:g}; expected finite ones, a variance of 0 "
-                "or more. An older checkpoint may have them; or leave the layer out, by names, and use jbn.recalibrate."
+                f"has {bad.sum()} of {count_of(bad.size, 'value')} of its running {name} such as "
+                f"{value[bad].flat[0]:g}; expected finite ones{least}. An older checkpoint may have them; or leave the "
+                "layer out, by names, and measure them anew, by recalibrate."
             )
 
 

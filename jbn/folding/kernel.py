@@ -258,7 +258,7 @@ def _check_statistics(mean: Any, var: Any, epsilon: float) -> None:
             expected = f"finite ones, {least}" if name == "var" else "finite ones"
             raise ValueError(
                 f"state.{name} has {bad.sum()} of {count_of(bad.size, 'value')} such as {value[bad].flat[0]:g}; "
-                f"expected {expected}. jbn.recalibrate measures them anew."
+                f"expected {expected}. recalibrate measures them anew."
             )
 
 

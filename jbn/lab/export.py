@@ -103,6 +103,9 @@ def _check(options: ExportOptions) -> None:
             raise OptionError("FILE", f"got '{file}'; expected the name of a file, in a folder that is there")
         if os.path.lexists(file) and not options.force:
             raise OptionError("FILE", f"'{file}' is there; write over it with --force, or take another name")
+    places = [os.path.realpath(file) for file in options.files]
+    if twice := [file for file, place in zip(options.files, places, strict=True) if places.count(place) > 1]:
+        raise OptionError("FILE", f"got '{twice[0]}' twice; expected each file once")
 
 
 def _open(options: ExportOptions) -> Product:

@@ -268,7 +268,9 @@ def _note_range(option: str, source: Source) -> Iterator[str]:
     """Yield a sentence where some images are far from the values, near 1, that the networks are made for."""
     rows = np.unique(np.linspace(0, len(source) - 1, RANGE_IMAGES).astype(int))
     largest = float(np.abs(source.rows(rows).images).max())
-    if np.isfinite(largest) and not 1 / FAR_FROM_ONE <= largest <= FAR_FROM_ONE:
+    if largest == 0:
+        yield f"every value in {count_of(len(rows), 'image')} of {option} is 0: images that are alike teach nothing"
+    elif np.isfinite(largest) and not 1 / FAR_FROM_ONE <= largest <= FAR_FROM_ONE:
         seen = f"the largest value in {count_of(len(rows), 'image')} of {option} is {largest:.3g}"
         yield f"{seen} (uint8 is divided by 255, floats are taken as they are): scale them to about 1"
 

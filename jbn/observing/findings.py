@@ -37,6 +37,8 @@ _GAP_OF_LAYER, _GAP_OF_CHANNEL, _ENOUGH = 0.5, 1.0, 64
 # A gap that the prior explains in most of the channels that are off has a known cause and needs less evidence: half the
 # usual gap is reported. The allowance for chance in small batches is not halved.
 _BY_PRIOR = 0.5
+# A running variance above this many times the prior's share is more than is left of the initial 1: shares are fitted.
+_ALLOWED = 1.1
 LEAST_GAP = _GAP_OF_LAYER * _BY_PRIOR
 
 
@@ -195,7 +197,9 @@ class Examination:
         )
 
     def _constant(self) -> Iterator[Finding]:
-        varied = (self.constant & (self.layer.running_var > _SMALL * self.epsilon)).any()
+        # Of a running variance the part that is still the initial 1 tells nothing of x.
+        begun = _ALLOWED * np.nan_to_num(self.layer.prior)
+        varied = (self.constant & (self.layer.running_var > begun + _SMALL * self.epsilon)).any()
         return self._finding(
             "dead",
             "constant in this batch",

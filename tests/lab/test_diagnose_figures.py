@@ -117,6 +117,26 @@ def test_what_varied_before_is_not_removed():
     assert repr(diagnose(apply, params, state, rows(32))) == finding.message
 
 
+@pytest.mark.parametrize("told", [{"momentum": 0.9, "updates": 10}, {}], ids=["told", "fitted"])
+def test_what_is_left_of_the_initial_variance_is_no_variation(told):
+    params, state = changed(PARAMS, "head/w", scaled([4], 0)), FRESH
+    for step in range(10):
+        state = apply(params, state, rows(256, step))
+    dead = [f.message for f in diagnose(apply, params, state, rows(256), **told).findings if f.kind == "dead"]
+    assert [message.endswith("the channel can be removed.") for message in dead] == [True]
+    state = changed(state, "head/norm/var", scaled([4], 1.5))
+    dead = [f.message for f in diagnose(apply, params, state, rows(256), **told).findings if f.kind == "dead"]
+    assert [message.endswith("by the running variance it varied before.") for message in dead] == [True]
+
+
+def test_a_layer_that_saw_nothing_but_constants_has_not_varied():
+    def norm(_, state, x):
+        return jbn.bn_forward(None, state, x, True)[1]
+
+    (finding,) = diagnose(norm, None, norm(None, jbn.bn_init(C)[1], np.ones((32, C))), np.ones((32, C))).findings
+    assert finding.message.endswith("the channel can be removed.")
+
+
 def test_epsilon_is_that_of_the_layers():
     params = changed(PARAMS, "head/w", scaled([2], 5e-4))
     state = jbn.recalibrate(apply, params, STATE, [rows(2048, 9)])

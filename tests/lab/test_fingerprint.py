@@ -152,6 +152,11 @@ def test_validation_of_another_scale_is_refused(tmp_path):
             ["--warmup-epochs 2 lasts 4 steps, and the run 4: the learning rate grows to its end, where it is 0.3"],
         ),
         (
+            labelled(40, 0, 1)._replace(images=np.zeros((40, 8, 8))),
+            {},
+            ["every value in 16 images of --data is 0: images that are alike teach nothing"],
+        ),
+        (
             labelled(40, 0, 1)._replace(images=np.full((40, 8, 8), 255.0)),
             {"--warmup-epochs": 1, "--batch-size": 40, "--epochs": 1},
             [
@@ -161,7 +166,7 @@ def test_validation_of_another_scale_is_refused(tmp_path):
             ],
         ),
     ],
-    ids=["nothing", "holes", "batch", "warmup", "scale"],
+    ids=["nothing", "holes", "batch", "warmup", "zeros", "scale"],
 )
 def test_what_is_seldom_meant_is_said_once(tmp_path, data, arguments, notes):
     given = {"--data": folder(tmp_path / "data", data), "--batch-size": 20} | arguments

@@ -66,7 +66,9 @@ class Saved(NamedTuple):
                 saved = f"saved are those of steps {', '.join(map(str, steps))}" if steps else "none is saved"
                 which = f"no checkpoint of step {chosen}" if chosen else "no checkpoint"
                 raise FileError(f"{which} in '{checkpoints.folder}'; {saved}")
-            return recipe, checkpoints.read(chosen, like, mesh)
+            before = [self.out / CHECKPOINTS / str(step) for step in steps if step < chosen]
+            with blame_checkpoint(fix=f"; take the one before it, '{before[-1]}'" if before else ""):
+                return recipe, checkpoints.read(chosen, like, mesh)
 
 
 def find_saved(path: Path) -> Saved:
@@ -102,9 +104,9 @@ def _network_of(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def blame_checkpoint(what: str = "", option: str = "CHECKPOINT") -> Iterator[None]:
+def blame_checkpoint(what: str = "", option: str = "CHECKPOINT", fix: str = "") -> Iterator[None]:
     """Turn what is wrong with a file into an error of the argument of the command, or of the option that named it."""
     try:
         yield
     except (OptionError, FileError) as error:
-        raise OptionError(option, f"{what}{error}") from None
+        raise OptionError(option, f"{what}{error}{fix}") from None
