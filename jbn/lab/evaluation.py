@@ -50,7 +50,7 @@ class Evaluated(NamedTuple):
 
     Attributes:
         labels: int32 (n,).
-        judged: by the running statistics first.
+        judged: by the running statistics first, where there are any.
     """
 
     title: str
@@ -87,11 +87,12 @@ def evaluate_run(options: EvaluateOptions) -> Evaluated:
     # the statistics of a last batch of few images would be those of few.
     order = np.concatenate([batches.rows(step, seed=0) for step in range(batches.per_epoch)])
     shares = np.array_split(order, batches.per_epoch)
-    ways = [("running statistics", state.variables, False)]
+    held = "running statistics" if state.batch_stats else "no statistics"  # a network without batch norm has none
+    ways = [(held, state.variables, False)]
     if state.batch_stats and len(source) > 1:
         ways.append((f"statistics of batches of {len(shares[0])}", state.variables, True))
     if state.average is not None:
-        ways.append(("average of weights, running statistics", state.average, False))
+        ways.append((f"average of weights, {held}", state.average, False))
     with blame_checkpoint(option="CHECKPOINT" if options.data is None else "--data"):
         judged = tuple(
             Judged(by, *_judge(recipe.network, variables, train, batches, shares)) for by, variables, train in ways
@@ -154,12 +155,12 @@ def table_of(found: Evaluated) -> Table:
 
 
 def table_of_classes(found: Evaluated) -> Table:
-    """Return a row for each class that there are images of, by the running statistics; of many classes the worst."""
+    """Return a row for each class that there are images of, as judged first; of many classes the worst."""
     answers, labels = found.judged[0].answers, found.labels
     classes, images = np.unique(labels, return_counts=True)
     right = np.array([(answers[labels == each] == each).mean() for each in classes])
     shown = np.arange(len(classes))
-    caption = "by the running statistics; taken for: which other classes its images are taken for most often"
+    caption = f"by {found.judged[0].by}; taken for: which other classes its images are taken for most often"
     if len(classes) > MOST_CLASSES:
         shown = np.argsort(right, kind="stable")[:MOST_CLASSES]
         caption = f"the worst {MOST_CLASSES} of {len(classes)} classes, {caption}"

@@ -25,7 +25,8 @@ SMOOTHING = 15
 NOTE = (
     f"The two panels on the right: of all numbers that the last ReLU is given for {PROBE_IMAGES} validation images, "
     "90 % lie within the pale band, 70 % within the dark one,\nand half above the line in its midst. A band that stays "
-    "in its place: what is given changes little while the layers before it learn."
+    "in its place: what is given changes little while the layers before it learn, "
+    "or they no longer learn."
 )
 
 
@@ -106,7 +107,7 @@ def _draw_model(row: Sequence[Axes], pair: Sequence[dict[str, Any]]) -> None:
     row[0].set(title=f"{model}, learning rate {rate:g}: training loss", yscale="log")
     row[0].set_ylabel(f"cross-entropy (bold: median of {SMOOTHING} steps)")
     row[1].set(title=f"{model}: validation accuracy", ylabel="accuracy (%)", ylim=(lowest, 100))
-    row[0].legend(loc="upper right")
+    row[0].legend(loc="best")
     row[1].legend(loc="best")
     low, high = row[2].get_ylim()
     row[2].set_ylim(low, high + 0.1 * (high - low))  # room for the legends
