@@ -3,7 +3,8 @@
 Studies: ``layers``, one norm on the shapes of real models (`benchmarks.speed`); ``chains`` and ``resnet50``, norms in
 networks, and ``startup``, tracing and compiling them (`benchmarks.networks`); ``eager``, calls that nobody compiled
 (`benchmarks.eager`); ``ensembles``, norms under ``vmap`` (`benchmarks.ensembles`); ``imports``; ``sums``, ways of
-taking the sums inside (`benchmarks.sums`); and ``forward``, ways through a whole forward pass (`benchmarks.forward`).
+taking the sums inside (`benchmarks.sums`); ``forward``, ways through a whole forward pass, and ``near``, in how many
+layers of a trained network one of them would do (`benchmarks.forward`).
 With ``--write`` the figures go into results/, in a file for this kind of machine, and `benchmarks.report` makes the
 tables and the picture of the pages of them.
 """
@@ -29,7 +30,7 @@ from benchmarks.specs import BATCH, OTHERS, RESNET50
 from benchmarks.timing import quartiles
 
 RESULTS = Path(__file__).parent / "results"
-STUDIES = ("layers", "chains", "resnet50", "startup", "eager", "ensembles", "imports", "sums", "forward")
+STUDIES = ("layers", "chains", "resnet50", "startup", "eager", "ensembles", "imports", "sums", "forward", "near")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -112,6 +113,7 @@ def bench(
         "imports": lambda: imports(repeats),
         "sums": lambda: sums.measure(repeats),
         "forward": lambda: forward.measure(repeats),
+        "near": forward.near_zero,
     }
     path = RESULTS / f"{machine()}.json"
     for study in chosen:
@@ -141,8 +143,11 @@ def _known(what: str, given: list[str] | None, known: tuple[str, ...]) -> tuple[
 
 
 def _show(console: Console, rows: Rows) -> None:
-    """Print times, and the ratio of jbn's to each other's, with quartiles."""
+    """Print times, and the ratio of jbn's to each other's, with quartiles; rows without times as they are."""
     for row in rows:
+        if not {"seconds", "ratio"} & row.keys():
+            console.print(", ".join(f"{key}: {value}" for key, value in row.items()))
+            continue
         title = " ".join(str(row[key]) for key in ("spec", "batch", "dtype", "study", "call", "program") if key in row)
         table = Table("", "ms", "jbn / this", "of the floor", title=title, title_justify="left")
         seconds, ratio, share = row.get("seconds", {}), row.get("ratio", {}), row.get("of_floor", {})

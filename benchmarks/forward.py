@@ -6,8 +6,10 @@ and the running mean, k, is near it. What the ways lack, the guard, the new stat
 than what could be built of them.
 """
 
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -15,14 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from rich.console import Console
 
 import jbn
 from benchmarks.specs import BATCH, RESNET50
 from benchmarks.timing import quartiles
+from jbn.lab.devices import mesh_of
+from jbn.lab.options import TrainOptions, TrainPlace
+from jbn.lab.run.saved import find_saved
+from jbn.lab.train import train
 from jbn.studies.timing import interleaved
 
 SHAPES = tuple(spec for spec in RESNET50 if spec.example in ((56, 56, 64), (14, 14, 256), (14, 14, 1024), (7, 7, 512)))
 EPSILON, ROWS = 1e-5, (0, 1, 2)
+NEAR = 2  # a mean whose square is no more variances than this costs plain sums no more digits than jbn's guard allows
 
 Way = Callable[[Array, Array], Array]
 Sums = tuple[Array, Array]
@@ -56,7 +64,7 @@ def plain(x: Array) -> Sums:
 
 def by_state(x: Array, k: Array) -> Array:
     """Take the plain sums where every running mean is small, as one of a unit running deviation is."""
-    near = (k**2 <= 2).all()
+    near = (k**2 <= NEAR).all()
     first, second = lax.cond(near, lambda: plain(x), lambda: shifted(x, k))
     return normalized(x, jnp.where(near, 0, k), first, second)
 
@@ -133,6 +141,24 @@ WAYS: dict[str, Way] = {
     "blocks of 32 channels": partial(channel_blocks, 32),
     "tiles of 1 MB": partial(row_tiles, 2**20),
 }
+
+
+def near_zero(epochs: int = 5) -> list[dict[str, Any]]:
+    """Return for each norm of a trained network how many of its running means are near 0: the study ``near``.
+
+    A layer could take plain sums where all of them are.
+    """
+    options = TrainOptions(model="resnet", data="mnist", epochs=epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        place = TrainPlace(out=Path(folder) / "run", devices=1)
+        train(options, place, Console(quiet=True))
+        _, state = find_saved(place.out).read(mesh_of(1))
+    rows = []
+    for name, of in sorted(jax.device_get(state.batch_stats).items()):
+        near = of["mean"] ** 2 <= NEAR * (of["var"] + EPSILON)
+        rows.append({"network": f"resnet, {epochs} epochs of mnist", "norm": name, "channels": near.size})
+        rows[-1]["near 0"] = int(near.sum())
+    return rows
 
 
 def measure(repeats: int) -> list[dict[str, Any]]:

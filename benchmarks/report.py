@@ -154,6 +154,17 @@ def forward(found: Found) -> str:
     return readme.markdown(["/ Flax", *(row["spec"].removeprefix("ResNet-50 ") for row in rows), "mean"], lines)
 
 
+def near(found: Found) -> str:
+    """Return in a sentence in how many norms of a trained network plain sums would do."""
+    rows = found["near"]
+    whole, widest = [row["near 0"] == row["channels"] for row in rows], max(row["channels"] for row in rows)
+    wide = [every for every, row in zip(whole, rows, strict=True) if row["channels"] == widest]
+    return (
+        f"Every k is near 0 in {sum(whole)} of the {len(rows)} norms of a network ({rows[0]['network']}), and in "
+        f"{sum(wide)} of its {len(wide)} of {widest} channels (`python -m benchmarks near`).\n"
+    )
+
+
 def passes(found: Found) -> str:
     """Return the table of passes by the compilers, forward and backward, jbn / Flax, and of peak memory."""
     cells: dict[tuple[str, int, int], dict[str, str]] = {}
@@ -208,7 +219,7 @@ def tables(machine: str = MACHINE) -> dict[str, str]:
     """Return the tables by the names of their markers, those whose studies were measured."""
     found, counted = map(read, (machine, "passes"))
     made = {"speed": speed, "speed-short": speed_short, "layers": layers, "networks": networks}
-    made |= {"beginnings": beginnings, "sums": sums, "ensembles": ensembles, "forward": forward}
+    made |= {"beginnings": beginnings, "sums": sums, "ensembles": ensembles, "forward": forward, "near": near}
     needed = {"networks": {"chains", "resnet50"}, "beginnings": {"startup", "imports", "eager"}}
     needed |= {name: {"layers"} for name in ("speed", "speed-short")}
     there = {name: table for name, table in made.items() if needed.get(name, {name}) <= found.keys()}

@@ -136,7 +136,8 @@ def table_of(diagnosis: Diagnosis) -> Table:
         padding=0,
         caption="all of the worst channel: values in the batch; z: batch against running statistics, in standard "
         "errors; gap: y in evaluation against training, in standard deviations of the output; prior left: of the "
-        "running statistics, the share of the initial 0 and 1; var, mean/std: of the batch. What is too far is found below",
+        "running statistics, the share of the initial 0 and 1; var, mean/std: of the batch. What is too far "
+        "is told below",
     )
     flagged = {path for finding in diagnosis.findings for path in (finding.path, *finding.layers)}
     for layer in diagnosis.layers:
