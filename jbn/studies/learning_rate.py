@@ -167,7 +167,8 @@ def _gains_little(summary: Summary) -> Outcome:
         f"little is at most {points(LITTLE)}."
     )
     if none > 0:
-        sentence += f" At {summary['rates'][0]:g}, in as many steps, it is {say_better(_gain(summary, 0, 0))}, in means as all differences here."
+        least = say_better(_gain(summary, 0, 0))
+        sentence += f" At {summary['rates'][0]:g}, in as many steps, it is {least}; all in means, not medians."
     # Batch norm is taken at the rate of none, wherever its own best one lies.
     return conclude(sentence, by, [("batch norm", ""), edge], most=LITTLE)
 

@@ -198,9 +198,10 @@ SHOWN = {
 def draw(summary: Summary) -> Figure:
     """Draw accuracies, drifts, the shift of gradients and the range of the loss over the steps, a line per arm."""
     note = (
-        f"{_network(summary)}, each arm at its best learning rate; means, of all but "
-        f"accuracies geometric ones, and 95 % intervals of {summary['seeds']} seeds. Drift: how far a step moves mean "
-        "and deviation of a unit (not each row), in standard deviations; noise is drawn anew. G, G': before and after the step of earlier layers. Range: at learning rates of "
+        f"{_network(summary)}, each arm at its best learning rate; means, of all but accuracies geometric ones, and "
+        f"95 % intervals of {summary['seeds']} seeds. Drift: how far a step moves mean and deviation of a unit (not "
+        "each row), in standard deviations; noise is drawn anew. G, G': before and after the step of earlier layers. "
+        "Range: at learning rates of "
         f"{RATES}. In the title: means over the steps."
     )
     figure, grid = panels(_title(summary), note, [title for title, _ in SHOWN.values()], columns=3, height=6.4)
