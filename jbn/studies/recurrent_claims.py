@@ -192,7 +192,9 @@ def _is_better(better: str, worse: str) -> Callable[[Summary], Outcome]:
 
 def _is_more_accurate(summary: Summary) -> Outcome:
     sentence, by = by_accuracy(summary, SMALL, "none")
-    return Outcome(f"{sentence} Which decides nothing: {by_accuracy(summary, LARGE, 'none')[0]}", decide(by, least=0))
+    return Outcome(
+        f"{sentence} Beside this, and deciding nothing: {by_accuracy(summary, LARGE, 'none')[0]}", decide(by, least=0)
+    )
 
 
 def _is_sooner(summary: Summary) -> Outcome:
