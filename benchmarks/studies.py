@@ -35,8 +35,9 @@ def page() -> str:
         "# What is claimed about batch normalization, measured\n\n"
         "Written by `python -m benchmarks.studies jbn-study` of the results of `jbn study all`. `jbn report` makes\n"
         "one file of them for a browser.\n\n"
-        "Found is what the whole 95 % interval agrees with, not so what the whole of it is against, open what it\n"
-        "leaves undecided. Small networks on small data were measured: elsewhere something else may come out.\n"
+        "Found: the whole 95 % interval agrees with the claim. Not so: the whole interval contradicts it. Open: it\n"
+        "contains both. Better, fewer and more are by any number above 0, unless the claim names how much.\n"
+        "Small networks on small data were measured: elsewhere something else may come out.\n"
     )
     results = gallery()
     return "\n".join([head, readme.markdown(["", ""], map(_card, results.values())), *map(_section, results.values())])

@@ -279,7 +279,7 @@ CLAIMS = (
         _mends("recal."),
     ),
     Claim(
-        "Group norm does not depend on the batch, from 2 rows to 32",
+        f"Group norm does not depend on the batch, from 2 rows to 32, within {points(SAME)} points",
         "Wu and He 2018, figure 1: 24.1 % errors at 32 images and at 2",
         _is_independent,
     ),

@@ -88,7 +88,7 @@ def _ends(case: str, one: str, other: str, least: float) -> Callable[[Summary], 
         said = [
             f"{ARMS[row['arm']]} {points(row['interval']['mean'])} %" for row in find(summary, case, *CASES[case].arms)
         ]
-        beats = f"'{ARMS[one]}' is {say_better(by)} than '{ARMS[other]}'"
+        beats = f"'{ARMS[one]}' is {say_better(by, repr(ARMS[other]))}"
         sentence = f"After {rows[0]['steps']} steps: {', '.join(said)}; {beats}."
         same = f"As well is at most {points(-least)} points worse."
         few = [_say_few(row) for row in rows if row["end_edge"]]
@@ -154,7 +154,7 @@ CLAIMS = (
         is_faster("residual"),
     ),
     Claim(
-        "A residual network whose branches begin at 0 trains as well without it",
+        f"A residual network whose branches begin at 0 trains as well without it (at most {points(SAME)} points worse)",
         "De and Smith 2020 (SkipInit), abstract; so too Zhang et al. 2019 (Fixup)",
         _AS_WELL,
     ),

@@ -113,15 +113,15 @@ def _elsewhere(summary: Summary, say: Callable[[str], str]) -> str:
 
 def _is_significant(summary: Summary) -> Outcome:
     last = summary["networks"][-1]
-    shares = {arm: share(find(summary, last, arm)) for arm in ("Flax", OURS)}
-    others = _elsewhere(summary, lambda name: _span(share(find(summary, name, OURS))))
+    shares = {
+        name: [share(find(summary, name, arm)) for arm in ("Flax", OURS)] for name in reversed(summary["networks"])
+    }
+    said = "; ".join(f"{name} {_span(flax)} and {_span(ours)}" for name, (flax, ours) in shares.items())
     sentence = (
-        f"Of a step of the {last}, {_span(shares['Flax'])} with Flax's batch norm, {_span(shares[OURS])} with jbn's; "
-        f"significant is {_percent(SIGNIFICANT)} %."
+        f"Shares of a step with Flax's batch norm and with jbn's: {said}. Significant is {_percent(SIGNIFICANT)} %; "
+        f"jbn's in the {last} decides."
     )
-    if others:
-        sentence += f" jbn's in other networks: {others}."
-    return Outcome(sentence, decide(shares[OURS], least=SIGNIFICANT))
+    return Outcome(sentence, decide(shares[last][1], least=SIGNIFICANT))
 
 
 def _moves_more(summary: Summary) -> Outcome:
@@ -158,7 +158,7 @@ def _say_bytes(summary: Summary, what: str, begin: str, beside: str = "") -> str
 
 def _saves(summary: Summary) -> Outcome:
     """Judge what a step holds at its peak, for which there must be room; Flax keeps what most libraries keep."""
-    kept = _say_bytes(summary, "kept", "Kept for the backward pass, by what is differentiated, are")
+    kept = _say_bytes(summary, "kept", "Kept for the backward pass, as jax.vjp holds it, before compilation, are")
     of_flax = {name: _beside(summary, name, "temporaries", LEANER, "Flax") for name in summary["networks"]}
     least = float(np.min([*of_flax.values()]))
     if math.isnan(least):
@@ -168,7 +168,7 @@ def _saves(summary: Summary) -> Outcome:
     others = _elsewhere(summary, lambda name: _say_less(of_flax[name]))
     begin = f"At its peak a step of the {summary['networks'][-1]}, compiled for this machine, has temporaries of"
     peak = _say_bytes(summary, "temporaries", begin, f" (in other networks: {others})" * bool(others))
-    most = f"To save up to {_percent(HALF)} % is to save as much in one network at least."
+    most = f"The peak decides: to save up to {_percent(HALF)} % is to save as much of it in one network at least."
     return Outcome(f"{peak} {kept} {most}", decide(Interval(1 - least, 1 - least, 1 - least), least=HALF))
 
 
@@ -194,7 +194,8 @@ CLAIMS = (
         _moves_more,
     ),
     Claim(
-        "Up to 50 % of the memory is saved where what norms return is not kept but found again",
+        "Up to 50 % of the memory, here of that at the peak, is saved where what norms return is not kept but found "
+        "again",
         IN_PLACE,
         _saves,
     ),
@@ -223,8 +224,10 @@ def tabulate(summary: Summary) -> Sheet:
         f"it takes more than with jbn (-: less); with 95 % intervals over {summary['repeats']} repeats (Student's t). "
         f"Each is of ratios of its own: in a repeat the steps take turns {summary['rounds']} times, a ratio is of one "
         "turn, and their median counts, so that one does not follow from the other.",
-        "MB: kept from the forward to the backward pass, by what is differentiated; temp: temporaries of the whole "
-        "step at its peak; moved: read and written, both by the compiler of this machine.",
+        "MB: kept from the forward to the backward pass, as jax.vjp holds it, before compilation; temp: temporaries of "
+        "the whole step at its peak; moved: read and written, both by the compiler of this machine. A step with norms "
+        "can keep less than one without: a ReLU of its own keeps a mask for its derivative, a byte a number, where "
+        "one that is part of jbn's norm needs none.",
         "remat: jax.checkpoint with jbn.remat_policy(), which computes what norms return again. Losses and gradients "
         f"agree to {AGREE:g} before anything is timed; without norms they are others. What the compilers of "
         "TPUs and GPUs make of such steps: python -m benchmarks.passes chains, in a checkout.",
@@ -239,8 +242,9 @@ def draw(summary: Summary) -> Figure:
     """Draw the share of the step, what is kept for the backward pass, and what is held at the peak."""
     note = (
         f"{summary['device']}; share: what is gone without norms, so none has no mark; 95 % intervals of "
-        f"{summary['repeats']} repeats. {_pair(summary)} Kept: by what is differentiated; temporaries at the peak, of "
-        "the step compiled for this machine, are beside arguments and outputs, which 'kept' may include"
+        f"{summary['repeats']} repeats. {_pair(summary)} Kept: as jax.vjp holds it, before compilation (below 1: a "
+        "ReLU without jbn's norm keeps a mask); temporaries at the peak, of the step compiled for this machine, are "
+        "beside arguments and outputs, which 'kept' may include"
         f"{_least(summary)}. remat_policy, of jbn: what norms return is not kept, but computed again"
     )
     names = ("share of the step", "kept for the backward pass", "temporaries at the peak")

@@ -179,6 +179,12 @@ def _trained(summary: Summary, arm: str, *, open_too: bool = False) -> np.ndarra
     return 100 * np.mean(trained, axis=0)  # type: ignore[no-any-return]
 
 
+def _percent(found: Interval) -> str:
+    """Return a share in percent in two digits, however small it is."""
+    mean, low, high = (f"{100 * value:.2g}" for value in (found.mean, found.low, found.high))
+    return f"{mean} % ({low} to {high})"
+
+
 def _tell(found: Interval, form: str = ".1f") -> str:
     return f"{found.mean:{form}} ({found.low:{form}} to {found.high:{form}})"
 
@@ -216,6 +222,9 @@ def _pairs(summary: Summary) -> list[tuple[int, float]]:
     return [(depth, gain) for depth in summary["depths"] for gain in summary["gains"]]
 
 
+OFF = {"logits": " (root mean square)", "trained": " (root mean square)", "product": ""}
+
+
 def _stays(name: str, epsilon: str, what: str, most: float) -> Judge:
     """Return the judgement whether the scale changes something by no more than a share, at whatever gain."""
 
@@ -227,8 +236,9 @@ def _stays(name: str, epsilon: str, what: str, most: float) -> Judge:
         # Where rounding decides, each seed has its own.
         where = "".join(f", all at gain {gain:g}" for gain in worst if len(worst) == 1)
         sentence = (
-            f"{what} from those of gain 1 by {_tell(by, '.1e')}, the most of all gains, mean over "
-            f"{summary['seeds']} seeds{where}; ε = {_EPSILONS[epsilon]:g}. Less than {most:g} counts as nothing."
+            f"{what} from those of gain 1 by {_percent(by)} of these{OFF[name]}, the most of all gains, mean "
+            f"over {summary['seeds']} seeds{where}; ε = {_EPSILONS[epsilon]:g}. Less than {100 * most:g} % counts as "
+            "nothing."
         )
         return Outcome(sentence, decide(by, most=most))
 

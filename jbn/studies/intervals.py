@@ -157,16 +157,22 @@ def say_points(found: Interval) -> str:
     return f"{points(found.mean)} ({points(found.low)} to {points(found.high)}) points"
 
 
-def say_better(found: Interval) -> str:
-    """Return by how much one arm is better than another in words that need no sign of the mean.
+def say_better(found: Interval, other: str = "") -> str:
+    """Return by how much one arm is better than another, if it is named, in words that need no sign of the mean.
 
     >>> from jbn.studies.intervals import Interval, say_better
     >>> say_better(Interval(-0.05, -0.06, -0.03))
     '5.0 points worse (3.0 to 6.0)'
+    >>> say_better(Interval(0.0, -0.02, 0.02), "none")
+    'equal to none in the mean (-2.0 to 2.0 points)'
     """
-    if round(100 * found.mean, 1) < 0:
-        return f"{points(-found.mean)} points worse ({points(-found.high)} to {points(-found.low)})"
-    return f"{points(found.mean)} points better ({points(found.low)} to {points(found.high)})"
+    than, mean = f" than {other}" * bool(other), round(100 * found.mean, 1)
+    if mean < 0:
+        return f"{points(-found.mean)} points worse ({points(-found.high)} to {points(-found.low)}){than}"
+    span = f"{points(found.low)} to {points(found.high)}"
+    if mean == 0:
+        return f"equal{f' to {other}' * bool(other)} in the mean ({span} points)"
+    return f"{points(found.mean)} points better ({span}){than}"
 
 
 def weigh(found: Interval, same: float) -> str:

@@ -155,7 +155,7 @@ def _edges(summary: Summary) -> list[tuple[str, str]]:
 def _best_is_better(summary: Summary) -> Outcome:
     (norm, none), rates = _best_rates(summary), summary["rates"]
     by = _gain(summary, norm, none)
-    sentence = f"Each at its best rate, batch norm ({rates[norm]:g}) is {say_better(by)} than none ({rates[none]:g})."
+    sentence = f"Each at its best rate, batch norm ({rates[norm]:g}) is {say_better(by, f'none ({rates[none]:g})')}."
     return conclude(sentence, by, _edges(summary), least=0)
 
 
@@ -163,11 +163,12 @@ def _gains_little(summary: Summary) -> Outcome:
     (_, none), (_, edge) = _best_rates(summary), _edges(summary)
     by = _gain(summary, none, none)
     sentence = (
-        f"At {summary['rates'][none]:g}, the best rate without it, batch norm is {say_better(by)} than none; "
+        f"At {summary['rates'][none]:g}, the best rate without it, batch norm is {say_better(by, 'none')}; "
         f"little is at most {points(LITTLE)}."
     )
     if none > 0:
-        sentence += f" At {summary['rates'][0]:g}, in as many steps, it is {say_better(_gain(summary, 0, 0))}."
+        least = say_better(_gain(summary, 0, 0))
+        sentence += f" At {summary['rates'][0]:g}, in as many steps, it is {least}; all in means, not medians."
     # Batch norm is taken at the rate of none, wherever its own best one lies.
     return conclude(sentence, by, [("batch norm", ""), edge], most=LITTLE)
 
@@ -186,7 +187,7 @@ def _gains_by_larger(summary: Summary) -> Outcome:
     )
     sentence = (
         f"From {rates[none]:g}, the best rate of none, to {rates[norm]:g}, its own, batch norm gains "
-        f"{say_points(by_rate)}; at the same rate, {rates[none]:g}, it is {say_better(same)} than none. A cause is "
+        f"{say_points(by_rate)}; at the same rate, {rates[none]:g}, it is {say_better(same, 'none')}. A cause is "
         f"what gives the larger part: the larger rate gives {say_points(more)} more."
     )
     # Both must hold: the least certain of the two decides.
@@ -203,7 +204,7 @@ CLAIMS = (
     Claim("Without batch norm such rates fail", "Bjorck et al. 2018, section 3", _fails_without),
     Claim("Batch norm generalizes better, each at its best rate", "Bjorck et al. 2018, figure 1", _best_is_better),
     Claim(
-        "At the best rate of none batch norm gains little",
+        f"At the best rate of none batch norm gains little (at most {points(LITTLE)} points)",
         "Bjorck et al. 2018, section 2 and figure 1, of the same small rate",
         _gains_little,
     ),
@@ -275,12 +276,12 @@ def _title(summary: Summary) -> str:
     )
     limit, *others = (_largest(summary, arm) for arm in summary["arms"])
     beside = "".join(f", of {arm} {each}" for arm, each in zip([*summary["arms"]][1:], others, strict=True))
-    own, same = (say_better(_gain(summary, at, none)) for at in (norm, none))
+    own, same = say_better(_gain(summary, norm, none), "none"), say_better(_gain(summary, none, none))
     right, of_layer = (points(summary["arms"][arm]["interval"]["mean"]) for arm in ("batch norm", "layer norm"))
     return (
         f"Batch norm trains at {larger}: the largest is {limit}{beside}.\n"
-        f"Each at its best rate it is right in {right} % of the test rows, layer norm in {of_layer} %; it is\n"
-        f"{own} than none; at none's rate {same}"
+        f"Each at its best rate it is right in {right} % of the test rows, layer norm in {of_layer} %;\n"
+        f"batch norm is {own};\nat none's rate {same}"
     )
 
 

@@ -179,12 +179,12 @@ CLAIMS = (
         _is_better("after", "before", "Slightly is by any number above 0.", least=0),
     ),
     Claim(
-        "A bias before the norm is of no use",
+        f"A bias before the norm is of no use, within {points(SAME)} points",
         "Ioffe and Szegedy 2015, section 3.2: the subtraction of the mean cancels it",
         _is_of_no_use("biased"),
     ),
     Claim(
-        "A scale is of no use where ReLU and a linear layer follow",
+        f"A scale is of no use where ReLU and a linear layer follow, within {points(SAME)} points",
         "documentation of BatchNormalization in Keras 2 (2017), scale: the next layer scales",
         _is_of_no_use("unscaled"),
     ),
@@ -198,11 +198,12 @@ def tabulate(summary: Summary) -> Sheet:
         by = _better(summary, arm, "before")
         difference = "-" if arm == "before" else f"{round(100 * by.mean, 1) + 0:+.1f} ±{points(by.half)}"
         rows.append((arm, f"{found['rate']:g}", _accuracy(found), difference))
+    why = f"; {WIDE}: it is wider than accuracies can lie" * any(WIDE in row[2] for row in rows)
     notes = [
         f"{'; '.join(f'{name}: {arm.what}' for name, arm in ARMS.items())}.",
-        f"Test accuracy (%) with its 95 % interval over {summary['seeds']} seeds (Student's t; ±?: it is wider than "
-        f"accuracies can lie), and its difference from before, seed by seed. Each arm at its own best of "
-        f"{summary['rates']} rates, by validation rows.",
+        f"Test accuracy (%) with its 95 % interval over {summary['seeds']} seeds (Student's t{why}), and its "
+        f"difference from before, seed by seed. Each arm at its own best of {summary['rates']} rates, by validation "
+        "rows.",
         f"MNIST (3000 rows), 784, 128, 64, 10; {summary['steps']} steps of {BATCH} rows, plain gradient descent, a "
         "rate that falls linearly to 0.",
     ]
@@ -211,10 +212,13 @@ def tabulate(summary: Summary) -> Sheet:
     return Sheet(("arm", "rate", "accuracy", "better"), tuple(rows), tuple(notes))
 
 
+WIDE = "±?"
+
+
 def _accuracy(found: dict[str, Any]) -> str:
     """Return an accuracy with its interval; that of two seeds may be wider than from 0 to 100 %, and says nothing."""
     by = Interval(**found["interval"])
-    return say_half(by) if by.low >= 0 and by.high <= 1 else f"{points(by.mean)} ±?"
+    return say_half(by) if by.low >= 0 and by.high <= 1 else f"{points(by.mean)} {WIDE}"
 
 
 LABELS = {
@@ -262,9 +266,7 @@ def _title(summary: Summary) -> str:
     """Return how far the two places are apart, whether that is called the same, and how far it is to no norm."""
     by, none = (_better(summary, arm, "before") for arm in ("after", "none"))
     place = weigh(open_at_edges(by, [(arm, summary["arms"][arm]["edge"]) for arm in ("after", "before")]), SAME)
-    return (
-        f"After the ReLU batch norm is {say_better(by)} than before it, {place}; with no norm it is {say_better(none)}"
-    )
+    return f"After the ReLU batch norm is {say_better(by, 'before it')}, {place}; with no norm it is {say_better(none)}"
 
 
 PLACEMENT = Study(

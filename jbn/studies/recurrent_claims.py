@@ -190,14 +190,22 @@ def _is_better(better: str, worse: str) -> Callable[[Summary], Outcome]:
     return judge
 
 
+def _is_more_accurate(summary: Summary) -> Outcome:
+    sentence, by = by_accuracy(summary, SMALL, "none")
+    return Outcome(
+        f"{sentence} Beside this, and deciding nothing: {by_accuracy(summary, LARGE, 'none')[0]}", decide(by, least=0)
+    )
+
+
 def _is_sooner(summary: Summary) -> Outcome:
     sentence, by = by_steps(summary, SMALL, "none")
     small, large = (find_lstm(summary, arm) for arm in (SMALL, LARGE))
-    beside = interval(np.subtract(small["to_level"], large["to_level"]))
+    rows = {"none": find_lstm(summary, "none"), SMALL: small}
+    fewer = {arm: interval(np.subtract(row["to_level"], large["to_level"])) for arm, row in rows.items()}
+    beside = [f"{by.mean:.0f} ({by.low:.0f} to {by.high:.0f}) fewer than {arm}" for arm, by in fewer.items()]
     sentence += (
-        f" {LARGE} takes {say_steps(large)}, {beside.mean:.0f} ({beside.low:.0f} to {beside.high:.0f}) fewer than "
-        f"{SMALL}, which is what its authors begin with, and comes to {points(np.mean(large['accuracy']))} % beside "
-        f"{points(np.mean(small['accuracy']))} %."
+        f" {LARGE} takes {say_steps(large)}, {' and '.join(beside)}, which is what its authors begin with, and comes "
+        f"to {points(np.mean(large['accuracy']))} % beside {points(np.mean(small['accuracy']))} %."
     )
     return Outcome(sentence, decide(by, least=0))
 
@@ -251,21 +259,21 @@ CLAIMS = (
         _if_measured(_is_better(SMALL, LARGE)),
     ),
     Claim("Batch norm makes an LSTM converge faster", f"{COOIJMANS}, abstract", _if_measured(_is_sooner)),
+    Claim("Batch norm makes an LSTM generalize better", f"{COOIJMANS}, abstract", _if_measured(_is_more_accurate)),
     Claim(
-        "Batch norm makes an LSTM generalize better", f"{COOIJMANS}, abstract", _if_measured(_is_better(SMALL, "none"))
-    ),
-    Claim(
-        "Averaging the statistics over time severely degrades performance",
+        f"Averaging the statistics over time severely degrades performance, by more than {points(SEVERE)} points",
         f"{COOIJMANS}, section 3",
         _if_measured(_degrades),
     ),
     Claim(
-        "Batch norm of what comes from the hidden state does not help the training",
+        "Batch norm of what comes from the hidden state does not help the training: it saves less than "
+        f"{100 * SAVED:.0f} % of the steps",
         "Laurent et al. 2016, abstract; γ = 1, beside batch norm of the input's part alone",
         _if_measured(_does_not_help),
     ),
     Claim(
-        "Layer norm substantially reduces the training time compared with what was published before",
+        "Layer norm substantially reduces the training time compared with what was published before, by more than "
+        f"{100 * SAVED:.0f} %",
         f"Ba et al. 2016, abstract; here beside {SMALL}",
         _if_measured(_is_substantially_sooner),
     ),

@@ -1,7 +1,7 @@
 """``regularization``: whether the noise of batch statistics regularizes, and what it leaves to dropout."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -195,7 +195,7 @@ def draw(summary: Summary) -> Figure:
     note = (
         f"{ROWS} of the digits to train with, in one batch, two hidden layers of 128, {summary['steps']} steps; mean, "
         f"95 % interval of {summary['seeds']} seeds; each arm at its best rate, dropout at its best share on "
-        f"validation rows. {_by_seeds(summary)}A level line is one arm, drawn across all groups"
+        f"validation rows. {_by_seeds(summary)}A level line is an arm without groups, drawn across all of them"
     )
     figure, grid = panels(_title(summary), note, [_labels(noise) for noise in noises], height=5)
     for axes, noise in zip(grid, noises, strict=True):
@@ -204,9 +204,11 @@ def draw(summary: Summary) -> Figure:
         levels = {
             "no normalization": (find(summary, noise, 0), OF_NONE),
             f"{_dropped(summary, 0)},\nno normalization": (best_dropout(summary, noise, 0), LOOKS[1]),
-            f"groups of {USUAL},\n{_dropped(summary, USUAL)}": (best_dropout(summary, noise, USUAL), LOOKS[3]),
         }
         draw_intervals(axes, sizes, [_errors(row) for row in groups], OF_BATCH_NORM, "batch norm by groups")
+        dropped, label = best_dropout(summary, noise, USUAL), f"groups of {USUAL},\n{_dropped(summary, USUAL)}"
+        # Beside the mark of the same group, so that neither interval hides the other.
+        draw_intervals(axes, [USUAL * 1.15], [_errors(dropped)], replace(LOOKS[3], line="none"), label)
         for number, (label, (row, look)) in enumerate(levels.items(), 1):
             # Side by side at both ends, so that in grey, too, each interval is seen to be that of its line.
             draw_intervals(axes, [sizes[0] / 1.4**number, sizes[-1] * 1.4**number], [_errors(row)] * 2, look, label)
@@ -243,8 +245,9 @@ def _by_seeds(summary: Summary) -> str:
             )
         dropped, edges = better(*(best_dropout(summary, noise, group) for group in (USUAL, 0)))
         is_open = decide(open_at_edges(dropped, edges), least=0) == UNDECIDED
-        both.append(f"{say_better(dropped)}{' (undecided)' * is_open}")
-    return f"{''.join(told)}Groups of {USUAL} against no normalization, both with dropout: {'; '.join(both)}. "
+        both.append(f"{_labels(noise)}, {say_better(dropped)}{' (undecided)' * is_open}")
+    beside = f"Groups of {USUAL} against no normalization, both with dropout, in accuracy"
+    return f"{''.join(told)}{beside}: with {'; with '.join(both)}. "
 
 
 def _say_size(by: Interval) -> str:
@@ -277,10 +280,15 @@ def _title(summary: Summary) -> str:
 
 
 def _helps(by: Interval) -> str:
-    """Return in words what a difference in accuracy is."""
+    """Return in words what a difference in accuracy is: help or harm is what is more than is called the same."""
     if decide(by, least=-SAME, most=SAME) == "holds":
         return f"changes less than {points(SAME)} points"
-    return {"holds": "helps", "does not hold": "harms"}.get(decide(by, least=0), "may help or harm")
+    less = f", perhaps by less than {points(SAME)} points"
+    if decide(by, least=0) == "holds":
+        return "helps" if by.low > SAME else f"is better than none{less}"
+    if decide(by, most=0) == "holds":
+        return "harms" if by.high < -SAME else f"is worse than none{less}"
+    return "may help or harm"
 
 
 def _errors(row: dict[str, Any]) -> Interval:

@@ -144,15 +144,17 @@ def _dropout_can_go(noise: Noise) -> Callable[[Summary], Outcome]:
 
 LUO = "Luo et al. 2019, section 2: the noise of batch statistics regularizes, and less the larger the batch"
 HOFFER = "Hoffer et al. 2017, algorithm 1 and table 1"
+MORE = f"by more than {points(SAME)} points"
+REMOVED = f"With batch norm dropout can be removed and at most {points(SAME)} points are lost"
 IOFFE = "Ioffe and Szegedy 2015, section 3.4: removed, or reduced in strength; here removed"
 CLAIMS = (
     Claim(
-        "Batch norm regularizes: the network generalizes better than without it",
+        f"Batch norm regularizes: the network generalizes better than without it, {MORE}",
         "Ioffe and Szegedy 2015, section 3.4; here the best groups against no norm at all",
         _is_better(CLEAN, best_group, _arm(0)),
     ),
     Claim(
-        "Batch norm regularizes where labels are noise that can be learned by heart, too",
+        f"Batch norm regularizes where labels are noise that can be learned by heart, too, {MORE}",
         "Asked here",
         _is_better(NOISY, best_group, _arm(0)),
     ),
@@ -167,19 +169,19 @@ CLAIMS = (
         _gap_falls(NOISY),
     ),
     Claim(
-        "Statistics of small groups generalize better than those of the whole batch",
+        f"Statistics of small groups generalize better than those of the whole batch, {MORE}",
         HOFFER,
         _is_better(CLEAN, best_group, _arm(ROWS)),
     ),
     Claim(
-        "Statistics of small groups generalize better where labels are noise",
+        f"Statistics of small groups generalize better where labels are noise, {MORE}",
         HOFFER,
         _is_better(NOISY, best_group, _arm(ROWS)),
     ),
-    Claim("With batch norm dropout can be removed", IOFFE, _dropout_can_go(CLEAN)),
-    Claim("With batch norm dropout can be removed where labels are noise", IOFFE, _dropout_can_go(NOISY)),
+    Claim(REMOVED, IOFFE, _dropout_can_go(CLEAN)),
+    Claim(f"{REMOVED} where labels are noise", IOFFE, _dropout_can_go(NOISY)),
     Claim(
-        "Dropout before batch norm does worse than batch norm alone: it shifts the variance in training",
+        f"Dropout before batch norm does worse than batch norm alone, {MORE}: it shifts the variance in training",
         "Li et al. 2019, abstract, here with half of the features dropped",
         _is_better(CLEAN, _arm(USUAL), _arm(USUAL, 0.5)),
     ),

@@ -111,6 +111,16 @@ def test_claims_can_be_refuted_and_hold():
     assert verdicts(measured(kept={"jbn, remat": 1e5}))[2] == "does not hold"
 
 
+def test_both_libraries_are_told_of_all_networks_and_which_decides():
+    outcome = study.CLAIMS[0].judge(study.summarize(measured(share={"jbn": 0.3, "Flax": 0.05})))
+    assert re.fullmatch(
+        r"Shares of a step .* jbn's: resnet 5 \(.*\) % and 30 \(.*\) %; dense 5 \(.*\) % and 30 \(.*\) %\. "
+        r"Significant is 10 %; jbn's in the resnet decides\.",
+        outcome.sentence,
+    )
+    assert outcome.verdict == "holds"
+
+
 def test_what_is_held_at_the_peak_is_said_before_what_is_kept():
     kept = {"none": 4e6, "Flax": 8e6, "jbn": 5e6, "jbn, remat": 3e6}
     cells = measured(held={"Flax": 1e6, "jbn, remat": 8e5}, kept=kept)

@@ -1,6 +1,7 @@
 """The study of inference: nothing here asserts how accurate a network becomes."""
 
 import io
+import re
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,14 @@ def test_claims_can_be_refuted_and_hold():
     assert verdicts(measured(**early, **end, **{"end_40_0.9": 0.1})) == ["does not hold"] * 9
 
 
+def test_a_momentum_that_decides_nothing_is_told():
+    cells = measured(**{"end_40_0.999": -0.3})
+    still = next(claim for claim in study.CLAIMS if "0.99, the default of Keras" in claim.sentence)
+    outcome = still.judge(study.summarize(cells))
+    assert outcome.verdict == "does not hold"
+    assert re.search(r"0\.999, which decides nothing: 50\.3 %, 30\.0 points worse \(.*\)\.$", outcome.sentence)
+
+
 def test_the_rate_is_that_of_validation_rows_and_its_edge_is_said():
     cells = measured()
     cells[0].numbers["validation"] = cells[0].numbers["validation"][:, [1, 0, 2]]
@@ -107,6 +116,8 @@ def test_the_title_of_the_figure_says_what_came_out():
         "are 39.7 % by 0.99, 29.7 % by 0.9, 19.7 % by all training rows (at the end 19.7, 19.7 and 19.7 %). With "
         "batches of 4, momentum 0.1 ends with 49.7 %, 0.9 with 19.7 %"
     )
+    note = " ".join(figure.get_supxlabel().split())
+    assert note.endswith("Not drawn, but in the table: momentum 0, 0.5, 0.999, debiased, unbiased, all test")
     same = study.draw(study.summarize(measured())).get_suptitle()
     assert "a large momentum do not lag for certain early" in " ".join(same.split())
     assert len(figure.axes) == 2

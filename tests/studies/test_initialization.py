@@ -113,7 +113,8 @@ def test_the_gain_is_named_where_all_seeds_have_most_there():
     assert "gain 10" not in study.CLAIMS[1].judge(study.summarize(cells)).sentence
     scale.numbers["logits exact"][1:, 2] *= 2
     sentence = study.CLAIMS[1].judge(study.summarize(cells)).sentence
-    assert "from those of gain 1 by 2.0e-01 (2.0e-01 to 2.0e-01), the most of all gains" in sentence
+    assert "differ from those of gain 1 by 20 % (20 to 20) of these (root mean square), the most of all" in sentence
+    assert sentence.endswith("Less than 0.01 % counts as nothing.")
     assert "all at gain 10" in sentence
 
 

@@ -84,10 +84,12 @@ def test_a_difference_is_said_without_a_sign_and_weighed_by_what_is_called_the_s
         (Interval(-0.456, -0.699, -0.214), "45.6 points worse (21.4 to 69.9)", "beyond"),
         (Interval(-0.015, -0.016, -0.014), "1.5 points worse (1.4 to 1.6)", "beyond"),
         (Interval(0.004, -0.002, 0.009), "0.4 points better (-0.2 to 0.9)", "within"),
-        (Interval(-0.0001, -0.02, 0.02), "0.0 points better (-2.0 to 2.0)", "perhaps beyond"),
+        (Interval(-0.0001, -0.02, 0.02), "equal in the mean (-2.0 to 2.0 points)", "perhaps beyond"),
         (Interval(0.02, 0.015, math.inf), "2.0 points better (1.5 to inf)", "beyond"),
     ):
         assert say_better(found) == said
+        named = said.replace("equal", "equal to b") if "equal" in said else f"{said} than b"
+        assert say_better(found, "b") == named
         assert weigh(found, 0.01) == f"{place} the 1.0 that are called the same"
 
 

@@ -127,8 +127,10 @@ def test_seeds_that_came_out_equal_lie_side_by_side():
 def test_an_interval_wider_than_accuracies_can_lie_is_not_told():
     cells = measured(seeds=2)
     cells[0].numbers["test"] = cells[0].numbers["test"] * [[0.1], [1]]
-    rows = study.tabulate(study.summarize(cells)).rows
-    assert [row[2].split()[1] for row in rows] == ["±?", *["±0.6"] * 4]
+    sheet = study.tabulate(study.summarize(cells))
+    assert [row[2].split()[1] for row in sheet.rows] == ["±?", *["±0.6"] * 4]
+    assert "; ±?: it is wider than accuracies can lie)" in sheet.notes[1]
+    assert "±?" not in study.tabulate(study.summarize(measured(seeds=2))).notes[1]
 
 
 def test_what_is_best_at_an_edge_of_the_grid_loses_nothing_for_certain():

@@ -21,7 +21,9 @@ def test_every_study_is_put_in_words_of_its_own_claims(name):
 @pytest.mark.parametrize("name", PLAIN)
 def test_words_follow_the_verdicts(name, verdict):
     told = put(name, dict.fromkeys((claim.sentence for claim in studies.STUDIES[name].claims), verdict))
-    assert told == f"{PLAIN[name].question} {WORDS[verdict]}: {'; '.join(PLAIN[name].clauses)}."
+    said = f"{PLAIN[name].question} {WORDS[verdict]}: {'; '.join(PLAIN[name].clauses)}."
+    listed = {claim for claims in PLAIN[name].clauses.values() for claim in claims}
+    assert told == said + " The table has all claims." * (len(listed) < len(studies.STUDIES[name].claims))
 
 
 def test_a_clause_of_several_claims_holds_where_all_of_them_do():

@@ -109,7 +109,10 @@ def test_what_never_gets_there_decides_nothing_in_its_favour():
         row["never"] = 1 if row["arm"] == "BN, γ = 0.1" else 0
     assert CLAIMS[5].judge(summary).verdict == undecided
     assert "BN, γ = 0.1: at least 200, none: 300; fewer by 100" in CLAIMS[5].judge(summary).sentence
-    assert "BN, γ = 1 takes 200, 0 (0 to 0) fewer than BN, γ = 0.1" in CLAIMS[5].judge(summary).sentence
+    assert (
+        "BN, γ = 1 takes 200, 100 (100 to 100) fewer than none and 0 (0 to 0) fewer than BN, γ = 0.1"
+        in CLAIMS[5].judge(summary).sentence
+    )
 
 
 def test_a_rate_at_an_edge_decides_nothing_against_its_arm_and_is_said_first():

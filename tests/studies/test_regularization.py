@@ -11,6 +11,7 @@ from rich.console import Console
 from jbn.studies import regularization as study
 from jbn.studies import regularization_claims as claims
 from jbn.studies.gallery import run
+from jbn.studies.intervals import Interval
 from jbn.studies.networks import Bias, Dense
 from jbn.studies.study import Measured
 from jbn.studies.terminal import show_sheet
@@ -157,9 +158,24 @@ def test_the_title_of_the_figure_says_what_came_out():
         "dropout 0.2, no normalization",
     ]
     labels.append("groups of 40, dropout 0.2")
+    labels[2:] = [labels[-1], *labels[2:-1]]
     assert [" ".join(text.get_text().split()) for text in figure.legends[0].get_texts()] == labels
     title = study.draw(study.summarize(measured(noises=(0.4,)))).get_suptitle()
     assert title.startswith("With 40\N{NO-BREAK SPACE}% of the labels noise batch norm changes less than 1.0 points.\n")
+
+
+@pytest.mark.parametrize(
+    ("by", "said"),
+    [
+        (0.02, "helps"),
+        (0.01, "is better than none, perhaps by less than 1.0 points"),
+        (-0.01, "is worse than none, perhaps by less than 1.0 points"),
+        (-0.02, "harms"),
+    ],
+)
+def test_the_title_says_that_it_harms_only_beyond_what_is_called_the_same(by, said):
+    found = Interval(by, by - 0.003, by + 0.003)
+    assert study._helps(found) == said
 
 
 def test_the_figure_says_what_overlapping_bars_hide_and_what_they_leave_open():
@@ -170,7 +186,10 @@ def test_the_figure_says_what_overlapping_bars_hide_and_what_they_leave_open():
     note = " ".join(study.draw(study.summarize(cells)).get_supxlabel().split())
     assert "With 40 % of the labels noise bars of ring and no normalization overlap, but seed by seed" in note
     assert "the difference is 0.4 (0.4 to 0.4). " in note
-    both = r"both with dropout: 0\.0 points \S+ \(-?0\.0 to 0\.0\) \(undecided\); 0\.0 points \S+ .* \(undecided\)\."
+    both = (
+        r"both with dropout, in accuracy: with labels as they are, equal in the mean \(.*\) \(undecided\); "
+        r"with 40 % of the labels noise, equal in the mean \(.*\) \(undecided\)\."
+    )
     assert re.search(both, note)
     for cell in cells:
         if cell.settings["group"] and cell.settings["dropout"]:
