@@ -16,8 +16,9 @@ from jax.dtypes import float0
 from jbn.core import checks
 from jbn.core.axes import vary_as
 
-# What can stand where it is called. The second kind has a rule for its derivative, which is lost by that.
-CALLS = ("jit", "pjit", "closed_call", "core_call")
+# What can stand where it is called; a function of the user is computed again in the backward pass without being told to
+# by ``jax.checkpoint``. The second kind has a rule for its derivative, which is lost by that.
+CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
 WITH_RULE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
@@ -81,22 +82,20 @@ def read_program(name: str, traced: Any, *types: Any) -> tuple[Program, tuple[Ar
     tangents = [array for array, has in zip(f.consts, inexact, strict=True) if has]
     rough = jax.make_jaxpr(differentiate)(*types, *f.consts, *types, *tangents)
     slope = jax.make_jaxpr(lambda *all: inline(rough.jaxpr, rough.consts, *all))(*types, *f.consts, *types, *tangents)
-    text = "\n".join([*map(write, (value, slope)), _check_rules(name, traced, f, slope, inexact, *types)])
-    return (
-        Program(text, tuple(find_settings(value, slope)), inexact, value.jaxpr, slope.jaxpr),
-        (*f.consts, *slope.consts),
-    )
+    programs = (value, slope, *_check_rules(name, traced, f, slope, inexact, *types))
+    text, settings = "\n".join(map(write, programs)), tuple(find_settings(*programs))
+    return Program(text, settings, inexact, value.jaxpr, slope.jaxpr), (*f.consts, *slope.consts)
 
 
-def _check_rules(name: str, traced: Any, f: Any, slope: Any, inexact: tuple[bool, ...], *types: Any) -> str:
+def _check_rules(name: str, traced: Any, f: Any, slope: Any, inexact: tuple[bool, ...], *types: Any) -> list[Any]:
     """Refuse rules of derivatives whose arrays cannot be arguments; return what else decides the derivative."""
     rules = (eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name in WITH_RULE)
     if any(isinstance(array, Tracer) for array in f.consts) and any(rule.params.get("num_consts") for rule in rules):
         raise TypeError(checks.HELD_BY_RULE.format(name=name))
-    if any(body.consts for program in (f, slope) for eqn in equations(program.jaxpr) for body in bodies(eqn)):
+    if holds_inside(f) or holds_inside(slope):
         raise TypeError(checks.HELD_INSIDE.format(name=name))
     if not any(eqn.primitive.name == "custom_lin" for eqn in equations(slope.jaxpr)):
-        return ""
+        return []
 
     def transpose(args: Any, held: Any, gs: Any) -> Any:
         def f_of(args: Any, floats: Any) -> Any:
@@ -108,9 +107,9 @@ def _check_rules(name: str, traced: Any, f: Any, slope: Any, inexact: tuple[bool
         return jax.vjp(f_of, args, [v for v, has in zip(held, inexact, strict=True) if has])[1](gs)
 
     back = jax.make_jaxpr(transpose)(types, f.consts, f.out_avals)
-    if back.consts:
+    if back.consts or holds_inside(back):
         raise TypeError(checks.HELD_BY_VJP.format(name=name))
-    return write(back)
+    return [back]
 
 
 # An eager call that has nothing new must trace nothing.
@@ -128,9 +127,9 @@ def inline(jaxpr: Any, consts: Sequence[Any], *args: Any, also: Sequence[str] = 
         return atom.val if hasattr(atom, "val") else values[atom]
 
     for eqn in jaxpr.eqns:
-        body = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
-        if body is not None and eqn.primitive.name in (*CALLS, *also):
-            found = inline(body.jaxpr, body.consts, *map(read, eqn.invars), also=also)
+        if eqn.primitive.name in (*CALLS, *also):
+            ((body, held),) = bodies(eqn)
+            found = inline(body, held, *map(read, eqn.invars), also=also)
         else:
             # A program of this equation alone, because how an equation is bound differs between versions of JAX.
             taken = list(dict.fromkeys(atom for atom in eqn.invars if not hasattr(atom, "val")))
@@ -167,21 +166,28 @@ def _flatten(value: Any) -> Iterator[Any]:
 
 def returned(eqn: Any) -> Iterator[Any]:
     """Return what the programs inside an equation return."""
-    for body in bodies(eqn):
-        yield from body.jaxpr.outvars
+    for body, _ in bodies(eqn):
+        yield from body.outvars
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
     """Return the equations of a program, and those of the programs inside them."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for body in bodies(eqn):
-            yield from equations(body.jaxpr)
+        for body, _ in bodies(eqn):
+            yield from equations(body)
 
 
-def bodies(eqn: Any) -> Iterator[Any]:
-    """Return the programs inside an equation."""
+def holds_inside(program: Any) -> bool:
+    """Say whether a program inside of this one holds arrays."""
+    return any(held for eqn in equations(program.jaxpr) for _, held in bodies(eqn))
+
+
+def bodies(eqn: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """Return the programs inside an equation, and the arrays that each holds: those of ``shard_map`` can hold none."""
     for value in eqn.params.values():
         for body in value if isinstance(value, tuple | list) else (value,):
             if hasattr(body, "jaxpr") and hasattr(body, "consts"):
-                yield body
+                yield body.jaxpr, body.consts
+            elif hasattr(body, "eqns") and hasattr(body, "outvars"):
+                yield body, ()

@@ -116,6 +116,7 @@ HOLDERS = {
     "method": lambda slope: Learned(slope).method,
     "inner jit": lambda slope: jax.jit(lambda z: leaky(z, slope)),
     "checkpoint": lambda slope: jax.checkpoint(lambda z: leaky(z, slope)),
+    "checkpoint of jit": lambda slope: jax.checkpoint(jax.jit(lambda z: leaky(z, slope))),
     "rule forward": _rule,
     "rule backward": _backward,
     "condition": lambda slope: lambda z: jax.lax.cond(z.sum() < 1e9, lambda: leaky(z, slope), lambda: z),
@@ -202,6 +203,43 @@ def test_a_rule_that_changes_decides_the_derivative():
         np.testing.assert_allclose(gradient_of_bias(act), 16 * slope, rtol=1e-6)
 
 
+def _in_shard_map(function):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+
+
+def _in_scan(function):
+    return lambda z: jax.lax.scan(lambda c, _: (function(c), None), z, None, length=1)[0]
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit, _in_shard_map, _in_scan])
+@pytest.mark.parametrize("jitted", [True, False])
+def test_what_a_program_holds_inside_decides(wrap, jitted):
+    """Numbers, rules and functions of the host, wherever they are, tell activations apart, in one program too."""
+
+    def plain(slope):
+        return wrap(lambda z: z * slope)
+
+    def by_rule(slope):
+        act = jax.custom_vjp(lambda z: z)
+        act.defvjp(lambda z: (z, ()), lambda _, g: (slope * g,))
+        return wrap(act)
+
+    def by_host(slope):
+        act = jax.custom_vjp(lambda z: z)
+        host = lambda g: np.asarray(g) * np.float32(slope)  # noqa: E731
+        act.defvjp(lambda z: (z, ()), lambda _, g: (jax.pure_callback(host, jax.typeof(g), g),))
+        return wrap(act)
+
+    for make in (plain, by_rule, by_host):
+
+        def gradients(make=make):
+            return [gradient_of_bias(make(slope)) for slope in (1.0, 3.0)]
+
+        for slope, found in zip((1.0, 3.0), (jax.jit(gradients) if jitted else gradients)(), strict=True):
+            np.testing.assert_allclose(found, np.full(4, 16 * slope), rtol=1e-6)
+
+
 def test_a_rule_decides_the_derivative_of_what_the_activation_holds_too():
     for slope in (1.0, 3.0):
         act = jax.custom_vjp(lambda w: w)
@@ -244,7 +282,16 @@ def _loop_over(slope):
 
 @pytest.mark.parametrize(
     ("holder", "message"),
-    [(_value_over, "derivative rule of its own"), (_backward_over, "jax.custom_vjp whose backward pass reads arrays")],
+    [
+        (_value_over, "derivative rule of its own"),
+        (lambda slope: jax.checkpoint(_value_over(slope)), "derivative rule of its own"),
+        (_backward_over, "jax.custom_vjp whose backward pass reads arrays"),
+        (
+            lambda slope: _in_scan(_backward_over(jnp.full((1, 4), 0.3))),
+            "jax.custom_vjp whose backward pass reads arrays",
+        ),
+    ],
+    ids=["value", "checkpoint", "backward", "backward in a loop"],
 )
 def test_what_cannot_be_followed_is_refused_with_the_way_out(holder, message):
     def loss(slope):
