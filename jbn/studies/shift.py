@@ -239,7 +239,7 @@ def _title(summary: Summary) -> str:
     return (
         f"With noise after batch norm what a ReLU is given drifts {_DRIFTS[drifts]} without norm ({drift[2]} against "
         f"{drift[0]}), {'yet' if drifts * accuracies > 0 else 'and'} the network learns {_LEARNS[accuracies]}: "
-        f"{seen[2]} against {seen[0]} % of training rows right on average. Batch norm without noise fixes mean and "
+        f"{seen[2]} against {seen[0]} % of training rows right on average. Without noise batch norm fixes mean, "
         f"deviation: drift {drift[1]} (in front of it {sums[1]}), {seen[1]} %"
     )
 
