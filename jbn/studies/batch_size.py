@@ -59,7 +59,8 @@ class Arm:
 ARMS = {
     "plain": Arm("batch norm", "batch norm, evaluated by its running statistics"),
     "recal.": Arm(
-        "batch norm, recalibrated", "the same networks by the statistics of all training rows, taken afterwards"
+        "batch norm,\nstatistics taken anew",
+        "the same networks by the statistics of all training rows, taken afterwards",
     ),
     "renorm": Arm("batch renormalization", "batch renormalization, with its schedule over the first half of the steps"),
     "ghost": Arm("ghost batch norm", f"batch norm by the statistics of groups of {GHOST} rows"),
@@ -325,15 +326,16 @@ def draw(summary: Summary) -> Figure:
     errors = {arm: points(value) for arm, value in wrong.items()}
     worst = "the most errors" if wrong["plain"] == max(wrong.values()) else "not the most errors"
     title = (
-        f"With {small} rows a batch, batch norm makes {worst}: {errors['plain']} %,\nbatch renormalization "
-        f"{errors['renorm']} %, group norm {errors['group']} %, no norm at all {errors['none']} %"
+        f"With {small} rows a batch, batch norm makes {worst}: {errors['plain']} %, with statistics taken anew "
+        f"{errors['recal.']} %, batch renormalization {errors['renorm']} %, group norm {errors['group']} %, no norm at "
+        f"all {errors['none']} %"
     )
     steps = [f"{summary['examples'] // size} of {size}" for size in (sizes[0], sizes[-1])]
     note = (
         f"digits, three hidden layers of 128; mean and 95 % interval of {summary['seeds']} seeds; each arm at its best "
         f"learning rate; {summary['examples']} rows seen: the larger the batch, the fewer steps "
         f"({' or '.join(steps)}), which alone may add errors; batch norm needs 2 rows; ghost has groups of {GHOST}; "
-        "claims compare arms seed by seed: intervals that overlap may tell them apart"
+        "differences are taken seed by seed: arms can differ though their bars overlap"
     )
     figure, axes = blank(title, note)
     for number, ((name, arm), look) in enumerate(zip(ARMS.items(), OF_ARMS, strict=True)):

@@ -14,6 +14,7 @@ from jbn.studies.convergence_claims import (
     CASES,
     CLAIMS,
     LEVEL,
+    ends_better,
     exp_of,
     find,
     is_faster,
@@ -204,13 +205,13 @@ def draw(summary: Summary) -> Figure:
     note = (
         f"Above: mean and 95 % interval of {summary['seeds']} seeds on test rows, each arm at the learning rate of its "
         f"fewest steps.{_say_other_ends(summary)}{say_begin_at_0(summary)} Below: the 15th, 50th and 85th percentile "
-        f"of what one sigmoid is given (unit {UNIT}, seed 0); travel: in all, from evaluation to evaluation. Steps to "
+        f"of what one sigmoid is given; travel: from evaluation to evaluation, in all. Steps to "
         f"{LEVEL:.0%}: geometric mean; seeds pass {LEVEL:.0%} at different steps, so the mean curve may cross later; a "
         "seed that does not get there counts as all the steps made."
     )
     units = find(summary, "sigmoid", "none", "batch norm")
     below = [
-        f"{row['arm']}, one unit; the\nmedian unit's percentiles\ntravel {np.mean(row['travel']):.2f} × their spread"
+        f"{row['arm']}: unit {UNIT}, seed 0\n(median of all units:\ntravel {np.mean(row['travel']):.2f} × spread)"
         for row in units
     ]
     names = [*(case.what for case in CASES.values()), *below, f"steps to {LEVEL:.0%}"]
@@ -240,12 +241,17 @@ def _say_other_ends(summary: Summary) -> str:
     told: list[str] = []
     for name, case in CASES.items():
         rows = find(summary, name, *case.arms)
-        ends = [points(row["interval"]["mean"]) for row in rows]
-        rates = " and ".join(f"{row['end_rate']:g}" for row in rows)
-        each = f"equal, {ends[0]} % each" if len({*ends}) == 1 else f"at {' and '.join(ends)} %"
+        ends = ", ".join(f"{ARMS[row['arm']]} {points(row['interval']['mean'])} %" for row in rows)
+        verdict = ends_better(name, "batch norm", "none", 0)(summary).verdict
+        open_ends = ["undecided"] * (verdict == "not decided within the intervals")
+        open_ends += [
+            f"{ARMS[row['arm']]}'s rate, {row['end_rate']:g}, is the {row['end_edge']} tried"
+            for row in rows
+            if row["end_edge"]
+        ]
         if any(row["end_rate"] != row["rate"] for row in rows):
-            told.append(f"{case.label} ends {each}, at {'learning ' * (not told)}rates {rates}")
-    return f" Not drawn, ends at their best (batch norm, none): {'; '.join(told)}." * bool(told)
+            told.append(f"{case.label}: {ends}" + f" ({', '.join(open_ends)})" * bool(open_ends))
+    return f" Ends, each at its best rate, not drawn: {'; '.join(told)}." * bool(told)
 
 
 def _look_steps(row: dict[str, Any]) -> np.ndarray:

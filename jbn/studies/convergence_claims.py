@@ -79,7 +79,7 @@ def _say_steps(row: dict[str, Any]) -> str:
     return f"{ARMS[row['arm']]} {'at least ' if late else ''}{steps_of(row).mean:.0f} steps{never}"
 
 
-def _ends(case: str, one: str, other: str, least: float) -> Callable[[Summary], Outcome]:
+def ends_better(case: str, one: str, other: str, least: float) -> Callable[[Summary], Outcome]:
     """Return the judgement whether an arm ends better than another by ``least`` or more, which may be below 0."""
 
     def judge(summary: Summary) -> Outcome:
@@ -126,7 +126,7 @@ def _is_stabler(summary: Summary) -> Outcome:
     return Outcome(sentence, decide(by, least=0))
 
 
-_AS_WELL = _ends("residual", "from 0", "batch norm", -SAME)
+_AS_WELL = ends_better("residual", "from 0", "batch norm", -SAME)
 CLAIMS = (
     Claim(
         "Batch norm reaches an accuracy in fewer steps",
@@ -136,7 +136,7 @@ CLAIMS = (
     Claim(
         "Sigmoid units end higher with it",
         "Ioffe and Szegedy 2015, section 4.1 and figure 1a",
-        _ends("sigmoid", "batch norm", "none", 0),
+        ends_better("sigmoid", "batch norm", "none", 0),
     ),
     Claim(
         "What a unit is given is more stable with it",

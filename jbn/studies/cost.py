@@ -289,20 +289,25 @@ def _least(summary: Summary) -> str:
 
 
 def _title(summary: Summary) -> str:
-    """Say what each norm makes of a whole step: what is kept, what is held at the peak, and its share of the time."""
+    """Say which share of a step jbn's norm takes, and what computing its results again does to memory and time."""
     last = summary["networks"][-1]
-    lines = [f"Whole steps of the {last}, least first."]
-    for what, name in zip(MEMORY, ("Kept for backward", "Temporaries at the peak"), strict=True):
-        beside = {arm: _beside(summary, last, what, arm) for arm in NAMES}
-        if not any(map(math.isnan, beside.values())):
-            lines.append(f"{name}, without norms = 1: {_list(beside, 2)}.")
-    shares = {arm: 100 * share(find(summary, last, arm)).mean for arm in NAMES}
-    return "\n".join([*lines, f"Share of the time that norms take, %: {_list(shares, 0)}."])
-
-
-def _list(values: dict[str, float], digits: int) -> str:
-    ascending = sorted(values.items(), key=lambda pair: pair[1])
-    return ", ".join(f"{NAMES[arm]} {round(value, digits) + 0:.{digits}f}" for arm, value in ascending)
+    taken, longer = share(find(summary, last, OURS)), more(find(summary, last, LEANER))
+    beside = {what: _beside(summary, last, what, LEANER, OURS) for what in MEMORY}
+    names = {"kept": "keeps {} for the backward pass", "temporaries": "needs {} at the peak"}
+    said = [name.format(_say_less(beside[what])) for what, name in names.items() if not math.isnan(beside[what])]
+    by = f"{points(abs(longer.mean))} %"
+    time = (
+        "and " * bool(said)
+        + {
+            "holds": f"takes {by} more time",
+            "does not hold": f"takes {by} less time",
+            "not decided within the intervals": f"takes {_span(longer, 1)} more time, undecided,",
+        }[decide(longer, least=0)]
+    )
+    return (
+        f"Batch norm (jbn's) takes {_span(taken)} of a {last}'s step.\n"
+        f"Computing its results again (remat_policy) {', '.join([*said, time])} than jbn without it"
+    )
 
 
 COST = Study(

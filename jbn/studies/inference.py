@@ -53,9 +53,9 @@ POPULATION, BATCHES, TEST = "population", "batches", "all test"
 READOUTS = (*RUNNING, POPULATION, BATCHES, TEST)
 # What is drawn: its label and its look, batch norm's for what it is evaluated by without a question asked.
 DRAWN = {
-    "0.9": ("momentum 0.9 (PyTorch's\ndefault, which it calls 0.1)", OF_BATCH_NORM),
+    "0.9": ("momentum 0.9\n(PyTorch's default)", OF_BATCH_NORM),
     "0.99": ("momentum 0.99", LOOKS[3]),
-    "0.1": ("momentum 0.1", LOOKS[1]),
+    "0.1": ("momentum 0.1 (PyTorch's\nnumber, misread)", LOOKS[1]),
     POPULATION: ("all training rows", LOOKS[6]),
     BATCHES: ("each batch of test rows", LOOKS[5]),
 }
@@ -357,11 +357,12 @@ def draw(summary: Summary) -> Figure:
     title = (
         f"Running statistics of a large momentum {lags} early: {_when(summary, LARGE, 'early').lower()}, errors are "
         f"{early[2]} % by 0.99, {early[1]} % by 0.9, {early[0]} % by all training rows (at the end {end[2]}, {end[1]} "
-        f"and {end[0]} %). With batches of {SMALL}, momentum 0.1 ends with {wrong} %, 0.9 with {right} %"
+        f"and {end[0]} %). With batches of {SMALL}, PyTorch's 0.1, taken for the weight of the OLD value, ends with "
+        f"{wrong} %; what PyTorch does, 0.9, with {right} %"
     )
     left = ", ".join(name for name in READOUTS if name not in DRAWN)
     note = (
-        "momentum: weight of the old value; PyTorch's default 0.1 is the arm 0.9. digits, two hidden layers of 128; "
+        "momentum: weight of the old value; PyTorch's 0.1 weighs the new one. digits, two hidden layers of 128; "
         f"the same networks by several statistics; mean and 95 % interval of {summary['seeds']} seeds; the learning "
         f"rate falls to 0. Not drawn, but in the table: momentum {left}"
     )

@@ -17,12 +17,14 @@ from jbn.studies.intervals import Interval, choose_rate, interval, note_edges, p
 from jbn.studies.recurrent_claims import (
     ARMS,
     CLAIMS,
+    CONSTANT,
     EDGES,
     LARGE,
     LEVEL,
     SCALES,
     SMALL,
     TANH,
+    VANISHED,
     by_accuracy,
     by_steps,
     factor,
@@ -253,28 +255,48 @@ def draw(summary: Summary) -> Figure:
 
 
 def _title(summary: Summary) -> str:
-    """Say which γ is sooner and which more accurate, and what is left of the gradient of tanh networks."""
-    small, large = (find_lstm(summary, arm) for arm in (SMALL, LARGE))
-    told = by_steps(summary, LARGE, SMALL)[1], by_accuracy(summary, SMALL, LARGE)[1]
-    speed, quality = (int(by.low > 0) - int(by.high < 0) for by in told)
+    """Say which γ ends more accurate and which learns faster, and what is left of the gradient of tanh networks."""
+    quality, speed = _sides(summary, LARGE)
     accuracy = {row["arm"]: points(np.mean(row["accuracy"])) for row in summary["lstm"]}
-    without = "".join(
-        f"; without norm {say_steps(row)} steps, {accuracy['none']} %"
-        for row in summary["lstm"]
-        if row["arm"] == "none"
-    )
-    kinds = {"": "with an identity kernel", "orthogonal": "with an orthogonal one"}
+    steps = {row["arm"]: say_steps(row) for row in summary["lstm"]}
+    ends = ("neither more nor less accurate for certain than", "more accurate than", "less accurate than")[quality]
+    learns = ("neither faster nor more slowly for certain", "faster", "more slowly")[speed]
+    kinds = {"": "identity kernel", "orthogonal": "orthogonal"}
     left = [
-        f"{kinds[row['network']]} {factor(interval(row['first']).mean)} times"
+        f"{kinds[row['network']]} {factor(interval(row['first']).mean)}{_fate(interval(row['first']))}"
         for row in summary["tanh"]
         if row["scale"] == 1 and row["network"] in kinds
     ]
     return (
-        f"With batch norm an LSTM learns {('about as fast', 'faster', 'more slowly')[speed]} at γ = 1 than at γ = 0.1 "
-        f"({say_steps(large)} against {say_steps(small)} steps), and at γ = 0.1 it ends "
-        f"{('about as', 'more', 'less')[quality]} accurate ({accuracy[SMALL]} against {accuracy[LARGE]} %){without}. "
-        f"In tanh networks at γ = 1 the gradient of the first step in time is {', '.join(left)} that of the last"
+        f"With γ = 0.1 an LSTM with batch norm ends {ends} with γ = 1 ({accuracy[SMALL]} against {accuracy[LARGE]} %) "
+        f"{'but' if quality * speed < 0 else 'and'} learns {learns} ({steps[SMALL]} against {steps[LARGE]} steps)"
+        f"{_beside_none(summary, accuracy, steps)}. Tanh networks, γ = 1, gradient at the first step in time over that "
+        f"at the last: {', '.join(left)}"
     )
+
+
+def _sides(summary: Summary, other: str) -> tuple[int, int]:
+    """Return whether γ = 0.1 is more accurate, and sooner, than another: 1, or -1 if less so, 0 if it is open."""
+    told = by_accuracy(summary, SMALL, other)[1], by_steps(summary, SMALL, other)[1]
+    quality, speed = (int(by.low > 0) - int(by.high < 0) for by in told)
+    return quality, speed
+
+
+def _beside_none(summary: Summary, accuracy: dict[str, str], steps: dict[str, str]) -> str:
+    """Return how γ = 0.1 stands to no norm, "" where that is not measured."""
+    if "none" not in accuracy:
+        return ""
+    quality, speed = _sides(summary, "none")
+    none = f"no norm ({accuracy['none']} %, {steps['none']} steps)"
+    if not quality and not speed:
+        return f"; whether it beats {none} is undecided"
+    ends = ("undecided which ends more accurate", "it ends more accurate", "it ends less accurate")[quality]
+    return f"; beside {none} {ends}, {('undecided which learns faster', 'learns faster', 'learns more slowly')[speed]}"
+
+
+def _fate(found: Interval) -> str:
+    """Return in a word what becomes of a gradient on its way back in time, "" where that is open."""
+    return " (vanishes)" * (found.high < VANISHED) + " (grows)" * (found.low > CONSTANT)
 
 
 RECURRENT = Study(

@@ -256,39 +256,35 @@ def _say_size(by: Interval) -> str:
 
 
 def _labels(noise: float) -> str:
-    return f"{100 * noise:.0f} % of the labels noise" if noise else "labels as they are"
+    return f"{100 * noise:.0f} % of labels drawn at random" if noise else "clean labels"
 
 
 def _title(summary: Summary) -> str:
-    """Return whether batch norm in its best groups beats none, and then the errors of both, and those with dropout."""
+    """Return whether batch norm in its best groups beats none, with the errors of both, and those with dropout."""
     found: list[str] = []
-    errors = []
     dropped: dict[int, list[str]] = {USUAL: [], 0: []}
     for noise in sorted({min(summary["noises"]), max(summary["noises"])}):
         best, none = best_group(summary, noise), find(summary, noise, 0)
+        ours, theirs = (f"{_errors(row).mean:.1f}" for row in (best, none))
         found.append(
-            f"ith {_labels(noise)} {'it' if found else 'batch norm'} {_helps(open_at_edges(*better(best, none)))}"
+            f"With {_labels(noise)} {_helps(*better(best, none))} (errors {ours} % in groups of {best['group']}, none "
+            f"{theirs} %)."
         )
-        errors.append(f"{_errors(best).mean:.1f} (groups of {best['group']}; none {_errors(none).mean:.1f})")
         for group, each in dropped.items():
             each.append(f"{_errors(best_dropout(summary, noise, group)).mean:.1f}")
     usual, without = (f"{_dropped(summary, group)} {{}}: {' and '.join(each)}" for group, each in dropped.items())
-    return (
-        f"W{'; w'.join(found)}.\nErrors, %: {' and '.join(errors)};\n"
-        f"{usual.format(f'with groups of {USUAL}')}; {without.format('without norm')}"
-    )
+    dropout = f"{usual.format(f'in groups of {USUAL}')} %; {without.format('without norm')} %"
+    return f"{' '.join(found)}\n{dropout[:1].upper()}{dropout[1:]}"
 
 
-def _helps(by: Interval) -> str:
-    """Return in words what a difference in accuracy is: help or harm is what is more than is called the same."""
-    if decide(by, least=-SAME, most=SAME) == "holds":
-        return f"changes less than {points(SAME)} points"
-    less = f", perhaps by less than {points(SAME)} points"
-    if decide(by, least=0) == "holds":
-        return "helps" if by.low > SAME else f"is better than none{less}"
-    if decide(by, most=0) == "holds":
-        return "harms" if by.high < -SAME else f"is worse than none{less}"
-    return "may help or harm"
+def _helps(by: Interval, edges: Sequence[tuple[str, str]]) -> str:
+    """Return whether batch norm is better than none, and by how much where that is decided."""
+    found = open_at_edges(by, edges)
+    if decide(found, least=-SAME, most=SAME) == "holds":
+        return f"batch norm changes less than {points(SAME)} points"
+    if decide(found, least=0) == UNDECIDED:
+        return "it is undecided whether batch norm helps"
+    return f"batch norm is {say_better(by, 'none')}"
 
 
 def _errors(row: dict[str, Any]) -> Interval:

@@ -202,7 +202,7 @@ def draw(summary: Summary) -> Figure:
         f"95 % intervals of {summary['seeds']} seeds. Drift: how far a step moves mean and deviation of a unit (not "
         "each row), in standard deviations; noise is drawn anew. G, G': before and after the step of earlier layers. "
         "Range: at learning rates of "
-        f"{RATES}. In the title: means over the steps."
+        f"{RATES}. In the title: means over the steps.{_say_begun(summary)}"
     )
     figure, grid = panels(_title(summary), note, [title for title, _ in SHOWN.values()], columns=3, height=6.4)
     for axes, (name, (_, unit)) in zip(grid, SHOWN.items(), strict=True):
@@ -224,6 +224,11 @@ def draw(summary: Summary) -> Figure:
     return figure
 
 
+# By ``side_of``, whose 0 is what the intervals leave open.
+_DRIFTS = ("not clearly more or less than", "more than", "less than")
+_LEARNS = ("not clearly faster or slower", "faster", "more slowly")
+
+
 def _title(summary: Summary) -> str:
     """Say what noise does to drift and to training, and what batch norm does without it."""
     pairs = ([values_of(summary, arm, name).mean(1) for arm in ("noisy", "none")] for name in ("drift", "training"))
@@ -232,12 +237,22 @@ def _title(summary: Summary) -> str:
         [_text(summary, arm, name).split()[0] for arm in ARMS] for name in ("drift", "training", "sums")
     )
     return (
-        f"With noise after batch norm a ReLU's inputs drift {('as much as', 'more than', 'less than')[drifts]} without "
-        f"norm ({drift[2]} against {drift[0]} deviations), {'yet' if drifts * accuracies > 0 else 'and'} it trains "
-        f"{('as fast', 'faster', 'more slowly')[accuracies]} (accuracy {seen[2]} against {seen[0]} % on average over "
-        f"the steps). Batch norm alone fixes their mean and deviation ({drift[1]}; sums in front of it {sums[1]}): "
-        f"{seen[1]} %"
+        f"With noise after batch norm what a ReLU is given drifts {_DRIFTS[drifts]} without norm ({drift[2]} against "
+        f"{drift[0]}), {'yet' if drifts * accuracies > 0 else 'and'} the network learns {_LEARNS[accuracies]}: "
+        f"{seen[2]} against {seen[0]} % of training rows right on average. Without noise batch norm fixes mean, "
+        f"deviation: drift {drift[1]} (in front of it {sums[1]}), {seen[1]} %"
     )
+
+
+def _say_begun(summary: Summary) -> str:
+    """Return what the logarithmic axes hardly show: how batch norm stands to none before anything is learned."""
+    told = []
+    for name, what in (("shift", "the shift of gradients"), ("loss", "the range of the loss")):
+        batch, none = (values_of(summary, arm, name)[:, 0] for arm in ("batch", "none"))
+        if by := interval_of(batch - none, ratio=True):
+            is_what = ("undecided", "larger", "smaller")[side_of(by, 1)]
+            told.append(f"{what} is {is_what}, {by.mean:.2g} times ({by.low:.2g} to {by.high:.2g})")
+    return f" Before the first step, batch norm beside none: {'; '.join(told)}." * bool(told)
 
 
 SHIFT = Study(

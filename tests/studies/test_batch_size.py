@@ -134,7 +134,7 @@ def test_the_title_of_the_figure_says_what_came_out():
     cells = measured(plain_2=-0.3, renorm_2=-0.1, group_2=0.05)
     figure = study.draw(study.summarize(list(cells.values())))
     title = " ".join(figure.get_suptitle().split())
-    expected = "batch renormalization 19.7 %, group norm 4.7 %, no norm at all 9.7 %"
+    expected = "with statistics taken anew 9.7 %, batch renormalization 19.7 %, group norm 4.7 %, no norm at all 9.7 %"
     assert title == f"With 2 rows a batch, batch norm makes the most errors: 39.7 %, {expected}"
     (axes,) = figure.axes
     names = [text.get_text() for text in figure.legends[0].get_texts()]

@@ -142,12 +142,12 @@ def test_the_title_of_the_figure_says_what_came_out():
         "ReLU units 2.0 times, a residual network at least 5.0 times (0 of 4 seeds get there)"
     )
     assert [text.get_text() for text in figure.axes[5].texts] == ["none: 0 of 4\nget there"]
-    assert "Not drawn" not in figure.get_supxlabel()
+    assert "not drawn" not in figure.get_supxlabel()
     assert len(figure.axes) == 6
     figure = study.draw(study.summarize(measured(steps={("relu", "none"): 60}, travels={"none": 3.0})))
     assert "in fewer steps in 1 of 3 networks" in " ".join(figure.get_suptitle().split())
     moves = [axes.get_title("left").split("\n")[-1] for axes in figure.axes[3:5]]
-    assert moves == ["travel 3.00 × their spread", "travel 1.00 × their spread"]
+    assert moves == ["travel 3.00 × spread)", "travel 1.00 × spread)"]
 
 
 def test_the_figure_names_the_rate_of_a_better_end_that_it_does_not_draw():
@@ -156,8 +156,13 @@ def test_the_figure_names_the_rate_of_a_better_end_that_it_does_not_draw():
     summary["arms"][5]["reached"] = [True, True, False, True]
     figure = study.draw(summary)
     note = " ".join(figure.get_supxlabel().split())
-    assert "(batch norm, none): sigmoid ends equal, 92.2 % each, at learning rates 0.4 and 0.2." in note
+    assert "Ends, each at its best rate, not drawn: sigmoid: batch norm 92.2 %, none 92.2 % (undecided). " in note
     assert "Begin at 0" not in note
+    summary["arms"][0]["end_edge"] = "highest"
+    at_edge = " ".join(study.draw(summary).get_supxlabel().split())
+    assert "none 92.2 % (undecided, batch norm's rate, 0.4, is the highest tried). " in at_edge
+    summary["arms"][0]["test_accuracy"] = [value + 0.01 for value in summary["arms"][0]["test_accuracy"]]
+    assert "none 92.2 % (batch norm's rate, 0.4, is" in " ".join(study.draw(summary).get_supxlabel().split())
     assert [text.get_text() for text in figure.axes[5].texts] == ["none: 3 of 4\nget there"]
 
 

@@ -114,7 +114,8 @@ def test_the_title_of_the_figure_says_what_came_out():
     assert title == (
         "Running statistics of a large momentum lag early: batches of 40, on average over the first 2 steps, errors "
         "are 39.7 % by 0.99, 29.7 % by 0.9, 19.7 % by all training rows (at the end 19.7, 19.7 and 19.7 %). With "
-        "batches of 4, momentum 0.1 ends with 49.7 %, 0.9 with 19.7 %"
+        "batches of 4, PyTorch's 0.1, taken for the weight of the OLD value, ends with 49.7 %; what PyTorch does, 0.9, "
+        "with 19.7 %"
     )
     note = " ".join(figure.get_supxlabel().split())
     assert note.endswith("Not drawn, but in the table: momentum 0, 0.5, 0.999, debiased, unbiased, all test")

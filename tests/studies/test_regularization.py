@@ -146,9 +146,10 @@ def test_the_title_of_the_figure_says_what_came_out():
     figure = study.draw(study.summarize(measured(bn2_0=0.05, bn8_40=-0.1, none_40=0.02)))
     title = " ".join(figure.get_suptitle().split())
     assert title == (
-        "With labels as they are batch norm helps; with 40 % of the labels noise it harms. "
-        "Errors, %: 14.7 (groups of 2; none 19.7) and 19.7 (groups of 2; none 17.7); "
-        "dropout 0.2 with groups of 40: 19.7 and 19.7; dropout 0.2 without norm: 19.7 and 19.7"
+        "With clean labels batch norm is 5.0 points better (5.0 to 5.0) than none (errors 14.7 % in groups of 2, none "
+        "19.7 %). With 40 % of labels drawn at random batch norm is 2.0 points worse (2.0 to 2.0) than none (errors "
+        "19.7 % in groups of 2, none 17.7 %). "
+        "Dropout 0.2 in groups of 40: 19.7 and 19.7 %; dropout 0.2 without norm: 19.7 and 19.7 %"
     )
     assert len(figure.axes) == 2
     labels = [
@@ -161,21 +162,25 @@ def test_the_title_of_the_figure_says_what_came_out():
     labels[2:] = [labels[-1], *labels[2:-1]]
     assert [" ".join(text.get_text().split()) for text in figure.legends[0].get_texts()] == labels
     title = study.draw(study.summarize(measured(noises=(0.4,)))).get_suptitle()
-    assert title.startswith("With 40\N{NO-BREAK SPACE}% of the labels noise batch norm changes less than 1.0 points.\n")
+    assert title.startswith(
+        "With 40\N{NO-BREAK SPACE}% of labels drawn at random batch norm changes less than 1.0 points"
+    )
 
 
 @pytest.mark.parametrize(
-    ("by", "said"),
+    ("by", "edges", "said"),
     [
-        (0.02, "helps"),
-        (0.01, "is better than none, perhaps by less than 1.0 points"),
-        (-0.01, "is worse than none, perhaps by less than 1.0 points"),
-        (-0.02, "harms"),
+        (0.02, ("", ""), "batch norm is 2.0 points better (1.5 to 2.5) than none"),
+        (-0.02, ("", ""), "batch norm is 2.0 points worse (1.5 to 2.5) than none"),
+        (0.008, ("", ""), "batch norm is 0.8 points better (0.3 to 1.3) than none"),
+        (0.006, ("", "highest"), "it is undecided whether batch norm helps"),
+        (0.004, ("", ""), "batch norm changes less than 1.0 points"),
+        (0.004, ("highest", ""), "it is undecided whether batch norm helps"),
     ],
 )
-def test_the_title_says_that_it_harms_only_beyond_what_is_called_the_same(by, said):
-    found = Interval(by, by - 0.003, by + 0.003)
-    assert study._helps(found) == said
+def test_the_title_says_by_how_much_it_helps_only_where_that_is_decided(by, edges, said):
+    named = list(zip(("bn 8", "none"), edges, strict=True))
+    assert study._helps(Interval(by, by - 0.005, by + 0.005), named) == said
 
 
 def test_the_figure_says_what_overlapping_bars_hide_and_what_they_leave_open():
@@ -184,11 +189,11 @@ def test_the_figure_says_what_overlapping_bars_hide_and_what_they_leave_open():
         if cell.settings["noise"]:
             cell.numbers["test"] = cell.numbers["test"] + np.linspace(-0.05, 0.05, 4)[:, None]
     note = " ".join(study.draw(study.summarize(cells)).get_supxlabel().split())
-    assert "With 40 % of the labels noise bars of ring and no normalization overlap, but seed by seed" in note
+    assert "With 40 % of labels drawn at random bars of ring and no normalization overlap, but seed by seed" in note
     assert "the difference is 0.4 (0.4 to 0.4). " in note
     both = (
-        r"both with dropout, in accuracy: with labels as they are, equal in the mean \(.*\) \(undecided\); "
-        r"with 40 % of the labels noise, equal in the mean \(.*\) \(undecided\)\."
+        r"both with dropout, in accuracy: with clean labels, equal in the mean \(.*\) \(undecided\); "
+        r"with 40 % of labels drawn at random, equal in the mean \(.*\) \(undecided\)\."
     )
     assert re.search(both, note)
     for cell in cells:
