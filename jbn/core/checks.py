@@ -176,7 +176,13 @@ def check_mask(mask: Array | None, layout: Layout) -> Array | None:
 
 def cast_array(name: str, value: ArrayLike) -> Array:
     """Read an array as Flax takes it, nested lists of numbers too."""
-    return read_array(name, value) if hasattr(value, "dtype") else jnp.asarray(value)  # type: ignore[no-any-return]
+    if hasattr(value, "dtype"):
+        return read_array(name, value)  # type: ignore[no-any-return]
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        kind = type(value).__name__
+        raise TypeError(f"{name} is of type {kind}, which JAX does not read; expected an array of numbers.") from error
 
 
 def cast_mask(mask: ArrayLike | None) -> Array | None:

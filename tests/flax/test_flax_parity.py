@@ -195,3 +195,10 @@ def test_a_mask_may_be_of_any_dtype_that_flax_takes():
         valid = np.broadcast_to(np.asarray(mask, bool), x.shape)
         np.testing.assert_allclose(np.where(valid, mine[0], 0), np.where(valid, theirs[0], 0), atol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), mine[1], theirs[1])
+
+
+@pytest.mark.parametrize(("name", "value"), [("mask", "all"), ("mask", object()), ("x", None), ("x", "rows")])
+def test_what_is_no_array_is_refused_by_name(name, value):
+    given = {"x": np.ones((6, 3), np.float32), "mask": None} | {name: value}
+    with pytest.raises(TypeError, match=f"^{name} is of type {type(value).__name__}, which JAX does not read"):
+        MINE(False).init(jax.random.key(0), given["x"], mask=given["mask"])
