@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from textwrap import TextWrapper
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jbn.comparing.explain import explain, relative
+from jbn.comparing.explain import explain, is_activation, relative
 from jbn.comparing.pairs import Pair, find_pairs, nearest_layout
 from jbn.comparing.record import Call, Record
 from jbn.converting.names import Names
@@ -113,7 +114,9 @@ def compare(
     and ā the mean of each channel. So errors that grow from layer to layer are rounding, and a jump is not: a far mean
     costs digits where the numbers are held, not where a normalization takes the mean away. What a layer took counts
     too, channel by channel, as a normalization would see it. A layer that parts, but whose output the layers that take
-    it make equal again, is not the first that parts: ``fold`` moves what a norm does into the layer beside it.
+    it make equal again, is not the first that parts: ``fold`` moves what a norm does into the layer beside it. Neither
+    is one after which both go on with the same: an activation that is a function in one model and part of the norm in
+    the other. Where the models themselves return the same, nothing parts.
 
     Args:
         a: what ``jbn.linen.record``, ``jbn.nnx.record`` or ``jbn.record`` returned; or outputs by path, arrays of any
@@ -163,7 +166,7 @@ def compare(
         known.append((previous, before))
         if not match.parts:
             previous, before = first[i], max(before, seen)
-    parting = _find_parting(matches, first, second)
+    parting = _find_parting(matches, first, second, [error for _, error in known], tolerance)
     partners = [{pair[k] for pair in pairs} for k in range(2)]
     alone = tuple(p for p in first if p not in partners[0]), tuple(p for p in second if p not in partners[1])
     if parting:
@@ -205,26 +208,73 @@ def _part(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(np.stack([a.real, a.imag], -1) if np.iscomplexobj(a) else a for a in arrays)
 
 
-def _find_parting(matches: list[ComparedLayer], a: Record, b: Record) -> list[int]:
+def _find_parting(
+    matches: list[ComparedLayer], a: Record, b: Record, known: list[float], tolerance: float | None
+) -> list[int]:
     """Return which matches part, without those of which all that take what they return make it equal again.
 
-    What takes a match may part too, if it is made good itself: a layer between two norms does the work of both.
+    What takes a match may part too, if it is made good itself: a layer between two norms does the work of both. And
+    where models are cut into layers at other places, an activation that one calls after a norm is part of the other's
+    norm: what comes next takes the same in both, though in one of them nothing takes what the norm returned.
     """
+    calls = [(a[match.paths[0]], b[match.paths[1]]) for match in matches]
     if not any(match.parts for match in matches):
         return []
     outputs, inputs = (
-        [
-            tuple({*map(_fingerprint, getattr(c[match.paths[k]], what))} for k, c in enumerate((a, b)))
-            for match in matches
-        ]
+        [tuple({*map(_fingerprint, getattr(call, what))} for call in pair) for pair in calls]
         for what in ("outputs", "inputs")
     )
+
+    def is_inside_of_equals(i: int, later: list[int]) -> bool:
+        """Say whether a layer that a match is called in, or the model, returns the same in both, for all that it is."""
+        outer = [calls[j] for j in later if _contains(matches[j], matches[i])]
+        outer += [(a[""], b[""])] if "" in a and "" in b else []
+        meetings = (_Meeting.of(x.outputs, y.outputs, tolerance) for x, y in outer)
+        # Half the digits of what tells examples apart must be there too: an output that hardly does says nothing.
+        return any(g and g.error <= g.rounding(known[i]) and g.seen <= g.own**0.5 for g in meetings)
+
+    def goes_on_equal(i: int, later: list[int]) -> bool:
+        """Say whether what comes after a match takes the same in both models."""
+        followers = [j for j in later if any(map(set.intersection, outputs[i], inputs[j]))]
+        # A norm that takes the shortcut too is cut elsewhere itself, and says nothing of what comes before it.
+        followers = [j for j in followers if len(calls[j][0].inputs) == len(calls[j][1].inputs)]
+        if followers:
+            return all(_take_the_same(*calls[j], known[j], tolerance) for j in followers)
+        if not _is_activation(*calls[i], known[i], tolerance):
+            return False
+        # What is pooled has no link to either; what was there before the match, another branch, is none of its doing.
+        old = [set().union(*(x[k] for x in (*outputs, *inputs[: i + 1]))) for k in range(2)]
+        fresh = (j for j in later if all(map(set.difference, inputs[j], old)))
+        return any(_take_the_same(*calls[j], known[j], tolerance) for j in islice(fresh, 1))
+
     parting = list[int]()
     for i in reversed([i for i, match in enumerate(matches) if match.parts]):
-        takers = [j for j in range(i + 1, len(matches)) if all(map(set.intersection, outputs[i], inputs[j]))]
-        if not takers or {*takers} & {*parting}:
+        later = list(range(i + 1, len(matches)))
+        takers = [j for j in later if all(map(set.intersection, outputs[i], inputs[j]))]
+        good = not {*takers} & {*parting} if takers else goes_on_equal(i, later)
+        if not good and not is_inside_of_equals(i, later):
             parting.insert(0, i)
     return parting
+
+
+def _contains(outer: ComparedLayer, inner: ComparedLayer) -> bool:
+    """Say whether a layer of either model is called inside of another."""
+    paths = ((x.replace(".", "/"), y.replace(".", "/")) for x, y in zip(outer.paths, inner.paths, strict=True))
+    return any(x != y and (not x or y.startswith(f"{x}/")) for x, y in paths)
+
+
+def _take_the_same(a: Call, b: Call, before: float, tolerance: float | None) -> bool:
+    """Say whether layers take the same values, in any order: another order is no doing of the layer before."""
+    in_order = (tuple(x.ravel()[np.argsort(np.asarray(x, np.float64), None)] for x in call.inputs) for call in (a, b))
+    several = ((a.inputs, b.inputs), tuple(in_order))
+    meetings = (_Meeting.of(*inputs, tolerance) for inputs in several)
+    return any(taken and taken.error <= taken.rounding(before) for taken in meetings)
+
+
+def _is_activation(a: Call, b: Call, before: float, tolerance: float | None) -> bool:
+    """Say whether what one layer returns is an activation of what the other does."""
+    given = _Meeting.of(a.outputs, b.outputs, tolerance)
+    return given is not None and all(is_activation(x, y, given.rounding(before)) for x, y in given.arrays)
 
 
 def _fingerprint(x: Array) -> int:

@@ -63,6 +63,12 @@ def explain(a: Array, b: Array, allowed: float, given: Iterable[Array] = ()) -> 
         return next(_two_activations(a, b, allowed, given), "")
 
 
+def is_activation(a: Array, b: Array, allowed: float) -> bool:
+    """Say whether one of two arrays is an activation of the other."""
+    with np.errstate(all="ignore"):
+        return any(_activation(a, b, _SLACK * allowed, -1))
+
+
 def relative(a: Array, b: Array) -> float:
     """Return ‖a - b‖ / ‖a‖ in L2; 0 where both are zero."""
     norm, error = np.sqrt((a**2).sum()), np.sqrt(((a - b) ** 2).sum())

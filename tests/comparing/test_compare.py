@@ -11,6 +11,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from jbn.comparing import explain, pairs
+from jbn.comparing.record import Call
 
 TRAINING = {"train": True, "mutable": ["batch_stats"]}
 
@@ -122,6 +123,8 @@ def test_padding_by_other_values(x):
 
 
 def test_another_epsilon(x, variables, recorded):
+    small = jbn.linen.record(Net(epsilon=1e-4), variables, x)
+    assert jbn.compare(recorded, small).first.paths[0] == "BatchNorm_0"
     found = jbn.compare(recorded, jbn.linen.record(Net(epsilon=1e-3), variables, x))
     assert found.first.paths[0] == "BatchNorm_0"
     assert found.first.input_error == 0
@@ -241,6 +244,54 @@ def test_a_layer_that_is_made_good_on_one_way_alone_parts():
     other["batch_stats"]["after"]["mean"] += 1.0
     found = jbn.compare(*(jbn.linen.record(Chain(fork=True), each, x) for each in (variables, other)))
     assert found.first.paths == ("dense", "dense"), found
+
+
+class Residual(nn.Module):
+    """A block whose norm adds the shortcut and activates, or functions after it."""
+
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Conv(8, (3, 3), name="conv")(x)
+        if self.fused:
+            return jbn.linen.BatchNorm(True, activation=nn.relu, name="norm")(y, residual=x)
+        return nn.relu(jbn.linen.BatchNorm(True, name="norm")(y) + x)
+
+
+class Residuals(nn.Module):
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), name="stem")(x)
+        for i in range(2):
+            x = Residual(self.fused, name=f"block_{i}")(x)
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+def test_what_ends_a_block_may_be_a_norm_or_functions_after_it(x):
+    variables = randomize(Residuals(True).init(jax.random.key(1), x))
+    other = jax.tree.map(lambda leaf: leaf, variables)
+    other["params"]["head"]["kernel"] *= 2.0
+    a = jbn.linen.record(Residuals(False), variables, x)
+    for weights, paths in ((variables, None), (other, ("head", "head"))):
+        b = jbn.linen.record(Residuals(True), weights, x)
+        for found in (jbn.compare(a, b), jbn.compare(b, a)):
+            assert (found.first and found.first.paths) == paths, found
+
+
+def test_another_branch_does_not_say_that_an_activation_is_elsewhere():
+    x, y, z = np.random.default_rng(0).standard_normal((3, 8, 6)).astype(np.float32)
+    a, b = (
+        {
+            "norm": Call("BatchNorm", (x,), (out,)),
+            "side": Call("Dense", (x,), (y,)),
+            "head": Call("Dense", (out[:, :2] + y[:, :2],), (out @ z.T,)),
+        }
+        for out in (z, np.maximum(z, 0))
+    )
+    assert jbn.compare(a, b).first.paths == ("norm", "norm")
 
 
 def test_a_fold_meets_again_where_arrays_are_rearranged_between_layer_and_norm():

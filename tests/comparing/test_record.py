@@ -101,6 +101,88 @@ def test_what_ports_do_otherwise_is_found(torch, theirs, variables, names):
         assert [match.paths for match in found.matches][:-1] == [*NAMES.items()][: len(found.matches) - 1]
 
 
+class Fused(nn.Module):
+    """A port whose norms do the activation and the addition; the second is pooled, the last is flattened."""
+
+    activation: object = nn.relu
+    features_first: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        def norm(**options):
+            return jbn.linen.BatchNorm(True, activation=self.activation, **options)
+
+        y = norm(name="bn1")(nn.Conv(8, (3, 3), padding=1, name="conv1")(x))
+        x = nn.max_pool(norm(name="bn2")(nn.Conv(8, (3, 3), padding=1, name="conv2")(y)), (2, 2), (2, 2))
+        y = norm(name="bn3")(nn.Conv(8, (3, 3), padding=1, name="conv3")(x), residual=x)
+        y = norm(name="bn4")(nn.Conv(8, (3, 3), padding=1, name="conv4")(y), residual=y)
+        y = y.transpose(0, 3, 1, 2) if self.features_first else y
+        return nn.Dense(5, name="fc")(y.reshape(len(y), -1))
+
+
+@pytest.fixture(scope="module")
+def functional(torch):
+    """A model whose activations are functions, and no layers: between a norm and what comes next nothing is recorded."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, activation):
+            super().__init__()
+            self.activation = activation
+            for i in range(1, 5):
+                setattr(self, f"conv{i}", torch.nn.Conv2d(3 if i == 1 else 8, 8, 3, padding=1))
+                setattr(self, f"bn{i}", torch.nn.BatchNorm2d(8))
+            self.fc = torch.nn.Linear(8 * 8 * 8, 5)
+
+        def forward(self, x):
+            y = self.activation(self.bn1(self.conv1(x)))
+            x = torch.nn.functional.max_pool2d(self.activation(self.bn2(self.conv2(y))), 2)
+            y = self.activation(self.bn3(self.conv3(x)) + x)
+            return self.fc(self.activation(self.bn4(self.conv4(y)) + y).flatten(1))
+
+    def build(activation):
+        torch.manual_seed(0)
+        net = Net(activation)
+        for name, value in net.named_buffers():
+            if value.ndim:
+                value.copy_(torch.rand(8) + 0.5 if name.endswith("var") else torch.randn(8) / 8)
+        return net
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_an_activation_inside_of_a_norm_is_that_which_a_function_computes(torch, functional, name):
+    ours, theirs = getattr(nn, name), functional(getattr(torch.nn.functional, name))
+    variables, a = jbn.convert(theirs, "torch", "linen", flattened={}), record(torch, theirs)
+    for port, at in (
+        (Fused(ours), None),
+        (Fused(ours, features_first=False), ("fc", "fc")),
+        (Fused(lambda x: x), ("conv2", "conv2")),  # the activation is missing
+    ):
+        b = jbn.linen.record(port, variables, X)
+        for found in (jbn.compare(a, b), jbn.compare(b, a)):
+            assert (found.first and found.first.paths) == at, found
+
+
+def test_models_that_return_the_same_part_nowhere(torch, functional):
+    """The pooled activation is none that is known by its numbers, and nothing takes what the norm returned."""
+    theirs = functional(torch.nn.functional.softplus)
+    variables, a = jbn.convert(theirs, "torch", "linen", flattened={}), record(torch, theirs)
+    b = jbn.linen.record(Fused(nn.softplus), variables, X)
+    assert jbn.compare(a, b).first is None
+    assert jbn.compare(a, b, names=lambda path: path or None).first is None
+    del a[""]
+    assert jbn.compare(a, b).first.paths == ("bn2", "bn2")
+
+
+def test_an_activation_inside_of_a_norm_beside_none_is_missing(torch, functional):
+    theirs = functional(torch.nn.Identity())
+    variables, a = jbn.convert(theirs, "torch", "linen", flattened={}), record(torch, theirs)
+    found = jbn.compare(a, jbn.linen.record(Fused(), variables, X))
+    assert found.first.paths == ("bn1", "bn1"), found
+    assert "b equals relu(a): a lacks an activation" in found.message
+
+
 def test_what_replace_calls_has_the_kind_of_the_layer():
     layer, x = nn.BatchNorm(True), np.ones((4, 3), np.float32)
     variables = layer.init(jax.random.key(0), x)
