@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias
@@ -83,6 +84,9 @@ def record(model: ForeignModel, *args: Any, **kwargs: Any) -> Record:
     Raises:
         TypeError: for a model of another kind.
 
+    Warns:
+        UserWarning: where layers of PyTorch are in training and have running statistics.
+
     >>> import jbn
     >>> jbn.record("a path")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -93,6 +97,12 @@ def record(model: ForeignModel, *args: Any, **kwargs: Any) -> Record:
         _run_haiku(recorder, model.apply if hasattr(model, "apply") else model, args, kwargs)
         return recorder.calls
     layers = list(_layers(model))
+    if any(method == "forward" and _moves(layer) for _, layer, method in layers):
+        warnings.warn(
+            "The model is in training: it normalizes by the batch, and its running statistics move in this call. Call "
+            "model.eval() first, or compare with a model in training.",
+            stacklevel=2,
+        )
     kept = [(layer, method, vars(layer)[method]) for _, layer, method in layers if method in vars(layer)]
     try:
         for path, layer, method in layers:
@@ -133,6 +143,11 @@ def _layers(model: Any) -> Iterator[tuple[str, Any, str]]:
             f"model is of type {type(model).__name__}; expected a model of PyTorch, Keras or Haiku; those of Flax have "
             "jbn.linen.record and jbn.nnx.record. Of any other give jbn.compare its outputs by path."
         )
+
+
+def _moves(layer: Any) -> bool:
+    """Say whether a layer of PyTorch has running statistics that a call moves."""
+    return bool(layer.training) and getattr(layer, "running_mean", None) is not None
 
 
 def _patch(recorder: Recorder, path: str, layer: Any, method: str) -> None:

@@ -121,7 +121,8 @@ def convert(
 
     Warns:
         UserWarning: without ``flattened``, where a dense layer seems to take flattened examples, by as many inputs as
-            a convolution has channels, times a number.
+            a convolution has channels, times a number; with it, where the last number of a shape is how many channels
+            a layer has, and the first is not.
 
     >>> import numpy as np, jbn
     >>> names = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
@@ -169,8 +170,10 @@ def convert(
             came[new] = old
         except (ValueError, TypeError) as error:
             raise _kind_of(error)(f"{old} of tree {error}") from error
-    if flattened is None and origin.features_first != goal.features_first:
-        _warn_of_flattened(shapes, kind, origin, source, target)
+    if origin.features_first != goal.features_first:
+        if flattened is None:
+            _warn_of_flattened(shapes, kind, origin, source, target)
+        _warn_of_features_last(shapes, shape, origin)
     if wanted is not None:
         _check_complete(origin, goal, list(layers), found, came, wanted)
         return fill(like, goal.addresses(like), goal.stored(like, found), goal.numpy)
@@ -215,6 +218,28 @@ def _warn_of_flattened(
                 stacklevel=3,
             )
             return
+
+
+def _warn_of_features_last(
+    shapes: Mapping[Path, Mapping[str, tuple[int, ...]]], flattened: Mapping[Path, tuple[int, ...]], origin: Dialect
+) -> None:
+    """Warn of a flattened shape whose last number is one of channels, and whose first one no layer has."""
+    for path, example in flattened.items():
+        others = {other: held for other, held in shapes.items() if other != path}
+        channels = {
+            size[-1]: other
+            for other, held in others.items()
+            for name, size in held.items()
+            if len(size) > 2 or name in ("mean", "scale")
+        }
+        known = {n for held in others.values() for size in held.values() for n in size[-2:]}
+        if example[-1] in channels and example[0] not in known:
+            warnings.warn(
+                f"flattened is {tuple(example)} for {origin.spell(path)}, and no layer has {example[0]} channels, but "
+                f"{origin.spell(channels[example[-1]])} has {example[-1]}. Expected features first, (C, H, W), as in "
+                f"{(example[-1], *example[:-1])}, whichever library the tree is of.",
+                stacklevel=3,
+            )
 
 
 def _kind_of(error: Exception) -> type[Exception]:

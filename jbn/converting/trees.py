@@ -60,7 +60,9 @@ def address_mapping(separator: str, expected: str) -> Callable[[Any], Addresses]
     def addresses(tree: Any) -> Addresses:
         paths = flatten(tree)[0] if isinstance(tree, Mapping) else [()]
         if deeper := {path[0] for path in paths if len(path) > 1}:
-            raise TypeError(f"holds a tree under {min(deeper)!r}; expected {expected}, a mapping of names to arrays.")
+            # Checkpoints, such as those of Lightning, hold it among others.
+            key, fix = ("state_dict", ": pass its ['state_dict']") if "state_dict" in deeper else (min(deeper), "")
+            raise TypeError(f"holds a tree under {key!r}; expected {expected}, a mapping of names to arrays{fix}.")
         if () in paths:
             raise TypeError(f"is of type {type(tree).__name__}; expected {expected}, a mapping of names to arrays.")
         return [_address(tuple(name.split(separator))) for (name,) in paths]

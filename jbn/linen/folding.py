@@ -25,10 +25,15 @@ from jbn.paths import join
 
 _LAYERS = (nn.Dense, nn.Conv, nn.ConvTranspose)
 _MEAN, _KERNEL = ("batch_stats", "mean"), ("params", "kernel")
-_BYPASSED = (
-    "{} ran past Flax's interceptors, so that the bias of the norm folded into it is missing; expected a call of the "
-    "class itself. Exporters that put code of their own in the place of Flax's layers do this: trace first, and give "
-    "them the program, jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(lambda x: apply(variables, x))(x))."
+_EXPORTER = (
+    "expected a call of the class itself. Exporters that put code of their own in the place of Flax's layers do this: "
+    "trace first, and give them the program, "
+    "jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(lambda x: apply(variables, x))(x))."
+)
+_BYPASSED = "{} ran past Flax's interceptors, so that the bias of the norm folded into it is missing; " + _EXPORTER
+_GIVEN_TWICE = (
+    "{} has use_running_average from its constructor and is given it at the call too, which it was not when the model "
+    "was folded; " + _EXPORTER
 )
 _NOT_REPLACED = (
     "{} is not folded, and was jbn's inside of jbn.linen.replace() when the model was; expected a call of apply inside "
@@ -276,6 +281,8 @@ def _call_rest(
     bias: Any = None,
 ) -> Any:
     """Call what is left of a folded norm, jbn's or another."""
+    if evaluate is not None and use_running_average is not None:
+        raise ValueError(_GIVEN_TWICE.format(path))
     if _trains(evaluate, x, use_running_average):
         raise ValueError(f"{path} is folded into the layer beside it and cannot train; use the model that was folded.")
     check_folded_call(path, scale, bias)

@@ -11,7 +11,7 @@ from flax.typing import Initializer
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.arguments import check_options
+from jbn.arguments import check_options, refuse
 from jbn.core.activation import Activation
 from jbn.core.checks import arithmetic_dtype, cast_array, cast_mask, read_flag, read_layout
 from jbn.core.choice import NormalizeBy
@@ -92,6 +92,9 @@ class BatchNorm(nn.Module):
 
     def __post_init__(self) -> None:
         """Refuse options where they are written: a network can be initialized and evaluated with a wrong momentum."""
+        if type(self.use_running_average) is int:
+            expected = "True or False; Flax takes the number of features from x"
+            raise refuse("use_running_average", self.use_running_average, expected)
         check_options(**vars(self))
         super().__post_init__()
 

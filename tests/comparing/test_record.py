@@ -83,6 +83,15 @@ def test_a_port_of_a_pytorch_model_in_evaluation_and_training(torch, theirs, var
     assert not any("forward" in vars(layer) for layer in theirs.modules())
 
 
+def test_statistics_that_a_record_moves_are_warned_of(torch, recwarn):
+    norm = torch.nn.BatchNorm1d(3)
+    for layer in (norm.eval(), torch.nn.BatchNorm1d(3, track_running_stats=False), torch.nn.Linear(3, 3)):
+        jbn.record(torch.nn.Sequential(layer), torch.ones(4, 3))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"The model is in training: .* statistics move .*Call model\.eval\(\) first"):
+        jbn.record(torch.nn.Sequential(norm.train()).eval().append(norm.train()), torch.ones(4, 3))
+
+
 @pytest.mark.parametrize("names", [None, {**NAMES, "relu*": None}, lambda path: NAMES.get(path)])
 def test_what_ports_do_otherwise_is_found(torch, theirs, variables, names):
     a = record(torch, theirs)
@@ -122,7 +131,7 @@ class Fused(nn.Module):
 
 @pytest.fixture(scope="module")
 def functional(torch):
-    """A model whose activations are functions, and no layers: between a norm and what comes next nothing is recorded."""
+    """A model whose activations are functions: between a norm and what comes next nothing is recorded."""
 
     class Net(torch.nn.Module):
         def __init__(self, activation):

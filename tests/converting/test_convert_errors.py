@@ -229,11 +229,11 @@ OF_OTHER_KINDS = {
     "a module": (object(), "torch", "jbn", {}, r"tree is of type object; expected a state_dict"),
     "nested": ({"a": BN}, "torch", "jbn", {}, r"tree holds a tree under 'a'; expected a state_dict"),
     "a checkpoint around it": (
-        {"epoch": 3, "state_dict": BN},
+        {"callbacks": {"early": {"best": 3}}, "epoch": 3, "state_dict": BN},
         "torch",
         "jbn",
         {},
-        r"tree holds a tree under 'state_dict'; expected a state_dict",
+        r"tree holds a tree under 'state_dict'; expected a state_dict, .*: pass its \['state_dict'\]",
     ),
     "shapes": (
         {"a.weight": jax.ShapeDtypeStruct((3,), "float32")},

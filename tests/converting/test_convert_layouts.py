@@ -243,3 +243,27 @@ def test_a_dense_layer_that_seems_to_take_flattened_images_is_warned_of(case, re
     jbn.convert(tree, "torch", "linen", flattened={})
     jbn.convert(tree, "torch", "torch")
     assert len(recwarn.list) == told
+
+
+# The shape that is told of a dense layer after convolutions from 3 to 6 to 8 channels, and the one that is expected.
+TOLD = {
+    "features last": ((4, 4, 8), (8, 4, 4)),
+    "features first": ((8, 4, 4), None),
+    "first of another layer": ((6, 4, 8), None),
+    "an image that no layer has taken": ((3, 5, 8), None),
+    "neither": ((4, 5, 7), None),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_a_flattened_shape_with_features_last_is_warned_of(case, recwarn):
+    example, expected = TOLD[case]
+    shapes = {"a.weight": (6, 3, 5, 5), "b.weight": (8, 6, 5, 5), "fc.weight": (10, int(np.prod(example)))}
+    tree = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    jbn.convert(tree, "torch", "linen", flattened={"fc": example})
+    text = [str(warning.message) for warning in recwarn.list]
+    assert len(text) == (expected is not None)
+    if text:
+        assert text[0].startswith(f"flattened is {example} for fc, and no layer has 4 channels, but b has 8.")
+        assert f"as in {expected}," in text[0]
+        assert recwarn.list[0].filename == __file__

@@ -367,6 +367,11 @@ LINEN = {
         ValueError,
         re.escape("state.mean has shape (8,)"),
     ),
+    "flag is a number of features": (
+        lambda: BatchNorm(64),
+        TypeError,
+        "use_running_average is 64; expected True or False; Flax takes the number of features from x",
+    ),
     "flag traced": (
         lambda: jax.jit(lambda f: BatchNorm().init(jax.random.key(0), X, use_running_average=f))(True),
         TypeError,

@@ -109,6 +109,17 @@ def test_a_layer_that_an_exporter_replaces_does_not_lose_its_bias_silently(monke
         apply(folded, X)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm, jbn.linen.BatchNorm])
+def test_an_exporter_that_tells_a_folded_norm_how_it_evaluates_is_known(norm, monkeypatch):
+    """It calls what it has replaced with what the constructor was given, which Flax refuses in words of its own."""
+    model, variables = linen(norm)
+    apply, folded, _ = jbn.linen.fold(model, variables, X)
+    call = norm.__call__
+    monkeypatch.setattr(norm, "__call__", lambda self, x: call(self, x, use_running_average=True))
+    with pytest.raises(ValueError, match=r"^BatchNorm_0 has use_running_average from its constructor.*jaxpr_as_fun"):
+        apply(folded, X)
+
+
 def test_a_call_is_not_taken_for_such_a_one_where_another_one_ends_meanwhile():
     """As threads make them: one ends between a layer and its norm in the other."""
     under_way = []
