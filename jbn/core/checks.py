@@ -158,19 +158,14 @@ def check_mask(mask: Array | None, layout: Layout) -> Array | None:
         return None
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask has dtype {mask.dtype.name}; expected bool, True where x is valid: try mask > 0.")
+    arrived = f"mask has shape {tuple(mask.shape)}, x has shape {layout.shape}"
     if len(mask.shape) != len(layout.shape):
         missing = len(layout.shape) - len(mask.shape)
         leading = tuple(mask.shape) == layout.shape[: len(mask.shape)]
         fix = f": pass mask[..., {', '.join(['None'] * missing)}]." if leading else "."
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, x has shape {layout.shape}; expected the same rank, each dimension "
-            f"1 or that of x{fix}"
-        )
+        raise ValueError(f"{arrived}; expected the same rank, each dimension 1 or that of x{fix}")
     if any(m not in (1, n) for m, n in zip(mask.shape, layout.shape, strict=True)):
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, x has shape {layout.shape}; expected each dimension to be 1 or that "
-            "of x."
-        )
+        raise ValueError(f"{arrived}; expected each dimension to be 1 or that of x.")
     return mask
 
 
@@ -181,8 +176,7 @@ def cast_array(name: str, value: ArrayLike) -> Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
-        kind = type(value).__name__
-        raise TypeError(f"{name} is of type {kind}, which JAX does not read; expected an array of numbers.") from error
+        raise TypeError(f"{name} is of type {type(value).__name__}, which JAX does not read; expected numbers.") from error
 
 
 def cast_mask(mask: ArrayLike | None) -> Array | None:
