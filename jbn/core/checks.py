@@ -176,7 +176,7 @@ def cast_array(name: str, value: ArrayLike) -> Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} is of type {type(value).__name__}, which JAX does not read; expected numbers.") from error
+        raise TypeError(f"{name} is of type {type(value).__name__}, which JAX does not read as numbers.") from error
 
 
 def cast_mask(mask: ArrayLike | None) -> Array | None:

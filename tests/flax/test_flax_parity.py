@@ -200,5 +200,7 @@ def test_a_mask_may_be_of_any_dtype_that_flax_takes():
 @pytest.mark.parametrize(("name", "value"), [("mask", "all"), ("mask", object()), ("x", None), ("x", "rows")])
 def test_what_is_no_array_is_refused_by_name(name, value):
     given = {"x": np.ones((6, 3), np.float32), "mask": None} | {name: value}
-    with pytest.raises(TypeError, match=f"^{name} is of type {type(value).__name__}, which JAX does not read"):
+    with pytest.raises(
+        TypeError, match=f"^{name} is of type {type(value).__name__}, which JAX does not read as numbers"
+    ):
         MINE(False).init(jax.random.key(0), given["x"], mask=given["mask"])
