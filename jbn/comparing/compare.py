@@ -265,10 +265,14 @@ def _contains(outer: ComparedLayer, inner: ComparedLayer) -> bool:
 
 def _take_the_same(a: Call, b: Call, before: float, tolerance: float | None) -> bool:
     """Say whether layers take the same values, in any order: another order is no doing of the layer before."""
-    in_order = (tuple(x.ravel()[np.argsort(np.asarray(x, np.float64), None)] for x in call.inputs) for call in (a, b))
-    several = ((a.inputs, b.inputs), tuple(in_order))
-    meetings = (_Meeting.of(*inputs, tolerance) for inputs in several)
-    return any(taken and taken.error <= taken.rounding(before) for taken in meetings)
+    taken = _Meeting.of(a.inputs, b.inputs, tolerance)
+    if not taken or taken.error > taken.rounding(before):
+        taken = _Meeting.of(_sort_inputs(a), _sort_inputs(b), tolerance)
+    return bool(taken and taken.error <= taken.rounding(before))
+
+
+def _sort_inputs(call: Call) -> tuple[Array, ...]:
+    return tuple(x.ravel()[np.argsort(np.asarray(x, np.float64), None)] for x in call.inputs)
 
 
 def _is_activation(a: Call, b: Call, before: float, tolerance: float | None) -> bool:

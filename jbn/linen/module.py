@@ -92,9 +92,9 @@ class BatchNorm(nn.Module):
 
     def __post_init__(self) -> None:
         """Refuse options where they are written: a network can be initialized and evaluated with a wrong momentum."""
-        if type(self.use_running_average) is int:
-            expected = "True or False; Flax takes the number of features from x"
-            raise refuse("use_running_average", self.use_running_average, expected)
+        first: Any = self.use_running_average
+        if type(first) is int:
+            raise refuse("use_running_average", first, "True or False; Flax takes the number of features from x")
         check_options(**vars(self))
         super().__post_init__()
 
