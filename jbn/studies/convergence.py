@@ -211,7 +211,7 @@ def draw(summary: Summary) -> Figure:
     )
     units = find(summary, "sigmoid", "none", "batch norm")
     below = [
-        f"{row['arm']}: unit {UNIT}, seed 0\n(median of all units:\ntravel {np.mean(row['travel']):.2f} × spread)"
+        f"{row['arm']}: unit {UNIT}, seed 0\n(median unit of its layer:\ntravel {np.mean(row['travel']):.2f} × spread)"
         for row in units
     ]
     names = [*(case.what for case in CASES.values()), *below, f"steps to {LEVEL:.0%}"]

@@ -277,10 +277,10 @@ def _title(summary: Summary) -> str:
     limit, *others = (_largest(summary, arm) for arm in summary["arms"])
     beside = "".join(f", of {arm} {each}" for arm, each in zip([*summary["arms"]][1:], others, strict=True))
     own, same = say_better(_gain(summary, norm, none), "none"), say_better(_gain(summary, none, none))
-    right, of_layer = (points(summary["arms"][arm]["interval"]["mean"]) for arm in ("batch norm", "layer norm"))
+    right = ", ".join(f"{arm} {points(of['interval']['mean'])} %" for arm, of in summary["arms"].items())
     return (
         f"Batch norm trains at {larger}: the largest is {limit}{beside}.\n"
-        f"Each at its best rate it is right in {right} % of the test rows, layer norm in {of_layer} %;\n"
+        f"Right in the mean, each at its best rate: {right};\n"
         f"batch norm is {own};\nat none's rate {same}"
     )
 
