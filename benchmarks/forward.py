@@ -62,9 +62,14 @@ def plain(x: Array) -> Sums:
     return a.sum(ROWS), jnp.square(b).sum(ROWS)
 
 
+def is_near(mean: Any, var: Any) -> Any:
+    """Return which means are so near 0 that plain sums serve them."""
+    return mean**2 <= NEAR * (var + EPSILON)
+
+
 def by_state(x: Array, k: Array) -> Array:
     """Take the plain sums where every running mean is small, as one of a unit running deviation is."""
-    near = (k**2 <= NEAR).all()
+    near = is_near(k, jnp.ones_like(k)).all()
     first, second = lax.cond(near, lambda: plain(x), lambda: shifted(x, k))
     return normalized(x, jnp.where(near, 0, k), first, second)
 
@@ -155,9 +160,9 @@ def near_zero(epochs: int = 5) -> list[dict[str, Any]]:
         _, state = find_saved(place.out).read(mesh_of(1))
     rows = []
     for name, of in sorted(jax.device_get(state.batch_stats).items()):
-        near = of["mean"] ** 2 <= NEAR * (of["var"] + EPSILON)
-        rows.append({"network": f"resnet, {epochs} epochs of mnist", "norm": name, "channels": near.size})
-        rows[-1]["near 0"] = int(near.sum())
+        near = is_near(of["mean"], of["var"])
+        row = {"network": f"resnet, {epochs} epochs of mnist", "norm": name}
+        rows.append(row | {"channels": near.size, "near 0": int(near.sum())})
     return rows
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from textwrap import TextWrapper
 from typing import Any
 
@@ -244,8 +243,8 @@ def _find_parting(
             return False
         # What is pooled has no link to either; what was there before the match, another branch, is none of its doing.
         old = [set().union(*(x[k] for x in (*outputs, *inputs[: i + 1]))) for k in range(2)]
-        fresh = (j for j in later if all(map(set.difference, inputs[j], old)))
-        return any(_take_the_same(*calls[j], known[j], tolerance) for j in islice(fresh, 1))
+        fresh = next((j for j in later if all(map(set.difference, inputs[j], old))), None)
+        return fresh is not None and _take_the_same(*calls[fresh], known[fresh], tolerance)
 
     parting = list[int]()
     for i in reversed([i for i, match in enumerate(matches) if match.parts]):

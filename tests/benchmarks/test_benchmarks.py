@@ -137,6 +137,16 @@ def test_networks_agree_before_they_are_timed(monkeypatch):
     assert set(row["seconds"]) == {"jbn", "Flax Linen"}
 
 
+def test_a_mean_is_near_0_where_the_guard_would_not_sweep_again():
+    mean, var = np.array([0.0, -1.4, 1.4, 2.8, 1.5, -3.0, 0.1]), np.array([0.0, 1.0, 1.0, 4.0, 1.0, 4.0, 1e-4])
+    np.testing.assert_array_equal(forward.is_near(mean, var), [True, True, True, True, False, False, False])
+    found = {"near": [{"network": "net", "channels": 4, "near 0": n} for n in (4, 4, 3)]}
+    found["near"].append({"network": "net", "channels": 8, "near 0": 7})
+    assert report.near(found).startswith(
+        "Every k is near 0 in 2 of the 4 norms of a network (net), and in 0 of its 1 of 8"
+    )
+
+
 @pytest.mark.parametrize("way", forward.WAYS)
 def test_every_way_through_a_forward_pass_is_right(way):
     x = np.random.default_rng(0).standard_normal((4, 6, 6, 64), np.float32) + np.float32(0.5)
