@@ -138,7 +138,7 @@ def test_networks_agree_before_they_are_timed(monkeypatch):
 
 
 def test_a_mean_is_near_0_where_the_guard_would_not_sweep_again():
-    mean, var = np.array([0.0, -1.4, 1.4, 2.8, 1.5, -3.0, 0.1]), np.array([0.0, 1.0, 1.0, 4.0, 1.0, 4.0, 1e-4])
+    mean, var = np.array([1e-3, -1.4, 1.4, 2.8, 1.5, -3.0, 0.1]), np.array([0.0, 1.0, 1.0, 4.0, 1.0, 4.0, 1e-4])
     np.testing.assert_array_equal(forward.is_near(mean, var), [True, True, True, True, False, False, False])
     found = {"near": [{"network": "net", "channels": 4, "near 0": n} for n in (4, 4, 3)]}
     found["near"].append({"network": "net", "channels": 8, "near 0": 7})
