@@ -269,6 +269,13 @@ def _backward_over(slope):
     return act
 
 
+def _rule_loops_over(_):
+    array, act = jnp.full((1, 4), 0.3), jax.custom_jvp(lambda z: z)
+    scale = jax.jit(lambda t: t * array)
+    act.defjvp(lambda primals, tangents: (primals[0], _in_scan(scale)(tangents[0])))
+    return act
+
+
 def _value_over(slope):
     act = jax.custom_jvp(lambda z: slope * z)
     act.defjvp(lambda primals, tangents: (slope * primals[0], slope * tangents[0]))
@@ -285,13 +292,14 @@ def _loop_over(slope):
     [
         (_value_over, "derivative rule of its own"),
         (lambda slope: jax.checkpoint(_value_over(slope)), "derivative rule of its own"),
+        (_rule_loops_over, "compiled function inside a loop"),
         (_backward_over, "jax.custom_vjp whose backward pass reads arrays"),
         (
             lambda slope: _in_scan(_backward_over(jnp.full((1, 4), 0.3))),
             "jax.custom_vjp whose backward pass reads arrays",
         ),
     ],
-    ids=["value", "checkpoint", "backward", "backward in a loop"],
+    ids=["value", "checkpoint", "rule with a loop", "backward", "backward in a loop"],
 )
 def test_what_cannot_be_followed_is_refused_with_the_way_out(holder, message):
     def loss(slope):
