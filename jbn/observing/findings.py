@@ -197,17 +197,27 @@ class Examination:
         )
 
     def _constant(self) -> Iterator[Finding]:
-        # Of a running variance the part that is still the initial 1 tells nothing of x.
-        begun = _ALLOWED * np.nan_to_num(self.layer.prior)
-        varied = (self.constant & (self.layer.running_var > begun + _SMALL * self.epsilon)).any()
-        return self._finding(
+        yield from self._finding(
             "dead",
             "constant in this batch",
             self.constant,
             "y is the bias there, whatever x is. Look for a kernel of zeros, a ReLU before it that is always off or a "
-            "feature that is the same in all examples; "
-            + ("but by the running variance it varied before." if varied else "the channel can be removed."),
+            f"feature that is the same in all examples; {self._has_varied()}.",
         )
+
+    def _has_varied(self) -> str:
+        """Say what the running variance tells of what is constant now, beside what is left of its initial 1."""
+
+        def exceeds(share: float) -> bool:
+            least = _ALLOWED * share + _SMALL * self.epsilon
+            return bool((self.constant & (self.layer.running_var > least)).any())
+
+        known = np.isfinite(self.layer.prior)
+        if exceeds(self.layer.prior if known else 1.0):
+            return "but by the running variance it varied before"
+        if exceeds(0.0) and not known:
+            return "its running variance may be what is left of the initial 1: diagnose with momentum and updates"
+        return "the channel can be removed"
 
     def _nearly_constant(self) -> Iterator[Finding]:
         deviation = np.sqrt(self.layer.batch_var)

@@ -135,6 +135,15 @@ def test_a_layer_that_saw_nothing_but_constants_has_not_varied():
 
     (finding,) = diagnose(norm, None, norm(None, jbn.bn_init(C)[1], np.ones((32, C))), np.ones((32, C))).findings
     assert finding.message.endswith("the channel can be removed.")
+    zeros = np.zeros((32, C))  # of which the mean does not tell what is left of the initial 0
+    for var, told, end in (
+        (1.0, {}, "diagnose with momentum and updates."),
+        (5.0, {}, "it varied before."),
+        (0.5, {"momentum": 0.5, "updates": 1}, "the channel can be removed."),
+        (0.5, {"momentum": 0.5, "updates": 3}, "it varied before."),
+    ):
+        (finding,) = diagnose(norm, None, jbn.State(np.zeros(C), np.full(C, var)), zeros, **told).findings
+        assert finding.message.endswith(end)
 
 
 def test_epsilon_is_that_of_the_layers():
