@@ -194,7 +194,8 @@ def test_files_that_are_there_are_written_over_only_where_that_is_asked_for(dens
     assert not new.exists()  # what is refused leaves nothing behind
     assert run(dense, "--force", new, there).exit_code == 0
     assert load_arrays(there).keys() == load_arrays(new).keys()
-    refused(run(dense, "--force", new, there, f"{tmp_path}/./new.npz"), "'FILE'", f"got '{new}' twice")
+    (tmp_path / "alias").symlink_to(tmp_path)
+    refused(run(dense, "--force", new, there, tmp_path / "alias" / "new.npz"), "'FILE'", f"got '{new}' twice")
 
 
 @pytest.mark.parametrize(
