@@ -269,9 +269,11 @@ def _backward_over(slope):
     return act
 
 
-def _step_in_loop(_):
+def _value_loops_over(_):
     array = jnp.full((1, 4), 0.3)
-    return _in_scan(jax.jit(lambda z: jnp.sign(z) * array))  # its derivative has nothing of the array
+    act = jax.custom_jvp(_in_scan(jax.jit(lambda z: z * array)))
+    act.defjvp(lambda primals, tangents: (primals[0], tangents[0]))  # a rule that has nothing of the array
+    return act
 
 
 def _rule_loops_over(_):
@@ -297,7 +299,7 @@ def _loop_over(slope):
     [
         (_value_over, "derivative rule of its own"),
         (lambda slope: jax.checkpoint(_value_over(slope)), "derivative rule of its own"),
-        (_step_in_loop, "compiled function inside a loop"),
+        (_value_loops_over, "compiled function inside a loop"),
         (_rule_loops_over, "compiled function inside a loop"),
         (_backward_over, "jax.custom_vjp whose backward pass reads arrays"),
         (
@@ -305,7 +307,7 @@ def _loop_over(slope):
             "jax.custom_vjp whose backward pass reads arrays",
         ),
     ],
-    ids=["value", "checkpoint", "step in a loop", "rule with a loop", "backward", "backward in a loop"],
+    ids=["value", "checkpoint", "value with a loop", "rule with a loop", "backward", "backward in a loop"],
 )
 def test_what_cannot_be_followed_is_refused_with_the_way_out(holder, message):
     def loss(slope):
