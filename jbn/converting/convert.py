@@ -226,12 +226,7 @@ def _warn_of_features_last(
     """Warn of a flattened shape whose last number is one of channels, and whose first one no layer has."""
     for path, example in flattened.items():
         others = {other: held for other, held in shapes.items() if other != path}
-        channels = {
-            size[-1]: other
-            for other, held in others.items()
-            for name, size in held.items()
-            if len(size) > 2 or name in ("mean", "scale")
-        }
+        channels = {size[-1]: other for other, held in others.items() for size in held.values() if len(size) > 2}
         known = {n for held in others.values() for size in held.values() for n in size[-2:]}
         if example[-1] in channels and example[0] not in known:
             warnings.warn(
