@@ -1,5 +1,6 @@
 """Where libraries keep the arrays of a model: the address of each leaf of a tree, arrays of any kind, new trees."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Protocol, TypeAlias
 
@@ -35,6 +36,7 @@ Addresses = list[Address | None]  # of the leaves of a tree, in jax's order; Non
 
 STATISTICS = ("mean", "var")
 VECTORS = ("scale", "bias", *STATISTICS)
+_AVERAGES = ("state/mean", "state/var")  # those of a norm of Equinox
 OTHER = "="  # before the name of an array that has no meaning here; twice where it is not trained
 
 
@@ -106,12 +108,18 @@ def address_modules(tree: Any) -> Addresses:
     paths = flatten(_read_pair(tree, "(params, state) of hk.transform_with_state"))[0]
     if any(len(path) != 3 for path in paths):
         raise TypeError("is no tree of Haiku; expected (params, state), each {module: {name: array}}.")
-    found: Addresses = []
+    found: list[Address] = []
     for _, module, name in paths:
         keys = tuple(module.split("/"))
         average = keys[-2:] in (("~", "mean_ema"), ("~", "var_ema")) and name in ("hidden", "average", "counter")
         found.append((keys[:-2], f"{keys[-1]}/{name}") if average else (keys, name))
-    return found
+    twice = next((address for address, times in Counter(found).items() if times > 1), None)
+    if twice is not None:
+        raise TypeError(
+            f"has {'/'.join(twice[0])!r} with {twice[1]!r} both among params and in state; expected each name of a "
+            "module once, so that what is converted can be told apart: rename one of the two."
+        )
+    return [*found]
 
 
 def address_equinox(tree: Any) -> Addresses:
@@ -148,8 +156,8 @@ def read_evaluation(tree: Any) -> dict[Address, Any]:
     found = index(address_equinox(tree), tree)
     for path, norm in _norms(tree[0]):
         if norm.mode == "batch":
-            share = _share(norm, found[path, "state/counter"])
-            found |= {(path, name): found[path, name] / share for name in ("state/mean", "state/var")}
+            count = found[path, "state/counter"]
+            found |= {(path, name): found[path, name] / _share(norm, count, found[path, name]) for name in _AVERAGES}
     return found
 
 
@@ -158,14 +166,19 @@ def write_evaluation(like: Any, layers: Mapping[Path, Layer]) -> Mapping[Path, L
     hidden = {}
     for path, norm in _norms(like[0]):
         if norm.mode == "batch" and "state/counter" in layers.get(path, ()):
-            share = np.asarray(_share(norm, layers[path]["state/counter"]))
-            hidden[path] = {name: layers[path][name] * share for name in ("state/mean", "state/var")}
+            layer = layers[path]
+            count = layer["state/counter"]
+            hidden[path] = {name: layer[name] * np.asarray(_share(norm, count, layer[name])) for name in _AVERAGES}
     return {path: layer | hidden.get(path, {}) for path, layer in layers.items()}
 
 
-def _share(norm: Any, count: Any) -> Any:
-    """Return the sum of the weights of the batches in the averages of a norm of Equinox, as it computes it."""
+def _share(norm: Any, count: Any, averages: Any) -> Any:
+    """Return the sum of the weights of the batches in the averages of a norm of Equinox, as it computes it.
+
+    Stacked norms, of an ensemble, have a count each.
+    """
     count = jnp.asarray(count)
+    count = count.reshape(count.shape + (1,) * (averages.ndim - count.ndim))
     return jnp.where(count == 0, 1, 1 - norm.momentum**count)
 
 

@@ -37,7 +37,9 @@ def trace_activation(
         return None, ()
     checks.check_callable("activation", activation, "of one array, for instance jax.nn.relu")
     typed = find_type(z.dtype, *map(jax.typeof, others))
-    return (_trace_once if _is_of_jax(activation) else _trace)(activation, typed)
+    if _is_of_jax(activation):
+        return _trace_once(activation, typed, jax.sharding.get_abstract_mesh())
+    return _trace(activation, typed)
 
 
 # As they were when this was imported: what somebody puts in their places later may do another thing at every call.
@@ -55,7 +57,11 @@ def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tu
     return read_program("activation", traced, z)
 
 
-_trace_once = lru_cache(maxsize=1024)(_trace)
+# A program is of the mesh on which it was traced, and a type need not tell that: it has no sharding where a mesh has
+# axes of both kinds, Auto and Explicit.
+@lru_cache(maxsize=1024)
+def _trace_once(activation: Activation, z: jax.ShapeDtypeStruct, mesh: Any) -> tuple[Program, tuple[Array, ...]]:
+    return _trace(activation, z)
 
 
 def selects(program: Program) -> bool:

@@ -142,3 +142,25 @@ def test_what_else_is_called_count_stays_what_it_is():
     found = jbn.convert(variables, "linen", "nnx")
     assert found["a"]["count"].shape == (3,)
     assert found["rms"]["count"].dtype == np.float32
+
+
+def test_members_of_an_ensemble_of_equinox_have_counts_of_their_own():
+    eqx = pytest.importorskip("equinox")
+    for features in (3, 5):  # as many as members, and not
+        make = eqx.filter_vmap(lambda _: eqx.nn.make_with_state(eqx.nn.BatchNorm)(features, "batch", mode="batch"))  # noqa: B023
+        model, state = make(jnp.arange(3))
+        counted = [
+            jnp.arange(1, 4, dtype=leaf.dtype) if leaf.ndim == 1 else jnp.full_like(leaf, 0.5)
+            for leaf in jax.tree.leaves(state)
+        ]
+        state = jax.tree.unflatten(jax.tree.structure(state), counted)
+        whole = jbn.convert((model, state), "equinox", "linen")
+        weights = np.asarray(1 - model.momentum ** np.arange(1.0, 4.0))
+        rounded = float(np.finfo(np.float32).eps / weights.min())  # of 1 - momentum^count in float32
+        for name in ("mean", "var"):
+            (found,) = (
+                leaf
+                for path, leaf in jax.tree_util.tree_leaves_with_path(whole["batch_stats"])
+                if name in jax.tree_util.keystr(path)
+            )
+            np.testing.assert_allclose(found, np.tile(0.5 / weights[:, None], features), rtol=rounded)

@@ -248,6 +248,13 @@ OF_OTHER_KINDS = {
     "no names": ((F, F), "jbn", "torch", {}, r"tree has arrays without names; expected \(params, state\)"),
     "haiku": ({"bn": {}}, "haiku", "jbn", {}, r"tree is of type dict; expected a pair, \(params, state\) of hk"),
     "haiku, deeper": (PAIR, "haiku", "jbn", {}, r"tree is no tree of Haiku"),
+    "haiku, twice": (
+        ({"m": {"w": F}}, {"m": {"w": F}}),
+        "haiku",
+        "linen",
+        {},
+        r"tree has 'm' with 'w' both among params and in state; expected each name of a module once.* rename one",
+    ),
     "equinox": (PAIR[0], "equinox", "jbn", {}, r"expected a pair, \(model, state\) of eqx"),
     "like": (BN, "torch", "jbn", {"like": {}}, r"like is of type dict; expected a pair"),
     "no array": ({"a.weight": "x"}, "torch", "jbn", {}, r"^a of tree has a leaf of type str; expected an array"),

@@ -171,3 +171,13 @@ def test_each_group_chooses_where_the_mask_lies_otherwise_than_x(shape):
     with jax.set_mesh(m):
         got = choose(jax.device_put(X, NamedSharding(m, P("data", None, "model"))))
     np.testing.assert_allclose(got, want, atol=oracle.tolerance("float32", 12, 4))
+
+
+def test_a_program_is_of_one_mesh():
+    """What was traced of a function of JAX on one mesh is not carried out on another, whose axes are of other kinds."""
+    want = jax.nn.silu(jbn.batch_norm(X)[0])
+    for kinds in [(AxisType.Auto, AxisType.Auto), (AxisType.Explicit, AxisType.Auto)]:
+        m = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds)
+        with jax.set_mesh(m):
+            got, _ = jbn.batch_norm(jax.device_put(X, NamedSharding(m, P("data"))), activation=jax.nn.silu)
+        np.testing.assert_allclose(got, want, atol=oracle.tolerance("float32", 48, 4))
