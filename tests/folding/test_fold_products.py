@@ -29,7 +29,9 @@ def doubled(x, *others, **kwargs):
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("own", [None, {"dot_general": clipped}, {"promote_dtype": doubled}], ids=["jax", "dot", "promote"])
+@pytest.mark.parametrize(
+    "own", [None, {"dot_general": clipped}, {"promote_dtype": doubled}], ids=["jax", "dot", "promote"]
+)
 def test_products_that_round_or_clip_are_kept(own, norm_first):
     """Between the norm and the product stands what a product of its own does to x, or to what it returns."""
     x = numbers(jnp.zeros(ROWS))
