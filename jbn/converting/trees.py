@@ -43,7 +43,15 @@ OTHER = "="  # before the name of an array that has no meaning here; twice where
 def index(addresses: Addresses, tree: Any) -> dict[Address, Any]:
     """Return the leaves of a tree by their addresses."""
     places = zip(addresses, jax.tree.leaves(tree), strict=True)
-    return {address: leaf for address, leaf in places if address is not None}
+    arrays = [(address, leaf) for address, leaf in places if address is not None]
+    found = dict(arrays)
+    if len(found) < len(arrays):  # The later one would stand for both.
+        (((path, name), _),) = Counter(address for address, _ in arrays).most_common(1)
+        raise ValueError(
+            f"has two arrays {'/'.join((*path, name))!r}, such as one among params and one in state; expected one, "
+            "because what is converted is known by its layer and name: rename one of them."
+        )
+    return found
 
 
 def index_shapes(addresses: Addresses, tree: Any) -> dict[Address, Any]:
@@ -108,18 +116,12 @@ def address_modules(tree: Any) -> Addresses:
     paths = flatten(_read_pair(tree, "(params, state) of hk.transform_with_state"))[0]
     if any(len(path) != 3 for path in paths):
         raise TypeError("is no tree of Haiku; expected (params, state), each {module: {name: array}}.")
-    found: list[Address] = []
+    found: Addresses = []
     for _, module, name in paths:
         keys = tuple(module.split("/"))
         average = keys[-2:] in (("~", "mean_ema"), ("~", "var_ema")) and name in ("hidden", "average", "counter")
         found.append((keys[:-2], f"{keys[-1]}/{name}") if average else (keys, name))
-    twice = next((address for address, times in Counter(found).items() if times > 1), None)
-    if twice is not None:
-        raise TypeError(
-            f"has {'/'.join(twice[0])!r} with {twice[1]!r} both among params and in state; expected each name of a "
-            "module once, so that what is converted can be told apart: rename one of the two."
-        )
-    return [*found]
+    return found
 
 
 def address_equinox(tree: Any) -> Addresses:

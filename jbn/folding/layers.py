@@ -35,13 +35,13 @@ def call_marked(
             sees one of a stack, which cannot be folded.
     """
     args, kwargs = place_x_first(args, kwargs)
-    is_whole = is_whole and (is_norm or _multiplies_as_it_is(layer))
+    folds = is_whole and (is_norm or _multiplies_as_it_is(layer))
     outside = any(kwargs.get(name) is not None for name in ("scale", "bias"))  # known at the call only: nothing to fold
     last = is_norm and layer.axis in (-1, jnp.ndim(args[0]) - 1) and not outside
-    takes = is_whole and (last or (not is_norm and takes_norm(layer)))
+    takes = folds and (last or (not is_norm and takes_norm(layer)))
     y = call(mark(args[0], "in", path) if takes else args[0], *args[1:], **kwargs)
     plain = last and getattr(layer, "activation", None) is None and not kwargs.keys() & {"residual", "mask"}
-    return mark(y, "out", path) if is_whole and (plain or not is_norm) else y
+    return mark(y, "out", path) if folds and (plain or not is_norm) else y
 
 
 # What a layer of Flax may be given in the place of its product: it may round, clip or square what it multiplies.

@@ -99,8 +99,9 @@ def fold(
 
     Flax's norms and jbn's, and the layers ``nn.Dense``, ``nn.Conv`` and ``nn.ConvTranspose``. A layer must be called
     once, its norm alone must take what it returns, and its kernel must go into one product as it is, not masked, not
-    normalized by ``nn.WeightNorm``, not shared. A norm that follows no such layer goes into the layer after it, if
-    there is no activation between them and no zeros are padded. Residual, activation and mask of jbn's norms stay.
+    normalized by ``nn.WeightNorm``, not shared; a product that the layer was given, such as ``dot_general``, is none.
+    A norm that follows no such layer goes into the layer after it, if there is no activation between them and no zeros
+    are padded. Residual, activation and mask of jbn's norms stay.
 
     Args:
         model: a Linen module.

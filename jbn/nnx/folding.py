@@ -99,8 +99,9 @@ def fold(
 
     Flax's norms and jbn's, and the layers ``nnx.Linear``, ``nnx.Conv`` and ``nnx.ConvTranspose``. A layer must be
     called once, its norm alone must take what it returns, and its kernel must go into one product as it is, not masked,
-    not normalized, not shared. A norm that follows no such layer goes into the layer after it, if
-    there is no activation between them and no zeros are padded. Residual, activation and mask of jbn's norms stay.
+    not normalized, not shared; a product that the layer was given, such as ``dot_general``, is none. A norm that
+    follows no such layer goes into the layer after it, if there is no activation between them and no zeros are padded.
+    Residual, activation and mask of jbn's norms stay.
 
     Args:
         model: an NNX module, which stays as it is.
