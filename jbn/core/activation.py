@@ -16,8 +16,9 @@ import numpy as np
 from jax import Array
 
 from jbn.core import checks
+from jbn.core.axes import vary_as
 from jbn.core.lax import lax
-from jbn.core.programs import Program, find_type, read_program, trace
+from jbn.core.programs import Program, find_types, read_program, trace
 
 Activation: TypeAlias = Callable[[Array], Array]
 """A function of one array that returns one of its shape, such as ``jax.nn.relu``."""
@@ -36,10 +37,18 @@ def trace_activation(
     if activation is None:
         return None, ()
     checks.check_callable("activation", activation, "of one array, for instance jax.nn.relu")
-    typed = find_type(z.dtype, *map(jax.typeof, others))
+    mesh = jax.sharding.get_abstract_mesh()
+    typed = _find_type(z.dtype, mesh, *map(jax.typeof, others))
     if _is_of_jax(activation):
-        return _trace_once(activation, typed, jax.sharding.get_abstract_mesh())
+        return _trace_once(activation, typed, mesh)
     return _trace(activation, typed)
+
+
+# An eager call that has nothing new must trace nothing, and what is traced is of the mesh on which it was.
+@lru_cache(maxsize=1024)
+def _find_type(dtype: np.dtype[Any], mesh: Any, *others: Any) -> Any:
+    """Return the type of z, which varies over the mesh axes over which one of the others does."""
+    return find_types(lambda x, *more: vary_as(x.astype(dtype), *more), *others)
 
 
 # As they were when this was imported: what somebody puts in their places later may do another thing at every call.
@@ -57,8 +66,6 @@ def _trace(activation: Activation, z: jax.ShapeDtypeStruct) -> tuple[Program, tu
     return read_program("activation", traced, z)
 
 
-# A program is of the mesh on which it was traced, and a type need not tell that: it has no sharding where a mesh has
-# axes of both kinds, Auto and Explicit.
 @lru_cache(maxsize=1024)
 def _trace_once(activation: Activation, z: jax.ShapeDtypeStruct, mesh: Any) -> tuple[Program, tuple[Array, ...]]:
     return _trace(activation, z)

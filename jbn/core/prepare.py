@@ -18,6 +18,7 @@ from jbn.core.choice import Basis, NormalizeBy, trace_choice
 from jbn.core.layout import Layout
 from jbn.core.normalize import Operands, Recipe
 from jbn.core.numbers import read_epsilon, read_number
+from jbn.core.programs import find_types
 from jbn.core.saved import INPUT, name_arrays
 from jbn.core.state import Observation
 from jbn.core.statistics import Moments, SharedRows, choose_pilot, statistics
@@ -151,7 +152,8 @@ def read_choice(
     """Read the function that chooses what the batch is normalized by."""
     mean, var = mean.astype(recipe.wide), var.astype(recipe.wide)
     mask = None if operands.mask is None else jax.typeof(operands.mask)
-    batch = _find_types(rows, jax.typeof(operands.x), mask, jax.typeof(mean))
+    mesh = jax.sharding.get_abstract_mesh()
+    batch = _find_types(rows, mesh, jax.typeof(operands.x), mask, jax.typeof(mean))
     grouped = rows.layout.group is not None
     choice, held = trace_choice(normalize_by, batch, mean, var, recipe.epsilon, grouped=grouped)
     return replace(recipe, choice=choice), operands._replace(basis=Basis(mean, var, held))
@@ -159,11 +161,11 @@ def read_choice(
 
 # An eager call that has nothing new must trace nothing but the function.
 @lru_cache(maxsize=1024)
-def _find_types(rows: SharedRows, x: Any, mask: Any, mean: Any) -> Moments:
+def _find_types(rows: SharedRows, mesh: Any, x: Any, mask: Any, mean: Any) -> Moments:
     """Return the types of the moments that a shard normalizes by."""
 
     def find(x: Array, mask: Array | None, mean: Array) -> Moments:
         return rows.sums_over.pick(statistics(rows, x, mask, choose_pilot(mean, mean.dtype)))
 
     with name_mesh():
-        return jax.eval_shape(find, x, mask, mean)
+        return find_types(find, x, mask, mean)  # type: ignore[no-any-return]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -14,7 +13,6 @@ from jax.core import Tracer, eval_jaxpr
 from jax.dtypes import float0
 
 from jbn.core import checks
-from jbn.core.axes import vary_as
 
 # What can stand where it is called; a function of the user is computed again in the backward pass without being told to
 # by ``jax.checkpoint``. The second kind has a rule for its derivative, which is lost by that.
@@ -112,11 +110,10 @@ def _check_rules(name: str, traced: Any, f: Any, slope: Any, inexact: tuple[bool
     return [back]
 
 
-# An eager call that has nothing new must trace nothing.
-@lru_cache(maxsize=1024)
-def find_type(dtype: np.dtype[Any], *others: Any) -> jax.ShapeDtypeStruct:
-    """Return the type of z, which varies over the mesh axes over which one of the others does."""
-    return jax.eval_shape(lambda x, *more: vary_as(x.astype(dtype), *more), *others)
+def find_types(function: Callable[..., Any], *types: Any) -> Any:
+    """Return the types of what a function returns, with their shardings: ``jax.eval_shape`` leaves some of them out."""
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(*types)
+    return jax.tree.unflatten(jax.tree.structure(shapes), program.out_avals)
 
 
 def inline(jaxpr: Any, consts: Sequence[Any], *args: Any, also: Sequence[str] = ()) -> list[Any]:

@@ -181,3 +181,60 @@ def test_a_program_is_of_one_mesh():
         with jax.set_mesh(m):
             got, _ = jbn.batch_norm(jax.device_put(X, NamedSharding(m, P("data"))), activation=jax.nn.silu)
         np.testing.assert_allclose(got, want, atol=oracle.tolerance("float32", 48, 4))
+
+
+BEHIND = {
+    "relu": {"activation": jax.nn.relu},
+    "elu": {"activation": jax.nn.elu},
+    "select": {"activation": lambda z: jnp.where(z > 0, z, 0.1 * z)},
+    "clip": {"activation": lambda z: jnp.clip(z, -1, 1)},
+    "residual": {"activation": jax.nn.relu, "residual": G},
+    "chosen": {"activation": jax.nn.gelu, "normalize_by": jbn.renorm(1.0, 0.0)},
+}
+
+
+def value_and_gradient(x, **options):
+    """Return y and the gradient of Σ y³."""
+    state = jbn.bn_init(4)[1]
+
+    def loss(x):
+        y, _ = jbn.bn_forward(None, state, x, True, **options)
+        return (y**3).sum(), y
+
+    (_, y), dx = jax.value_and_grad(loss, has_aux=True)(x)
+    return y, dx
+
+
+@pytest.mark.parametrize("options", BEHIND)
+@pytest.mark.parametrize("spec", [P("data"), P(None, None, "data")], ids=str)
+@pytest.mark.parametrize("data_is_explicit", [True, False])
+def test_a_mesh_whose_axes_are_of_both_kinds(options, spec, data_is_explicit):
+    types = (AxisType.Explicit, AxisType.Auto)
+    m = jax.make_mesh((2, 2), ("data", "model"), axis_types=types if data_is_explicit else types[::-1])
+    want = value_and_gradient(X, **BEHIND[options])
+    with jax.set_mesh(m):
+        x = jax.device_put(X, NamedSharding(m, spec))
+        call = partial(value_and_gradient, **BEHIND[options])
+        got = [call(x), jax.jit(call)(x)]
+    for found in got:
+        for a, b in zip(found, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=oracle.tolerance("float32", 48, 16) * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("options", [None, *BEHIND])
+@kinds
+def test_shards_along_some_axes_of_a_mesh_alone(options, kind):
+    """What is one shard along one axis is whole along the other, whose type is another."""
+    given = dict(BEHIND[options]) if options else {}
+    residual = given.pop("residual", None)
+    m = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto, kind))
+
+    def step(x, *residual):
+        return value_and_gradient(x, axis_name="data", **given, **dict(zip(["residual"], residual, strict=False)))
+
+    rows = (X,) if residual is None else (X, residual)
+    with jax.set_mesh(m):
+        sharded = jax.shard_map(step, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
+        y, dx = jax.jit(sharded)(*(jax.device_put(a, NamedSharding(m, P("data"))) for a in rows))
+    for a, b in zip((y, dx), value_and_gradient(X, **BEHIND[options] if options else {}), strict=True):
+        np.testing.assert_allclose(a, b, atol=oracle.tolerance("float32", 48, 16) * max(1, np.abs(b).max()))
