@@ -1,5 +1,6 @@
 """What a function of the user computes, as a program: equal programs do the same, whatever the functions hold."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -18,6 +19,8 @@ from jbn.core import checks
 # by ``jax.checkpoint``. The second kind has a rule for its derivative, which is lost by that.
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
 WITH_RULE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+MAPPED = "custom_vmap_call"
+MOST_RULES = 16
 
 
 @dataclass(frozen=True)
@@ -65,49 +68,132 @@ def read_program(name: str, traced: Any, *types: Any) -> tuple[Program, tuple[Ar
     """Return what was traced as a program, and the arrays that it holds."""
     # Calls stand where they are made from here on, because an inner ``jit`` has constants of its own.
     f = jax.make_jaxpr(lambda *args: inline(traced.jaxpr, traced.consts, *args))(*types)
-    inexact = tuple(bool(jnp.issubdtype(array.dtype, jnp.inexact)) for array in f.consts)
+    inexact = tuple(map(_is_inexact, f.consts))
     n = len(types)
     # Nothing differentiates the value, so that it needs no rules.
     value = jax.make_jaxpr(lambda *all: inline(f.jaxpr, all[n:], *all[:n], also=WITH_RULE))(*types, *f.consts)
 
-    def differentiate(*given: Array) -> list[Array]:
-        primals, dargs, rest = given[: n + len(inexact)], given[n + len(inexact) :][:n], given[2 * n + len(inexact) :]
-        tangents = iter(rest)
-        none = (np.zeros(array.shape, float0) for array in primals[n:])
-        dheld = (next(tangents) if has else zero for zero, has in zip(none, inexact, strict=True))
-        return jax.jvp(lambda *all: eval_jaxpr(f.jaxpr, all[n:], *all[:n]), primals, (*dargs, *dheld))[1]  # type: ignore[no-any-return]
+    def run(*all: Array) -> list[Array]:
+        return eval_jaxpr(f.jaxpr, all[n:], *all[:n])
 
-    tangents = [array for array, has in zip(f.consts, inexact, strict=True) if has]
-    rough = jax.make_jaxpr(differentiate)(*types, *f.consts, *types, *tangents)
-    slope = jax.make_jaxpr(lambda *all: inline(rough.jaxpr, rough.consts, *all))(*types, *f.consts, *types, *tangents)
-    programs = (value, slope, *_check_rules(name, traced, f, slope, inexact, *types))
-    text, settings = "\n".join(map(write, programs)), tuple(find_settings(*programs))
+    given = (*types, *f.consts)
+    rough = _find_slope(run, given)
+    slope = jax.make_jaxpr(lambda *all: inline(rough.jaxpr, rough.consts, *all))(*rough.in_avals)
+    _check_rules(name, traced, f, slope)
+    programs = [value, slope]
+    if _is_transposed(slope):
+        programs.append(_find_transpose(run, given, f.out_avals))
+        if programs[-1].consts or holds_inside(programs[-1]):
+            raise TypeError(checks.HELD_BY_VJP.format(name=name))
+    programs += _find_rules(name, *programs)
+    settings = (*find_settings(*programs), *(_digest(array) for rule in programs[2:] for array in rule.consts))
+    text = "\n".join(map(write, programs))
     return Program(text, settings, inexact, value.jaxpr, slope.jaxpr), (*f.consts, *slope.consts)
 
 
-def _check_rules(name: str, traced: Any, f: Any, slope: Any, inexact: tuple[bool, ...], *types: Any) -> list[Any]:
-    """Refuse rules of derivatives whose arrays cannot be arguments; return what else decides the derivative."""
+def _find_slope(run: Callable[..., list[Array]], given: Sequence[Any]) -> Any:
+    """Return f'(x) dx as a program of x and of the tangents of what has some in it."""
+
+    def differentiate(*all: Array) -> list[Array]:
+        primals, tangents = all[: len(given)], iter(all[len(given) :])
+        none = (np.zeros(array.shape, float0) for array in primals)
+        dargs = tuple(next(tangents) if has else zero for zero, has in zip(none, map(_is_inexact, given), strict=True))
+        return jax.jvp(run, primals, dargs)[1]  # type: ignore[no-any-return]
+
+    return jax.make_jaxpr(differentiate)(*given, *filter(_is_inexact, given))
+
+
+def _find_transpose(run: Callable[..., list[Array]], given: Sequence[Any], outputs: Sequence[Any]) -> Any:
+    """Return the cotangents of x as a program of x and of those of f(x)."""
+
+    def transpose(all: Any, gs: Any) -> Any:
+        def run_of(inexact: Any) -> Any:
+            floats = iter(inexact)
+            found = run(*(next(floats) if _is_inexact(a) else a for a in all))
+            return [a for a in found if _is_inexact(a)]
+
+        return jax.vjp(run_of, list(filter(_is_inexact, all)))[1](gs)
+
+    return jax.make_jaxpr(transpose)(list(given), list(filter(_is_inexact, outputs)))
+
+
+def _is_inexact(array: Any) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.inexact))
+
+
+def _is_transposed(slope: Any) -> bool:
+    """Say whether a slope is that of a ``jax.custom_vjp``, of which the transpose alone can be computed."""
+    return any(eqn.primitive.name == "custom_lin" for eqn in equations(slope.jaxpr))
+
+
+def _check_rules(name: str, traced: Any, f: Any, slope: Any) -> None:
+    """Refuse rules of derivatives whose arrays cannot be arguments."""
     rules = (eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name in WITH_RULE)
     if any(isinstance(array, Tracer) for array in f.consts) and any(rule.params.get("num_consts") for rule in rules):
         raise TypeError(checks.HELD_BY_RULE.format(name=name))
     if holds_inside(f) or holds_inside(slope):
         raise TypeError(checks.HELD_INSIDE.format(name=name))
-    if not any(eqn.primitive.name == "custom_lin" for eqn in equations(slope.jaxpr)):
-        return []
 
-    def transpose(args: Any, held: Any, gs: Any) -> Any:
-        def f_of(args: Any, floats: Any) -> Any:
-            floats = iter(floats)
-            return eval_jaxpr(
-                f.jaxpr, [next(floats) if has else v for v, has in zip(held, inexact, strict=True)], *args
-            )
 
-        return jax.vjp(f_of, args, [v for v, has in zip(held, inexact, strict=True) if has])[1](gs)
+def _find_rules(name: str, value: Any, *derivatives: Any) -> list[Any]:
+    """Return what the rules inside of derivatives compute, and those inside of these, and how functions are mapped.
 
-    back = jax.make_jaxpr(transpose)(types, f.consts, f.out_avals)
-    if back.consts or holds_inside(back):
-        raise TypeError(checks.HELD_BY_VJP.format(name=name))
-    return [back]
+    Equal programs can have such rules that differ, because the text of a program has none of them.
+    """
+    found: dict[str, Any] = {}
+    open_ = [(program.jaxpr, eqn) for program in derivatives for eqn in _live(program.jaxpr)]
+    open_ += [(value.jaxpr, eqn) for eqn in equations(value.jaxpr) if eqn.primitive.name == MAPPED]
+    # A rule can have another one inside at every order without an end; derivatives of the 16th are nobody's.
+    while open_ and len(found) < MOST_RULES:
+        rule = _read_rule(*open_.pop(0))
+        if rule is None:
+            continue
+        if any(isinstance(array, Tracer) for array in rule.consts):
+            raise TypeError(checks.HELD_BY_INNER_RULE.format(name=name))
+        text = write(rule)
+        if text not in found:
+            found[text] = rule
+            open_ += [(rule.jaxpr, eqn) for eqn in _live(rule.jaxpr)]
+    return list(found.values())
+
+
+def _live(jaxpr: Any) -> Iterator[Any]:
+    """Return the equations with rules, also inside of others, on which what a program returns depends."""
+    needed = {atom for atom in jaxpr.outvars if not hasattr(atom, "val")}
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(atom for atom in eqn.invars if not hasattr(atom, "val"))
+            inside = (inner for body, _ in bodies(eqn) for inner in equations(body))
+            yield from (each for each in (eqn, *inside) if each.primitive.name in (*WITH_RULE, MAPPED))
+
+
+def _read_rule(jaxpr: Any, eqn: Any) -> Any:
+    """Return what the rule of an equation computes: a derivative, or two of a kind at once; None if it refuses that."""
+    program, taken = _take_out(jaxpr, eqn)
+
+    def run(*args: Array) -> list[Array]:
+        return eval_jaxpr(program, (), *args)
+
+    if eqn.primitive.name == MAPPED:
+        held = eqn.invars[: eqn.params["in_tree"].children()[0].num_leaves]
+        axes = [None if atom in held else 0 for atom in taken]
+        shapes = [
+            atom.aval.shape if axis is None else (2, *atom.aval.shape) for atom, axis in zip(taken, axes, strict=True)
+        ]
+        both = [jax.ShapeDtypeStruct(shape, atom.aval.dtype) for shape, atom in zip(shapes, taken, strict=True)]
+        try:
+            return jax.make_jaxpr(jax.vmap(run, in_axes=axes, axis_size=2))(*both)
+        except Exception:  # Not every rule is for all arguments, and nobody maps this one yet.
+            return None
+    given = [atom.aval for atom in taken]
+    slope = _find_slope(run, given)
+    return _find_transpose(run, given, [atom.aval for atom in eqn.outvars]) if _is_transposed(slope) else slope
+
+
+def _digest(array: Any) -> str:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return sha256(np.asarray(array).tobytes()).hexdigest()
 
 
 def find_types(function: Callable[..., Any], *types: Any) -> Any:
@@ -128,19 +214,23 @@ def inline(jaxpr: Any, consts: Sequence[Any], *args: Any, also: Sequence[str] = 
             ((body, held),) = bodies(eqn)
             found = inline(body, held, *map(read, eqn.invars), also=also)
         else:
-            # A program of this equation alone, because how an equation is bound differs between versions of JAX.
-            taken = list(dict.fromkeys(atom for atom in eqn.invars if not hasattr(atom, "val")))
-            alone = jaxpr.replace(constvars=[], invars=taken, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
+            alone, taken = _take_out(jaxpr, eqn)
             found = eval_jaxpr(alone, (), *map(read, taken))
         values.update(zip(eqn.outvars, found, strict=True))
     return list(map(read, jaxpr.outvars))
 
 
+def _take_out(jaxpr: Any, eqn: Any) -> tuple[Any, list[Any]]:
+    """Return a program of one equation alone, and what it takes: how one is bound differs between versions of JAX."""
+    taken = list(dict.fromkeys(atom for atom in eqn.invars if not hasattr(atom, "val")))
+    return jaxpr.replace(constvars=[], invars=taken, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects), taken
+
+
 def write(program: Any) -> str:
     """Return what a program computes, in words; arrays that JAX wrote into it, which its text leaves out, in bytes."""
     atoms = (atom for eqn in equations(program.jaxpr) for atom in (*eqn.invars, *returned(eqn)))
-    arrays = (np.asarray(atom.val) for atom in (*atoms, *program.jaxpr.outvars) if np.ndim(getattr(atom, "val", 0)))
-    return "\n".join([str(program), *(sha256(array.tobytes()).hexdigest() for array in arrays)])
+    arrays = (atom.val for atom in (*atoms, *program.jaxpr.outvars) if np.ndim(getattr(atom, "val", 0)))
+    return "\n".join([str(program), *map(_digest, arrays)])
 
 
 def find_settings(*programs: Any) -> Iterator[Any]:
@@ -149,6 +239,8 @@ def find_settings(*programs: Any) -> Iterator[Any]:
         for eqn in equations(program.jaxpr):
             if eqn.primitive.name not in (*WITH_RULE, "custom_lin"):
                 yield from (part for value in eqn.params.values() for part in _flatten(value))
+            if eqn.primitive.name == MAPPED:
+                yield inspect.unwrap(eqn.params["rule"])
 
 
 def _flatten(value: Any) -> Iterator[Any]:
