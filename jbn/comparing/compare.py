@@ -175,6 +175,9 @@ def compare(
     meet = sum(match.parts for match in matches)
     meet_again = f", {meet} of them meet again" * bool(meet)
     message = f"The models part nowhere: {count_of(len(matches), 'layer')} within rounding{meet_again}."
+    broken = [path for path, _ in pairs if not all(np.isfinite(x).all() for x in first[path].outputs)]
+    if broken:
+        message += f" Values of {name_few(broken)} are NaN or inf in both, and say nothing: look there first."
     return Comparison(tuple(matches), alone, None, message)
 
 
@@ -346,7 +349,7 @@ def _own_rounding(arrays: tuple[Array, ...]) -> float:
 def _measure(x: Array, y: Array) -> tuple[float, float, float, float]:
     """Return the error, the deviation, the error in deviations, and the same channel by channel."""
     bad = ~np.isfinite(x)
-    if (bad != ~np.isfinite(y)).any():
+    if not np.array_equal(np.where(bad, x, 0), np.where(np.isfinite(y), 0, y), equal_nan=True):
         return np.inf, 1.0, 0.0, 0.0
     x, y = np.where(bad, 0, x), np.where(bad, 0, y)
     error, norm = relative(x, y), np.sqrt((x**2).sum())

@@ -225,9 +225,7 @@ HELD_BY_VJP = (
     "Expected jax.custom_jvp, which JAX transposes, or these arrays as arguments of it, with cotangents of their own."
 )
 HELD_BY_INNER_RULE = (
-    "{name} has a rule (jax.custom_jvp, jax.custom_vjp or jax.custom_batching.custom_vmap) that reads a traced array "
-    "from outside, where jbn cannot follow it: inside of another rule, or of one for jax.vmap. Expected it as an "
-    "argument of the function that has the rule."
+    "{name} has a rule, in another one or for jax.vmap, that reads a traced array: make it an argument of its function."
 )
 HELD_INSIDE = (
     "{name} has a compiled function inside a loop or a condition that reads arrays from outside. Expected them as "

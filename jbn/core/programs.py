@@ -96,8 +96,7 @@ def _find_slope(run: Callable[..., list[Array]], given: Sequence[Any]) -> Any:
 
     def differentiate(*all: Array) -> list[Array]:
         primals, tangents = all[: len(given)], iter(all[len(given) :])
-        none = (np.zeros(array.shape, float0) for array in primals)
-        dargs = tuple(next(tangents) if has else zero for zero, has in zip(none, map(_is_inexact, given), strict=True))
+        dargs = tuple(next(tangents) if _is_inexact(a) else np.zeros(a.shape, float0) for a in primals)
         return jax.jvp(run, primals, dargs)[1]  # type: ignore[no-any-return]
 
     return jax.make_jaxpr(differentiate)(*given, *filter(_is_inexact, given))

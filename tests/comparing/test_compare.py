@@ -155,10 +155,14 @@ def test_nan_in_one_model(x, variables, recorded):
     assert "of 2048 values 0 in a and 256 in b are NaN or inf" in found.message
 
 
-def test_nan_in_both_models_is_no_difference(variables):
+def test_nan_in_both_models_is_no_difference_and_another_infinity_is(variables):
     x = jnp.full((4, 16, 16, 3), jnp.nan)
     a, b = (jbn.linen.record(Net(), variables, x) for _ in range(2))
-    assert jbn.compare(a, b).first is None
+    found = jbn.compare(a, b)
+    assert found.first is None
+    assert "are NaN or inf in both, and say nothing" in found.message
+    x = np.full((4, 3), np.inf)
+    assert all(jbn.compare({"layer": x}, {"layer": y}).first for y in (-x, np.full_like(x, np.nan)))
 
 
 @pytest.mark.parametrize("call", [{}, TRAINING], ids=["evaluation", "training"])
