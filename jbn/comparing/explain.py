@@ -71,8 +71,9 @@ def is_activation(a: Array, b: Array, allowed: float) -> bool:
 
 def relative(a: Array, b: Array) -> float:
     """Return ‖a - b‖ / ‖a‖ in L2; 0 where both are zero."""
-    norm, error = np.sqrt((a**2).sum()), np.sqrt(((a - b) ** 2).sum())
-    return float(error / norm) if norm else (0.0 if not error else np.inf)
+    with np.errstate(invalid="ignore"):
+        norm, error = np.sqrt((a**2).sum()), np.sqrt(((a - b) ** 2).sum())
+        return float(error / norm) if norm else (0.0 if not error else np.inf)
 
 
 def _equal(a: Array, b: Array, allowed: float) -> bool:
