@@ -175,7 +175,8 @@ def compare(
     meet = sum(match.parts for match in matches)
     meet_again = f", {meet} of them meet again" * bool(meet)
     message = f"The models part nowhere: {count_of(len(matches), 'layer')} within rounding{meet_again}."
-    broken = [path for path, _ in pairs if not all(np.isfinite(x).all() for x in first[path].outputs)]
+    alike = (match.paths[0] for match in matches if not match.parts)
+    broken = [path for path in alike if not all(np.isfinite(x).all() for x in first[path].outputs)]
     if broken:
         message += f" Values of {name_few(broken)} are NaN or inf in both, and say nothing: look there first."
     return Comparison(tuple(matches), alone, None, message)

@@ -159,7 +159,7 @@ def read_choice(
     return replace(recipe, choice=choice), operands._replace(basis=Basis(mean, var, held))
 
 
-# An eager call that has nothing new must trace nothing but the function.
+# An eager call that has nothing new must trace nothing but the function; what is traced is of the mesh on which it was.
 @lru_cache(maxsize=1024)
 def _find_types(rows: SharedRows, mesh: Any, x: Any, mask: Any, mean: Any) -> Moments:
     """Return the types of the moments that a shard normalizes by."""

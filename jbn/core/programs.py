@@ -20,7 +20,8 @@ from jbn.core import checks
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
 WITH_RULE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 MAPPED = "custom_vmap_call"
-MOST_RULES = 16
+# How deep rules are followed, as one can have another inside without an end: the next decides the sixth derivative.
+MOST_ORDERS = 4
 
 
 @dataclass(frozen=True)
@@ -137,23 +138,19 @@ def _check_rules(name: str, traced: Any, f: Any, slope: Any) -> None:
 def _find_rules(name: str, value: Any, *derivatives: Any) -> list[Any]:
     """Return what the rules inside of derivatives compute, and those inside of these, and how functions are mapped.
 
-    Equal programs can have such rules that differ, because the text of a program has none of them.
+    Equal programs can have such rules that differ, because the text of a program has none of them. Equal ones are all
+    returned: which equation has which rule, and what is inside of it, follows from their order alone.
     """
-    found: dict[str, Any] = {}
-    open_ = [(program.jaxpr, eqn) for program in derivatives for eqn in _live(program.jaxpr)]
-    open_ += [(value.jaxpr, eqn) for eqn in equations(value.jaxpr) if eqn.primitive.name == MAPPED]
-    # A rule can have another one inside at every order without an end; derivatives of the 16th are nobody's.
-    while open_ and len(found) < MOST_RULES:
-        rule = _read_rule(*open_.pop(0))
-        if rule is None:
-            continue
-        if any(isinstance(array, Tracer) for array in rule.consts):
+    level = [(program.jaxpr, eqn) for program in derivatives for eqn in _live(program.jaxpr)]
+    level += [(value.jaxpr, eqn) for eqn in equations(value.jaxpr) if eqn.primitive.name == MAPPED]
+    found = list[Any]()
+    for _ in range(MOST_ORDERS):
+        rules = [rule for jaxpr, eqn in level if (rule := _read_rule(jaxpr, eqn)) is not None]
+        if any(isinstance(array, Tracer) for rule in rules for array in rule.consts):
             raise TypeError(checks.HELD_BY_INNER_RULE.format(name=name))
-        text = write(rule)
-        if text not in found:
-            found[text] = rule
-            open_ += [(rule.jaxpr, eqn) for eqn in _live(rule.jaxpr)]
-    return list(found.values())
+        level = [(rule.jaxpr, eqn) for rule in rules for eqn in _live(rule.jaxpr)]
+        found += rules
+    return found
 
 
 def _live(jaxpr: Any) -> Iterator[Any]:
@@ -174,19 +171,22 @@ def _read_rule(jaxpr: Any, eqn: Any) -> Any:
         return eval_jaxpr(program, (), *args)
 
     if eqn.primitive.name == MAPPED:
+        # JAX maps no array that the function reads from outside.
         held = eqn.invars[: eqn.params["in_tree"].children()[0].num_leaves]
-        axes = [None if atom in held else 0 for atom in taken]
-        shapes = [
-            atom.aval.shape if axis is None else (2, *atom.aval.shape) for atom, axis in zip(taken, axes, strict=True)
-        ]
-        both = [jax.ShapeDtypeStruct(shape, atom.aval.dtype) for shape, atom in zip(shapes, taken, strict=True)]
         try:
-            return jax.make_jaxpr(jax.vmap(run, in_axes=axes, axis_size=2))(*both)
+            return _map(run, [atom.aval for atom in taken], [None if atom in held else 0 for atom in taken])
         except Exception:  # Not every rule is for all arguments, and nobody maps this one yet.
             return None
     given = [atom.aval for atom in taken]
     slope = _find_slope(run, given)
     return _find_transpose(run, given, [atom.aval for atom in eqn.outvars]) if _is_transposed(slope) else slope
+
+
+def _map(run: Callable[..., list[Array]], given: Sequence[Any], axes: Sequence[int | None]) -> Any:
+    """Return what a function computes of two of each of what is mapped."""
+    shapes = [a.shape if axis is None else (2, *a.shape) for a, axis in zip(given, axes, strict=True)]
+    both = [jax.ShapeDtypeStruct(shape, a.dtype) for shape, a in zip(shapes, given, strict=True)]
+    return jax.make_jaxpr(jax.vmap(run, in_axes=tuple(axes), axis_size=2))(*both)
 
 
 def _digest(array: Any) -> str:

@@ -38,6 +38,15 @@ def third_in_jvp(curvature):
     return f
 
 
+def jvp_in_a_loop(curvature):
+    """Return sin, whose slope, with a rule of its own, is computed in a loop."""
+    slope = jax.custom_jvp(jnp.cos)
+    slope.defjvp(lambda z, dz: (slope(*z), curvature * dz[0]))
+    f = jax.custom_jvp(jnp.sin)
+    f.defjvp(lambda z, dz: (f(*z), jax.lax.scan(lambda c, _: (slope(c), None), z[0], None, length=1)[0] * dz[0]))
+    return f
+
+
 def derivative(f, order):
     def loss(bias):
         return jbn.batch_norm(X, None, bias, activation=f)[0].sum()
@@ -49,11 +58,32 @@ def derivative(f, order):
 
 @pytest.mark.parametrize("over", [float, jnp.float32])
 @pytest.mark.parametrize(
-    ("rule", "order"), [(jvp_in_jvp, 2), (vjp_in_vjp, 2), (third_in_jvp, 3)], ids=["jvp", "vjp", "third"]
+    ("rule", "order"),
+    [(jvp_in_jvp, 2), (vjp_in_vjp, 2), (third_in_jvp, 3)],
+    ids=["jvp", "vjp", "third"],
 )
 def test_the_rule_of_a_slope_decides_the_derivative_after_it(rule, order, over):
     for curvature in (2.0, 3.0):
         np.testing.assert_allclose(derivative(rule(over(curvature)), order), X.size * curvature, rtol=1e-6)
+
+
+@pytest.mark.parametrize("over", [float, jnp.float32])
+def test_the_rule_of_a_slope_in_a_loop(over):
+    """In forward mode, because the reverse mode of JAX before 0.12 takes no notice of such a rule."""
+    for curvature in (2.0, 3.0):
+        f = jvp_in_a_loop(over(curvature))
+        second = jax.jacfwd(jax.jacfwd(lambda shift: jbn.batch_norm(X, None, shift.repeat(4), activation=f)[0].sum()))  # noqa: B023
+        np.testing.assert_allclose(second(jnp.zeros(1)), X.size * curvature, rtol=1e-6)
+
+
+@pytest.mark.parametrize("over", [float, jnp.float32])
+def test_which_function_has_which_rule_decides(over):
+    """The same rules, in other places or another number of times, are other functions."""
+    for curvatures in [(2.0, 3.0, 2.0), (2.0, 3.0, 3.0), (3.0, 2.0, 2.0)]:
+        parts = [jvp_in_jvp(over(curvature)) for curvature in curvatures]
+        found = derivative(lambda z: parts[0](z) + parts[1](2 * z) + parts[2](3 * z), 2)  # noqa: B023
+        want = sum(c * k**2 for c, k in zip(curvatures, (1, 2, 3), strict=True))
+        np.testing.assert_allclose(found, X.size * want, rtol=1e-6)
 
 
 def test_the_rule_of_a_slope_in_a_choice():
@@ -101,19 +131,33 @@ def test_the_rule_for_vmap_decides_what_is_computed_there(over):
         np.testing.assert_allclose(under_vmap(f), factor * want, atol=1e-5)
 
 
+def test_a_rule_for_vmap_is_read_again_at_every_call():
+    """The function that has it may read an array too."""
+    shift, factor = jnp.full((1, 4), 0.5), 2.0
+    f = jax.custom_batching.custom_vmap(lambda z: z + shift)
+    f.def_vmap(lambda size, is_mapped, z: (factor * z, True))
+    alone = jax.custom_jvp(f)  # its derivative has nothing of f
+    alone.defjvp(lambda z, dz: (alone(*z), dz[0]))
+    want, _ = jbn.batch_norm(X)
+    for factor in (2.0, 3.0):
+        for function in (f, alone):
+            np.testing.assert_allclose(under_vmap(function), factor * want, atol=1e-5)
+
+
 def test_a_rule_for_vmap_that_is_not_for_all_arguments():
     """Two rules that refuse to be mapped over everything are told apart too, and hinder nobody who maps less."""
 
     def fixed(factor):
+        weight = jnp.full((1, 4), 0.5)
         f = jax.custom_batching.custom_vmap(lambda z, weight: weight * z)
 
         @f.def_vmap
         def _(size, is_mapped, z, weight):
             if is_mapped[1]:
                 raise NotImplementedError
-            return factor * weight * z, True
+            return factor * weight[None] * z, True
 
-        return lambda z: f(z, jnp.float32(0.5))
+        return lambda z: f(z, weight)
 
     want = 0.5 * jbn.batch_norm(X)[0]
     for factor in (2.0, 3.0):
@@ -128,6 +172,34 @@ def test_a_traced_array_in_such_a_rule_is_refused(rule, call):
     with pytest.raises(TypeError, match=r"activation has a rule, in another one .* that reads a traced array"):
         jax.jit(lambda number: call(rule(number)))(2.0)
     jbn.batch_norm(X, activation=rule(4.0))
+
+
+def test_a_traced_array_in_a_rule_whose_inner_rules_are_not_needed():
+    """A rule that returns f itself has it inside, where no derivative comes from it."""
+
+    def gradient(number):
+        f = jax.custom_jvp(jnp.sin)
+        f.defjvp(lambda z, dz: (f(*z), number * dz[0]))
+        return derivative(f, 1)
+
+    np.testing.assert_allclose(jax.jit(gradient)(2.0), 2 * X.size, rtol=1e-6)
+
+
+def test_rules_beside_numbers_that_have_no_tangents():
+    """Whole numbers and keys, which an activation and the rule of a slope read."""
+
+    def random(seed):
+        slope = jax.custom_jvp(lambda z, order: jnp.cos(z))
+        key = jax.random.key(seed)
+        slope.defjvp(lambda z, dz: (slope(*z), jax.random.normal(key, dz[0].shape) * dz[0]))
+        f = jax.custom_jvp(lambda z, order: jnp.sin(z))
+        f.defjvp(lambda z, dz: (f(*z), slope(*z)[:, z[1]] * dz[0]))
+        order = jnp.array([1, 0, 3, 2])
+        return jax.random.normal(key, X.shape).sum(), lambda z: f(z, order)
+
+    for seed in range(2):
+        want, f = random(seed)
+        np.testing.assert_allclose(derivative(f, 2), want, rtol=1e-5)
 
 
 def test_rules_without_an_end():
